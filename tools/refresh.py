@@ -1,0 +1,83 @@
+"""Run the notebooks, save clean outputs, export the modules and write README.md: `python tools/refresh.py [nbs/name.ipynb ...]`.
+
+Without names every notebook is run. `--check` runs nothing: it only exports, cleans and writes README.md."""
+import base64, os, re, sys
+from pathlib import Path
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # the networks here are tiny: more threads only get in each other's way
+os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning:torch.jit._script')  # importing fastai under torch ≥ 2.13
+
+import nbformat
+from fastcore.xtras import globtastic
+from nbclient import NotebookClient
+from nbdev.clean import nbdev_clean
+from nbdev.export import nb_export
+from nbdev.doclinks import nbdev_export
+
+root = Path(__file__).resolve().parent.parent
+nbs  = root/'nbs'
+
+
+def _directives(cell): return re.findall(r'^#\|\s*(.+?)\s*$', cell.source, re.M)
+
+def _progress_junk(out):
+    "fastprogress' style sheet and its empty bar: they are no result"
+    html = ''.join(out.get('data', {}).get('text/html', ''))
+    return '<style>' in html and 'progress' in html or bool(html) and not re.sub(r'<[^>]*>|\s', '', html)
+
+def _tidy(cell):
+    "Keep the outputs that teach"
+    outs = [o for o in cell.outputs if not _progress_junk(o)]
+    for o in outs:
+        if o.output_type == 'stream' and o.name == 'stderr': raise RuntimeError(f'A cell wrote to stderr:\n{cell.source}\n---\n{o.text}')
+        if 'image/png' in o.get('data', {}): o.data.pop('text/plain', None)
+    cell.outputs = outs
+
+def run(path):
+    "Execute the notebook at `path` in a fresh kernel and save its outputs"
+    nb = nbformat.read(path, as_version=4)
+    client = NotebookClient(nb, timeout=600, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent))))
+    with client.setup_kernel():
+        for i,cell in enumerate(nb.cells):
+            if cell.cell_type != 'code' or 'eval: false' in _directives(cell): continue
+            client.execute_cell(cell, i)
+            _tidy(cell)
+    nbformat.write(nb, path)
+
+
+def _markdown(nb, images):
+    "The notebook as README text; pictures go to the folder `images`"
+    out, n = [], 0
+    for cell in nb.cells:
+        if 'hide' in _directives(cell): continue
+        src = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
+        if cell.cell_type == 'markdown': out.append(src.replace('(images/', '(nbs/images/'))
+        elif src:
+            out.append(f'```python\n{src}\n```')
+            for o in cell.outputs:
+                png, text = o.get('data', {}).get('image/png'), o.get('text') or o.get('data', {}).get('text/plain', '')
+                if png:
+                    n += 1
+                    (images/f'index_{n}.png').write_bytes(base64.b64decode(png))
+                    out.append(f'![](nbs/images/index_{n}.png)')
+                elif ''.join(text).strip(): out.append(f'```text\n{"".join(text).strip()}\n```')
+    return '\n\n'.join(out) + '\n'
+
+def write_readme(dest=root/'README.md'):
+    "README.md is `nbs/index.ipynb` as text"
+    images = dest.parent/'nbs'/'images'
+    images.mkdir(parents=True, exist_ok=True)
+    dest.write_text('<!-- written by tools/refresh.py from nbs/index.ipynb: edit that -->\n\n' + _markdown(nbformat.read(nbs/'index.ipynb', as_version=4), images), encoding='utf-8')
+
+
+def main(args):
+    os.chdir(root)
+    if '--check' not in args:
+        for p in [Path(a) for a in args] or sorted(Path(o) for o in globtastic('nbs', file_glob='*.ipynb', skip_folder_re=r'^\.')):
+            print('running', p, flush=True)
+            nb_export(p)
+            run(p)
+    nbdev_clean.__wrapped__()
+    nbdev_export.__wrapped__()
+    if (nbs/'index.ipynb').exists(): write_readme()
+
+if __name__ == '__main__': main(sys.argv[1:])
