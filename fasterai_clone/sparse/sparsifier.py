@@ -309,7 +309,7 @@ def _nm_scores(self:Sparsifier, t, scores):
     s = scores.reshape(t.weight.shape)
     if t.name in self.masks: s = s.masked_fill(~self.masks[t.name], -math.inf)
     blocks = s.movedim(axis, -1).unflatten(-1, (-1, m))
-    best   = blocks.argsort(-1, stable=True)[..., m-n:]
+    best   = blocks.sort(dim=-1, stable=True).indices[..., m-n:]
     return blocks.scatter(-1, best, math.inf).flatten(-2).movedim(-1, axis).reshape(scores.shape)
 
 @patch
