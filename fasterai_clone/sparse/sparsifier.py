@@ -137,7 +137,7 @@ class Sparsifier:
         self.nm = _check_nm(nm, granularity, self.targets)
         self.pools = [self.targets] if context == 'global' else [[t] for t in self.targets]  # who competes with whom
         self.masks = Masks(shapes={t.name: t.weight.shape for t in self.targets})
-        self.refs, self._holds = {}, []
+        self.refs = {}
         if isinstance(self.criteria, dict): _check_scores(self.criteria, self.targets)
         elif self.criteria.reference in ('init', 'update'): self.refs = {t.name: t.weight.detach().clone() for t in self.targets}
 
@@ -178,7 +178,9 @@ def _check_nm(nm, granularity, targets):
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #f9c782d2
 @patch(as_prop=True)
-def _reference_kind(self:Sparsifier): return None if isinstance(self.criteria, dict) else self.criteria.reference
+def reference(self:Sparsifier) -> str|None:
+    "What the criterion compares weights with: `'init'`, `'update'`, `'grad'`, `'data'` or nothing"
+    return None if isinstance(self.criteria, dict) else self.criteria.reference
 
 @patch
 @torch.no_grad()
@@ -193,7 +195,7 @@ def accumulate_gradients(self:Sparsifier) -> None:
 @patch
 def _reference(self:Sparsifier, t):
     "What the criterion compares `t` with"
-    kind = self._reference_kind
+    kind = self.reference
     if kind is None: return None
     if kind == 'grad' and t.name not in self.refs:
         if t.weight.grad is None:
@@ -207,7 +209,7 @@ def _reference(self:Sparsifier, t):
 @patch
 def _renew_refs(self:Sparsifier, names):
     "After an update: remember the weights it was made from, or start counting anew"
-    kind = self._reference_kind
+    kind = self.reference
     for t in self.targets:
         if t.name not in names: continue
         if kind == 'update': self.refs[t.name] = t.weight.detach().clone()
@@ -229,17 +231,19 @@ def _input_norms2(m, x):
 @patch
 @torch.no_grad()
 def observe(self:Sparsifier,
-    *inputs  # what the model is called with
+    *inputs,                  # what the model is called with
+    model: nn.Module|None=None  # the whole model, if this `Sparsifier` has only a part of it
 ) -> None:
     "Add the activations of this batch to what `wanda` scores by"
-    sums, hooks, modes = {}, [], [(m, m.training) for m in self.model.modules()]
+    model = self.model if model is None else model
+    sums, hooks, modes = {}, [], [(m, m.training) for m in model.modules()]
     def look(t):
         def hook(m, args, kwargs): sums[t.name] = sums.get(t.name, 0) + _input_norms2(m, args[0] if args else next(iter(kwargs.values())))
         return hook
     try:
-        self.model.eval()
+        model.eval()
         for t in self.targets: hooks.append(t.module.register_forward_pre_hook(look(t), with_kwargs=True))
-        self.model(*inputs)
+        model(*inputs)
     finally:
         for h in hooks: h.remove()
         for m,mode in modes: m.training = mode
@@ -251,7 +255,7 @@ def observe(self:Sparsifier,
 @patch
 def _observe_data(self:Sparsifier):
     "Look at `data`, if the criterion needs activations and has none yet"
-    if self._reference_kind != 'data' or self.data is None or self.refs: return
+    if self.reference != 'data' or self.data is None or self.refs: return
     device = self.targets[0].weight.device
     for batch in [self.data] if isinstance(self.data, torch.Tensor) else self.data:
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
@@ -278,20 +282,44 @@ def _check_reach(self:Sparsifier, pools, counts):
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #e57ad04e
 @patch
+def sparsities(self:Sparsifier,
+    sparsity: float|list|dict  # percent: one for all layers, a list with one for each, or by layer name or pattern
+) -> list[float]:
+    "The sparsity of each layer, in percent"
+    if self.context == 'global' and isinstance(sparsity, Iterable) and not isinstance(sparsity, (str, torch.Tensor)):
+        raise ValueError(f'A sparsity for each layer needs context="local": globally there is one for all, got {sparsity!r}')
+    return layer_sparsities(self.targets, sparsity)
+
+@patch
+def counts_at(self:Sparsifier,
+    each: list[float],         # percent, one number a layer; in the global context they are all the same
+    round_to: int|None = None  # keep a multiple of this many groups in each layer
+) -> list[int]:
+    "How many groups each pool drops: one number a layer, or a single one in the global context"
+    return [_count(sum(t.groups.n for t in pool), s, round_to or 1) for pool,s in zip(self.pools, each)]
+
+@patch
 def counts(self:Sparsifier,
     sparsity: float|list|dict,    # percent
     round_to: int|None = None     # keep a multiple of this many groups in each layer
 ) -> list[int]:
-    "How many groups each pool drops: one number a layer, or a single one in the global context"
-    multiple = _check_round(round_to)
-    if self.context == 'global':
-        if isinstance(sparsity, Iterable) and not isinstance(sparsity, (str, torch.Tensor)):
-            raise ValueError(f'A sparsity for each layer needs context="local": globally there is one for all, got {sparsity!r}')
-        if round_to: raise ValueError('`round_to` counts the groups of one layer: it needs context="local"')
-        each = [n_dropped(sum(t.groups.n for t in self.targets), check_sparsity(sparsity))]
-    else: each = [_count(t.groups.n, s, multiple) for t,s in zip(self.targets, layer_sparsities(self.targets, sparsity))]
-    self._check_reach(self.pools, each)
-    return each
+    "`counts_at`, of arguments that are checked"
+    _check_round(round_to)
+    if round_to and self.context == 'global': raise ValueError('`round_to` counts the groups of one layer: it needs context="local"')
+    counts = self.counts_at(self.sparsities(sparsity), round_to)
+    self._check_reach(self.pools, counts)
+    return counts
+
+@patch
+def _group_mask(self:Sparsifier, t):
+    "Which groups of `t` are kept, or None while it has no mask"
+    return t.groups.reduce(self.masks[t.name], torch.any) if t.name in self.masks else None
+
+@patch
+def dropped(self:Sparsifier) -> list[int]:
+    "How many groups each pool has dropped by now"
+    masks = [[self._group_mask(t) for t in pool if t.name in self.masks] for pool in self.pools]
+    return [sum(m.numel() - int(m.count_nonzero()) for m in ms) for ms in masks]
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #5c5fe678
 @patch
@@ -319,11 +347,6 @@ def _plain_magnitude(self:Sparsifier):
     return isinstance(c, Criteria) and c.f is magnitude and not (c.reference or c.normalizer or self.nm or any(t.groups.dims for t in self.targets))
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #88e3b1e1
-@patch
-def _group_mask(self:Sparsifier, t):
-    "Which groups of `t` are kept, or None while it has no mask"
-    return t.groups.reduce(self.masks[t.name], torch.any) if t.name in self.masks else None
-
 @patch
 @torch.no_grad()
 def update(self:Sparsifier,
@@ -392,14 +415,14 @@ def hold(self:Sparsifier,
                         'With fastai pass `SparsifyCallback` to `fit`; in a loop of your own call `apply_masks` after each step')
     self.apply_masks()
     handles = [opt.register_step_post_hook(lambda *args: self.apply_masks())]
-    if self._reference_kind == 'grad': handles.append(opt.register_step_pre_hook(lambda *args: self.accumulate_gradients()))
+    if self.reference == 'grad': handles.append(opt.register_step_pre_hook(lambda *args: self.accumulate_gradients()))
     return Hold(handles)
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #a3b9b80e
 @patch
 def report(self:Sparsifier) -> Report:
     "The zeros of each layer, counted now"
-    return Report(tuple(self._row(t) for t in self.targets), self._left_dense(), str(self.granularity))
+    return Report(tuple(self._row(t) for t in self.targets), self._left_dense(), self.granularity if isinstance(self.granularity, str) else 'group')
 
 @patch
 def _row(self:Sparsifier, t):
@@ -424,7 +447,7 @@ def print_sparsity(self:Sparsifier) -> None:
 @patch
 def state_dict(self:Sparsifier) -> dict:
     "Masks and references, as plain tensors: `torch.load(..., weights_only=True)` reads them"
-    return dict(masks=dict(self.masks), refs=dict(self.refs), reference=self._reference_kind, granularity=self.granularity)
+    return dict(masks=dict(self.masks), refs=dict(self.refs), reference=self.reference, granularity=self.granularity)
 
 @patch
 def load_state_dict(self:Sparsifier,
@@ -434,7 +457,7 @@ def load_state_dict(self:Sparsifier,
     missing = {'masks', 'refs', 'reference', 'granularity'} - set(state)
     if missing: raise ValueError(f'Not the state of a `Sparsifier`: it has no {", ".join(sorted(missing))}')
     for k in ('granularity', 'reference'):
-        mine = getattr(self, {'reference': '_reference_kind'}.get(k, k))
+        mine = getattr(self, k)
         if state[k] != mine: raise ValueError(f'The state is of another kind of `Sparsifier`: {k} {state[k]!r}, here {mine!r}')
     weights = {t.name: t.weight for t in self.targets}
     self.masks.update(Masks({k: v.to(weights[k].device) if k in weights else v for k,v in state['masks'].items()}, shapes=self.masks.shapes))

@@ -1,0 +1,6 @@
+"Everything of `fasterai_clone.core`"
+from .granularity import *
+from .criteria import *
+from .schedule import *
+from .selection import *
+from .masks import *
