@@ -130,7 +130,7 @@ def plot(self:Report,
     "Weights and zeros of each layer as bars; returns the axes"
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(7, 0.8 + 0.24*len(self.rows)))[1]
-    names, y = [f'{r.name or r.layer}' for r in self.rows], range(len(self.rows))
+    names, y = [f'{r.layer}: {r.name}' if r.name else r.layer for r in self.rows], range(len(self.rows))
     ax.barh(y, [r.params for r in self.rows], color='#d5dbe1', label='kept')
     ax.barh(y, [r.zeros  for r in self.rows], color='#0072B2', label='zero')
     for i,r in enumerate(self.rows): ax.annotate(f'{r.sparsity:.1f}%', (r.params, i), (4, 0), textcoords='offset points', va='center', fontsize=8)

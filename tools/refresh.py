@@ -26,10 +26,14 @@ def _progress_junk(out):
 
 def _tidy(cell):
     "Keep the outputs that teach"
-    outs = [o for o in cell.outputs if not _progress_junk(o)]
-    for o in outs:
+    outs = []
+    for o in cell.outputs:
+        if _progress_junk(o): continue
         if o.output_type == 'stream' and o.name == 'stderr': raise RuntimeError(f'A cell wrote to stderr:\n{cell.source}\n---\n{o.text}')
+        if o.output_type == 'stream' and outs and outs[-1].output_type == 'stream': outs[-1].text += o.text
+        else: outs.append(o)
         if 'image/png' in o.get('data', {}): o.data.pop('text/plain', None)
+        if 'text/html' in o.get('data', {}): o.data.pop('text/markdown', None)
     cell.outputs = outs
 
 def run(path):
@@ -44,28 +48,40 @@ def run(path):
     nbformat.write(nb, path)
 
 
+def _table(html):
+    "An HTML table of fastai's as a markdown one"
+    rows = [re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', r, re.S) for r in re.findall(r'<tr[^>]*>(.*?)</tr>', html, re.S)]
+    lines = ['| ' + ' | '.join(r) + ' |' for r in rows]
+    return '\n'.join([lines[0], '|' + ' ---: |'*len(rows[0]), *lines[1:]])
+
+def _output(o, images):
+    "One output as markdown; a picture goes to the folder `images`"
+    data = o.get('data', {})
+    if 'image/png' in data:
+        name = f'index_{len(list(images.glob("index_*.png"))) + 1}.png'
+        (images/name).write_bytes(base64.b64decode(data['image/png']))
+        return f'![](nbs/images/{name})'
+    if 'fastprogress' in data.get('text/html', ''): return _table(data['text/html'])
+    text = (o.get('text') or data.get('text/plain', '')).strip()
+    return f'```text\n{text}\n```' if text else ''
+
 def _markdown(nb, images):
-    "The notebook as README text; pictures go to the folder `images`"
-    out, n = [], 0
+    "The notebook as README text"
+    out = []
     for cell in nb.cells:
         if 'hide' in _directives(cell): continue
         src = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
-        if cell.cell_type == 'markdown': out.append(src.replace('(images/', '(nbs/images/'))
+        if cell.cell_type == 'markdown': out.append(src)
         elif src:
-            out.append(f'```python\n{src}\n```')
-            for o in cell.outputs:
-                png, text = o.get('data', {}).get('image/png'), o.get('text') or o.get('data', {}).get('text/plain', '')
-                if png:
-                    n += 1
-                    (images/f'index_{n}.png').write_bytes(base64.b64decode(png))
-                    out.append(f'![](nbs/images/index_{n}.png)')
-                elif ''.join(text).strip(): out.append(f'```text\n{"".join(text).strip()}\n```')
-    return '\n\n'.join(out) + '\n'
+            if 'echo: false' not in _directives(cell): out.append(f'```python\n{src}\n```')
+            out += [_output(o, images) for o in cell.outputs]
+    return '\n\n'.join(o for o in out if o) + '\n'
 
 def write_readme(dest=root/'README.md'):
     "README.md is `nbs/index.ipynb` as text"
     images = dest.parent/'nbs'/'images'
     images.mkdir(parents=True, exist_ok=True)
+    for old in images.glob('index_*.png'): old.unlink()
     dest.write_text('<!-- written by tools/refresh.py from nbs/index.ipynb: edit that -->\n\n' + _markdown(nbformat.read(nbs/'index.ipynb', as_version=4), images), encoding='utf-8')
 
 

@@ -1,0 +1,24 @@
+"One thread for tiny networks, no progress bars, and each test in a folder of its own"
+import os
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported: on tiny networks more threads only get in each other's way
+
+import warnings
+warnings.filterwarnings('ignore', category=FutureWarning, module=r'torch\.jit')  # importing fastai under torch ≥ 2.13
+warnings.filterwarnings('ignore', message='.*torch.jit.*', category=FutureWarning)
+
+import pytest, torch
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import defaults
+
+torch.set_num_threads(1)
+defaults.callbacks = [c for c in defaults.callbacks if c is not ProgressCallback]
+
+
+def pytest_configure(config):
+    config.addinivalue_line('filterwarnings', 'ignore:.*torch.jit.*:FutureWarning')
+    config.addinivalue_line('filterwarnings', "ignore:.*device_type of 'cuda'.*:UserWarning")
+    config.addinivalue_line('filterwarnings', 'ignore:.*GradScaler is enabled.*:UserWarning')
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
