@@ -7,10 +7,13 @@ warnings.filterwarnings('ignore', category=FutureWarning, module=r'torch\.jit') 
 warnings.filterwarnings('ignore', message='.*torch.jit.*', category=FutureWarning)
 
 import pytest, torch
+from hypothesis import HealthCheck, settings
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import defaults
 
 torch.set_num_threads(1)
+settings.register_profile('tests', deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile('tests')
 defaults.callbacks = [c for c in defaults.callbacks if c is not ProgressCallback]
 
 

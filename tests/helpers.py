@@ -4,7 +4,7 @@ from fractions import Fraction
 from functools import cache
 
 import torch, torch.nn as nn
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, TfmdLists, accuracy, noop, set_seed
 from fasterai_clone.digits import digits_dls, digits_net
 
 
@@ -30,11 +30,11 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for 
 @cache
 def images():
     dls = digits_dls()
-    return list(dls.train.dataset), list(dls.valid.dataset)
+    return list(dls.train.dataset), list(dls.valid.dataset)[:64]
 
 def loaders(n=128, bs=16):
     train, valid = images()
-    return DataLoaders(DataLoader(train[:n], bs=bs, shuffle=True, drop_last=True), DataLoader(valid[:64], bs=64))
+    return DataLoaders(DataLoader(TfmdLists(train[:n], noop), bs=bs, shuffle=True, drop_last=True), DataLoader(TfmdLists(valid, noop), bs=64))
 
 def learner(n=128, bs=16, width=4, seed=0, model=None, **kwargs):
     "The same learner every time: 8 batches of 16 digits an epoch, three convolutions with 36, 288 and 1,152 weights"

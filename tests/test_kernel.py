@@ -1,0 +1,239 @@
+"The selection kernel, every path of it, against a stable sort"
+import numpy as np, pytest, torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+import fasterai_clone.core.selection as selection
+from fasterai_clone.core.selection import _select_torch, keep_mask, keep_masks
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def reference_masks(tensors, n_drop, magnitude=False, pruned=None):
+    "Naive: concatenate, stable ascending argsort; earlier masks first by a second stable sort"
+    pruned = pruned or [None] * len(tensors)
+    flat = torch.cat([t.detach().reshape(-1) for t in tensors]) if tensors else torch.empty(0)
+    key = flat.abs() if magnitude else flat
+    old = torch.cat([torch.ones(t.numel(), dtype=torch.bool) if p is None else p.reshape(-1) for t, p in zip(tensors, pruned)])
+    order = torch.argsort(key, stable=True)
+    order = order[torch.argsort(old[order].to(torch.int8), stable=True)]  # what was dropped goes first
+    keep = torch.ones(flat.numel(), dtype=torch.bool)
+    keep[order[:n_drop]] = False
+    return [k.view(t.shape) for k, t in zip(keep.split([t.numel() for t in tensors]), tensors)]
+
+
+def check(tensors, n_drop, magnitude=False, pruned=None, sampler=None, alias=False, torch_path=True):
+    "Numpy and torch paths against the reference; returns the masks"
+    want = reference_masks(tensors, n_drop, magnitude, pruned)
+    assert sum(int((~w).sum()) for w in want) == n_drop
+    given_masks = None if pruned is None else [None if p is None else p.clone() for p in pruned]
+    out = None
+    if alias:
+        pairs = zip(tensors, given_masks or [None] * len(tensors))
+        out = [torch.empty(t.shape, dtype=torch.bool) if p is None else p for t, p in pairs]
+    got = keep_masks(tensors, n_drop, magnitude, given_masks, out, sampler)
+    assert all(torch.equal(g, w) for g, w in zip(got, want)), 'numpy path'
+    if alias: assert all(g is o for g, o in zip(got, out))
+    elif pruned is not None: assert all(g is None or torch.equal(g, p) for g, p in zip(given_masks, pruned)), 'pruned was written'
+    if torch_path and sum(t.numel() for t in tensors):
+        fresh = [torch.empty(t.shape, dtype=torch.bool) for t in tensors]
+        fresh = _select_torch(tensors, n_drop, magnitude, pruned or [None] * len(tensors), fresh, sampler or selection._strided)
+        assert all(torch.equal(g, w) for g, w in zip(fresh, want)), 'torch path'
+    return got
+
+
+# samplers that never show the truth
+def absolute(flat): return np.abs(flat) if isinstance(flat, np.ndarray) else flat.float().abs().numpy()
+def top(flat, step): return np.argsort(absolute(flat))[-3:].copy()
+def bottom(flat, step): return np.argsort(absolute(flat))[:3].copy()
+def one(flat, step): return slice(0, 1)
+def nothing(flat, step): return slice(0, 0)
+def head(flat, step): return slice(0, max(1, len(flat) // 7))
+def coarse(flat, step): return slice(0, None, 11)
+SAMPLERS = [None, top, bottom, one, nothing, head, coarse]
+
+
+@pytest.fixture(params=['usual', 'tiny'])
+def limits(request, monkeypatch):
+    "'tiny': small chunks, samples and caps, so that small tensors take every path"
+    if request.param == 'tiny': tiny(monkeypatch)
+
+
+def tiny(monkeypatch):
+    monkeypatch.setattr(selection, '_CHUNK', 64)
+    monkeypatch.setattr(selection, '_WHOLE', 32)
+    monkeypatch.setattr(selection, '_CAP_FLOOR', 8)
+
+
+def values(kind, n, seed):
+    "Flat float64 values of a named distribution"
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(n)
+    return torch.from_numpy({
+        'normal': x, 'equal': np.full(n, .5), 'zeros': np.zeros(n), 'signs': np.sign(x), 'signed zeros': np.where(x > 0, 0., -0.),
+        'zeros and normal': np.where(rng.random(n) < .5, np.where(x > 0, 0., -0.), x), 'few': np.round(x),
+        'heavy tail': np.exp(8 * x) * np.sign(x),
+        'denormal': x * 1e-42, 'small': x * 1e-9, 'large': x * 1e9, 'sorted': np.sort(x), 'reversed': np.sort(x)[::-1].copy(),
+        'mostly pruned': np.where(rng.random(n) < .9, 0., x), 'fp16 denormal': x * 1e-6}[kind])
+
+KINDS = ['normal', 'equal', 'zeros', 'signs', 'signed zeros', 'zeros and normal', 'few', 'heavy tail', 'denormal', 'small', 'large',
+         'sorted', 'reversed', 'mostly pruned', 'fp16 denormal']
+
+
+def finite(x, dtype, magnitude):
+    x = x.to(dtype)
+    return x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max) if magnitude else x
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_property(limits, data):
+    dtype, kind, seed = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(KINDS)), data.draw(st.integers(0, 99))
+    magnitude, sampler = data.draw(st.booleans()), data.draw(st.sampled_from(SAMPLERS))
+    sizes = data.draw(st.lists(st.sampled_from([0, 1, 2, 7, 63, 64, 65, 300, 1000]), min_size=1, max_size=4))
+    tensors = [finite(values(kind, n, seed + i), dtype, magnitude) for i, n in enumerate(sizes)]
+    total = sum(sizes)
+    if not magnitude and data.draw(st.booleans()):
+        for t in tensors: t[:len(t) // 9] = -torch.inf; t[len(t) - len(t) // 9:] = torch.inf
+    pruned = None
+    if data.draw(st.booleans()):
+        share = data.draw(st.sampled_from([0., .3, .8, 1.]))
+        g = torch.Generator().manual_seed(seed)
+        pruned = [None if data.draw(st.integers(0, 4)) == 0 else torch.rand(n, generator=g) >= share for n in sizes]
+        if data.draw(st.booleans()):
+            tensors = [t if p is None else t.where(p, torch.zeros((), dtype=dtype)) for t, p in zip(tensors, pruned)]
+    gone = sum(int((~p).sum()) for p in pruned or [] if p is not None)
+    n_drop = data.draw(st.one_of(st.integers(0, total), st.sampled_from([0, total, gone, max(gone - 1, 0), min(gone + 1, total)])))
+    check(tensors, n_drop, magnitude, pruned, sampler, alias=data.draw(st.booleans()))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scores=st.lists(st.one_of(st.floats(width=32, allow_nan=False), st.sampled_from([0., -0., 1., -1.])), max_size=40), data=st.data())
+def test_any_floats(limits, scores, data):
+    for dtype in DTYPES:
+        x = torch.tensor(scores, dtype=torch.float64).to(dtype)
+        check([x], data.draw(st.integers(0, len(scores))), sampler=data.draw(st.sampled_from(SAMPLERS)))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('magnitude', [False, True])
+def test_large(dtype, kind, magnitude):
+    tensors = [finite(values(kind, n, i), dtype, magnitude) for i, n in enumerate([200_001, 70_000, 5, 300_000])]
+    total = sum(t.numel() for t in tensors)
+    for n_drop in (0, 1, total // 10, total // 2, int(total * .9), total - 1, total):
+        check(tensors, n_drop, magnitude, torch_path=n_drop == total // 2)
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS[1:])
+@pytest.mark.parametrize('kind', ['normal', 'equal', 'zeros and normal', 'heavy tail', 'few'])
+def test_adversarial_sampler_large(sampler, kind):
+    tensors = [values(kind, n, i).float() for i, n in enumerate([200_000, 100_001])]
+    for magnitude in (False, True):
+        for n_drop in (3, 30_000, 150_000, 270_000, 299_999): check(tensors, n_drop, magnitude, sampler=sampler)
+    masks = check(tensors, 150_000, True)
+    for n_drop in (100_000, 149_999, 150_000, 150_001, 200_000, 300_000): check(tensors, n_drop, True, masks, sampler, alias=True)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_schedule_in_place(dtype):
+    "Up and down again on the same masks, dropped weights zeroed, as training does"
+    torch.manual_seed(0)
+    weights = [torch.randn(300, 500).to(dtype), torch.randn(64, 64, 3, 3).to(dtype), torch.randn(10).to(dtype)]
+    total, masks = sum(w.numel() for w in weights), [torch.ones(w.shape, dtype=torch.bool) for w in weights]
+    for share in (.1, .5, .5, .8, .82, .9, .899, .4, .6, 0, 1, .3):
+        want = reference_masks(weights, int(share * total), True, masks)
+        keep_masks(weights, int(share * total), True, masks, masks)
+        assert all(torch.equal(m, w) for m, w in zip(masks, want))
+        for w, m in zip(weights, masks): w.mul_(m).add_(m * torch.randn(w.shape).to(dtype) * .01)
+
+
+def test_earlier_drops_need_not_be_zero():
+    x, old = torch.tensor([5., 1., 4., 2., 3.]), torch.tensor([False, True, True, True, True])
+    assert keep_mask(x, 2, True, old).tolist() == [False, False, True, True, True]
+    assert keep_mask(x, 0, True, old).tolist() == [True] * 5
+    two = torch.tensor([False, True, False, True, True])
+    assert keep_mask(x, 1, True, two).tolist() == [True, True, False, True, True]
+
+
+def test_earlier_drops_come_before_minus_infinity():
+    x, old = torch.tensor([-torch.inf, 3., 1.]), torch.tensor([True, False, True])
+    for path in (True, False): check([x], 1, pruned=[old], torch_path=path)
+    assert keep_mask(x, 1, pruned=old).tolist() == [True, False, True]
+
+
+def test_layouts(limits):
+    torch.manual_seed(0)
+    base = torch.randn(8, 6, 5, 5).round(decimals=1)
+    for x in (base.to(memory_format=torch.channels_last), base.permute(3, 1, 0, 2), base[::2, 1:, :, ::3], base[0, 0].t(),
+              torch.tensor(2.5).expand(6, 7), torch.nn.Parameter(base), base.flip(0)[1:], torch.tensor(3.)):
+        for n_drop in (0, x.numel() // 3, x.numel() - 1, x.numel()):
+            for magnitude in (False, True): check([x, base], n_drop, magnitude); check([x], n_drop, magnitude)
+    old = (torch.rand(6, 8) > .5).t()
+    check([torch.randn(8, 6)], 30, pruned=[old])
+
+
+def test_mixed_dtypes(limits):
+    torch.manual_seed(0)
+    for magnitude in (False, True):
+        for dtypes in ([torch.bfloat16, torch.float16], [torch.float32, torch.bfloat16], [torch.float64, torch.float16, torch.float32]):
+            check([torch.randn(400).to(d) for d in dtypes], 333, magnitude)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('bad', [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_not_finite(dtype, bad):
+    for where in (0, 99_999):
+        x = torch.randn(100_000).to(dtype)
+        x[where] = bad
+        for n_drop in (0, 5, 50_000, 100_000):
+            for magnitude in (False, True):
+                if magnitude or bad != bad:
+                    mask = torch.rand(100_000) > .4
+                    before = mask.clone()
+                    with pytest.raises(ValueError): keep_mask(x, n_drop, magnitude, mask, mask)
+                    assert torch.equal(mask, before)
+                    with pytest.raises(ValueError): keep_mask(x, n_drop, magnitude)
+                    with pytest.raises(ValueError): _select_torch([x], n_drop, magnitude, [None], [mask], selection._strided)
+                else: check([x], n_drop)
+
+
+def test_masks_in_one_buffer():
+    "Views of one storage, and earlier masks that are other masks of `out`"
+    torch.manual_seed(0)
+    a, b, buffer = torch.randn(200), torch.randn(200), torch.rand(400) > .5
+    p, q = buffer[:200], buffer[200:]
+    want = reference_masks([a, b], 300, True, [p, q])
+    got = keep_masks([a, b], 300, True, [p, q], [p, q])
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
+    want = reference_masks([a, b], 350, True, [q, p])
+    got = keep_masks([a, b], 350, True, [q, p], [p, q])
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
+
+
+def test_refusals():
+    x = torch.randn(4, 4)
+    for n in (-1, 17):
+        with pytest.raises(ValueError): keep_mask(x, n)
+    with pytest.raises(TypeError): keep_mask(x, 1.5)
+    with pytest.raises(TypeError): keep_mask(torch.arange(4), 1)
+    with pytest.raises(ValueError): keep_mask(x, 1, out=torch.ones(4, 4, dtype=torch.bool).t()[:2])
+    with pytest.raises(ValueError): keep_mask(x, 1, out=torch.ones(4, 8, dtype=torch.bool)[:, ::2])
+    with pytest.raises(ValueError): keep_mask(x, 1, pruned=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError): keep_masks([x], 1, pruned=[None, None])
+    assert keep_masks([], 0) == [] and keep_mask(torch.empty(0, 3), 0).shape == (0, 3)
+
+
+def test_interrupt_restores(monkeypatch):
+    "An error in the middle leaves masks that were given as both `pruned` and `out` as they were"
+    x, mask = torch.randn(300_000), torch.rand(300_000) > .3
+    before, real = mask.clone(), selection._finish
+    def broken(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(selection, '_finish', broken)
+    with pytest.raises(KeyboardInterrupt): keep_mask(x, 200_000, True, mask, mask)
+    with pytest.raises(KeyboardInterrupt): keep_mask(x, 20_000, True, mask, mask)
+    assert torch.equal(mask, before)
+
+
+@pytest.mark.parametrize('kind', ['normal', 'mostly pruned', 'equal'])
+def test_twenty_million(kind):
+    tensors = [values(kind, 10_000_000, 0).float(), values(kind, 10_000_001, 1).float()]
+    check(tensors, 18_000_000, True, torch_path=False)
