@@ -1,15 +1,15 @@
 "The two commands, as a user calls them"
 import csv, subprocess, sys
+from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from helpers import *
 
 
-def run(cmd, *args, cwd): return subprocess.run([sys.executable, '-c', f'from fasterai_clone.cli import {cmd}; {cmd}()', *map(str, args)], capture_output=True, text=True, cwd=cwd)
+def run(cmd, *args, cwd): return subprocess.run([Path(sys.executable).parent/cmd, *map(str, args)], capture_output=True, text=True, cwd=cwd)
 
 
 def test_demo_trains_compares_and_saves(tmp_path):
-    out = run('sparsify_demo', '--epochs', 2, '--sparsity', 80, '--context', 'global', '--out', 'here', cwd=tmp_path)
+    out = run('sparsify-demo', '--epochs', 2, '--sparsity', 80, '--context', 'global', '--out', 'here', cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     assert not out.stderr.strip(), 'a warning reached the user'
     for s in ('Pruning of weight until a sparsity of [80]%', 'Sparsity at the end of epoch 1: [80.0]%', '=== Comparison ===', 'here'): assert s in out.stdout
@@ -26,7 +26,7 @@ def test_demo_on_a_folder_of_images(tmp_path):
     for label in ('ones', 'twos'):
         (tmp_path/'images'/label).mkdir(parents=True)
         for i in range(6): Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype='uint8')).save(tmp_path/'images'/label/f'{i}.png')
-    out = run('sparsify_demo', '--images', 'images', '--arch', 'squeezenet1_1', '--scratch', '--size', 32, '--bs', 4, '--epochs', 1, '--schedules', 'lin', cwd=tmp_path)
+    out = run('sparsify-demo', '--images', 'images', '--arch', 'squeezenet1_1', '--scratch', '--size', 32, '--bs', 4, '--epochs', 1, '--schedules', 'lin', cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     dense, lin = csv.DictReader(open(tmp_path/'sparsify-demo'/'comparison.csv'))
     assert float(lin['sparsity']) == pytest.approx(90, abs=0.01)
@@ -39,7 +39,7 @@ def test_demo_on_a_folder_of_images(tmp_path):
     (('--granularity', 'filters'),        "Did you mean 'filter'"),
     (('--images', 'nowhere'),             'sub-folder of images')])
 def test_demo_refuses_before_training(args, said, tmp_path):
-    out = run('sparsify_demo', *args, cwd=tmp_path)
+    out = run('sparsify-demo', *args, cwd=tmp_path)
     assert out.returncode != 0 and said in out.stderr and 'Traceback' not in out.stderr
     assert not any(tmp_path.iterdir())
 
@@ -54,7 +54,7 @@ def test_report_of_checkpoints(tmp_path):
     save_file(learn.model.state_dict(), tmp_path/'a.safetensors')
     torch.save(learn.model.state_dict(), tmp_path/'a.pth')
     for file in (learn.save('with_opt'), learn.save('without', with_opt=False), tmp_path/'a.safetensors', tmp_path/'a.pth'):
-        out = run('sparsity_report', file, cwd=tmp_path)
+        out = run('sparsity-report', file, cwd=tmp_path)
         assert out.returncode == 0, out.stderr
         for zeros in ('129 ', '4,147 ', '16,588 '): assert zeros in out.stdout
 
@@ -66,6 +66,6 @@ class Evil:
 @pytest.mark.parametrize('content', [Evil(), [1, 2], {'a': 1}, torch.nn.Linear(2, 2)])
 def test_report_refuses_anything_else(content, tmp_path):
     torch.save(content, tmp_path/'x.pth')
-    out = run('sparsity_report', 'x.pth', cwd=tmp_path)
+    out = run('sparsity-report', 'x.pth', cwd=tmp_path)
     assert out.returncode != 0 and 'sparsity-report: x.pth' in out.stderr and 'Traceback' not in out.stderr
     assert 'code has run' not in out.stdout

@@ -17,7 +17,8 @@ FILLS = dict(
     ties     = lambda n: ((torch.arange(n) * 37 % 11) - 5.5).float(),
     rising   = lambda n: torch.arange(1, n+1).float() / n,
     falling  = lambda n: -torch.arange(n, 0, -1).float() / n)
-SCALES = {torch.float64: (1e-9, 1, 1e9), torch.float32: (1e-9, 1, 1e9), torch.bfloat16: (1e-9, 1, 1e9), torch.float16: (1e-3, 1, 1e3)}  # of fp16's range
+SCALES = {torch.float64: (1e-9, 1, 1e9), torch.float32: (1e-9, 1, 1e9), torch.bfloat16: (1e-9, 1, 1e9),
+          torch.float16: (1e-3, 1, 1e3)}  # of fp16's range
 
 def linears(*sizes, fill='normal', scale=1., dtype=torch.float32):
     "Layers without bias, with these many weights"
@@ -53,7 +54,8 @@ def check_global(net, sparsity):
 def test_bit_for_bit(check, fill, dtype, sparsity):
     for scale in SCALES[dtype]: check(linears(1, 2, 100, 1000, 777, fill=fill, scale=scale, dtype=dtype), sparsity)
 
-@pytest.mark.parametrize('sparsity, zeros', [(0, 0), (1, 1), (29, 29), (57.5, 57), (90, 90), (99.9, 99), (100, 100), (58, 58), (57, 57), (7, 7), (55.00000001, 55)])
+@pytest.mark.parametrize('sparsity, zeros', [(0, 0), (1, 1), (29, 29), (57.5, 57), (90, 90), (99.9, 99), (100, 100), (58, 58), (57, 57),
+                                             (7, 7), (55.00000001, 55)])
 @pytest.mark.parametrize('fill', FILLS)
 def test_of_a_hundred(fill, sparsity, zeros):
     net = linears(100, fill=fill)
@@ -251,16 +253,20 @@ def test_masks_do_not_share_memory():
 @settings(max_examples=500)
 def test_n_dropped_is_exact_arithmetic(n, s): assert n_dropped(n, float(s)) == math.floor(Fraction(s) * n / 100)
 
-@pytest.mark.parametrize('n, s, k', [(100, 29, 29), (100, 57, 57), (100, 58, 58), (1000, 99.9, 999), (1000, 57.5, 575), (9408, 90, 8467), (1, 99.9, 0), (1, 100, 1), (0, 50, 0), (3, 100/3, 1),
-                                     (20_000_000, 99.9, 19_980_000), (7, 100, 7), (10, 30.000000000000004, 3), (10, 29.999999999999996, 3), (9, 200/3, 6)])
+@pytest.mark.parametrize('n, s, k', [(100, 29, 29), (100, 57, 57), (100, 58, 58), (1000, 99.9, 999), (1000, 57.5, 575), (9408, 90, 8467),
+                                     (1, 99.9, 0), (1, 100, 1), (0, 50, 0), (3, 100/3, 1),
+                                     (20_000_000, 99.9, 19_980_000), (7, 100, 7), (10, 30.000000000000004, 3), (10, 29.999999999999996, 3),
+                                     (9, 200/3, 6)])
 def test_n_dropped_by_hand(n, s, k): assert n_dropped(n, s) == k
 
 @pytest.mark.parametrize('ok', [0, 1, 57.5, 100, np.float32(90), np.int64(90), Fraction(181, 2)])
 def test_percentages(ok): assert check_sparsity(ok) == float(ok) and type(check_sparsity(ok)) is float
 
 @pytest.mark.parametrize('bad, error, says', [
-    (-1, ValueError, '-1'), (100.5, ValueError, '100.5'), (math.nan, ValueError, 'nan'), (math.inf, ValueError, 'inf'), (0.9, ValueError, 'write 90'), (0.29, ValueError, 'write 29'),
-    (True, TypeError, 'True'), (np.bool_(True), TypeError, 'True'), ('90', TypeError, "'90'"), (None, TypeError, 'None'), (torch.tensor(90), TypeError, 'tensor'), (1+2j, TypeError, '2j')])
+    (-1, ValueError, '-1'), (100.5, ValueError, '100.5'), (math.nan, ValueError, 'nan'), (math.inf, ValueError, 'inf'),
+    (0.9, ValueError, 'write 90'), (0.29, ValueError, 'write 29'),
+    (True, TypeError, 'True'), (np.bool_(True), TypeError, 'True'), ('90', TypeError, "'90'"), (None, TypeError, 'None'),
+    (torch.tensor(90), TypeError, 'tensor'), (1+2j, TypeError, '2j')])
 def test_what_is_no_percentage(bad, error, says):
     with pytest.raises(error, match=says) as e: check_sparsity(bad, 'start')
     assert '`start`' in str(e.value) and 'percentage' in str(e.value)

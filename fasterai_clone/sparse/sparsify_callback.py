@@ -76,7 +76,7 @@ class SparsifyCallback(Callback):
         if start_sparsity is not None: schedule = schedule(start_sparsity=check_sparsity(start_sparsity, 'start_sparsity'))
         store_attr()
         self.sparsifier, self.report, self.history = None, None, []
-        self._active, self._due, self._rewind_to, self._closing = False, None, None, SparsifyClosing(self)
+        self._active, self._stepping, self._due, self._rewind_to, self._closing = False, False, None, None, SparsifyClosing(self)
 
 # %% ../../nbs/11_sparse.sparsify_callback.ipynb #efe1738b
 class SparsifyClosing(Callback):
@@ -120,22 +120,30 @@ SparsifyCallback.learn = property(_get_learn, _set_learn, doc='The `Learner` thi
 @patch
 def before_fit(self:SparsifyCallback):
     "Find the layers, check the target, and say what will be done"
-    self._active = self.run = not (hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') or self.learn.lock.locked())
+    self._active = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())  # fastai holds the lock in `validate` and `get_preds`
     if not self._active: return
-    model = self.learn.model if self.model is None else self.model
-    if self.sparsifier is None or self.sparsifier.model is not model:
-        self._rewind_to = None
-        self.sparsifier = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type, include=self.include, exclude=self.exclude)
-    sp = self.sparsifier
-    sp.counts(self.sparsity, self.round_to)  # refuses what this model cannot have
+    new = self._find_layers()
+    sp  = self.sparsifier
     self._goal, self._curve = sp.sparsities(self.sparsity), self._fitted_schedule()
     self._check_gradients()
     self._check_rounds()
+    kept = sp.adopt(sp.counts(self.sparsity, self.round_to)) if new else 0
     self._floor = self._last = sp.dropped()
-    self._due, self.history, self.report = None, [], None
+    self._led, self._due, self._stepping, self.history, self.report = [0]*len(self._floor), None, False, [], None
     frozen = len(self._frozen())
     self._say(f'Pruning of {self.granularity} until a sparsity of [{", ".join(f"{s:g}" for s in self._per_layer(self._goal))}]%' +
-              (f' ({frozen} of {len(sp.targets)} layers are frozen in this fit)' if frozen else ''))
+              (f' ({frozen} of {len(sp.targets)} layers are frozen in this fit)' if frozen else '') +
+              (f' ({kept:,} of {sum(t.groups.n for t in sp.targets):,} are zero already, and stay so)' if kept else ''))
+
+@patch
+def _find_layers(self:SparsifyCallback):
+    "A `Sparsifier` for a model that has none yet; was it needed?"
+    model = self.learn.model if self.model is None else self.model
+    if self.sparsifier is not None and self.sparsifier.model is model: return False
+    sp = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type, include=self.include, exclude=self.exclude)
+    sp.counts(self.sparsity, self.round_to)  # refuses what this model cannot have
+    self.sparsifier, self._rewind_to = sp, None
+    return True
 
 # %% ../../nbs/11_sparse.sparsify_callback.ipynb #506f1931
 @patch
@@ -178,7 +186,8 @@ def _counts(self:SparsifyCallback, progress):
     "How many groups each pool drops when `progress` of this fit is done"
     asked  = [s and self._curve.sparsity(progress, s) for s in self._goal]
     counts = self.sparsifier.counts_at(asked, self.round_to)
-    self._floor = [f if c < f else 0 for c,f in zip(counts, self._floor)]
+    self._floor = [f if led <= c < f else 0 for led,c,f in zip(self._led, counts, self._floor)]
+    self._led   = counts
     return [max(c, f) for c,f in zip(counts, self._floor)]
 
 @patch
@@ -195,18 +204,24 @@ def _move_to(self:SparsifyCallback, progress):
 @patch
 def before_step(self:SparsifyCallback):
     "Gradients are complete, unscaled and clipped here, and the weights are still those they belong to"
-    if self.sparsifier.reference == 'grad': self.sparsifier.accumulate_gradients()
+    self._stepping = self._active
+    if self._active and self.sparsifier.reference == 'grad': self.sparsifier.accumulate_gradients()
+
+@patch
+def after_cancel_step(self:SparsifyCallback): self._stepping = False
 
 @patch
 def after_step(self:SparsifyCallback):
     "Follow the schedule, or just keep the masks applied"
-    step = self.iter + 1
+    if not self._stepping: return  # fastai calls this for steps that were skipped too, as `MixedPrecision` does when gradients overflow
+    self._stepping, step = False, self.iter + 1
     if (self.epoch*self.n_iter + step) % self.every and step < self.n_iter: return self.sparsifier.apply_masks()
     self._move_to((self.epoch + step/self.n_iter) / self.n_epoch)
 
 @patch
 def after_train(self:SparsifyCallback):
     "Be where the schedule says, even if the last steps of the epoch were skipped"
+    if not self._active: return
     self._move_to((self.epoch + 1) / self.n_epoch)
     self._due = self.epoch
 
@@ -229,7 +244,7 @@ def _check_rounds(self:SparsifyCallback):
 @patch
 def before_epoch(self:SparsifyCallback):
     "Save the weights to rewind to"
-    if not self._rewinds or self.epoch != self.rewind_epoch or self._rewind_to is not None: return
+    if not (self._active and self._rewinds) or self.epoch != self.rewind_epoch or self._rewind_to is not None: return
     self._say(f'Saving Weights at epoch {self.epoch}')
     self._rewind_to = {k: v.detach().clone() for k,v in self.learn.model.state_dict().items()}
 
@@ -246,9 +261,9 @@ def _rewind(self:SparsifyCallback):
 def _save_ticket(self:SparsifyCallback, which):
     "Save the rewound weights under the masks of now"
     sp = self.sparsifier
-    params  = {id(p): k for k,p in self.learn.model.named_parameters()}
-    masks   = {params[id(t.weight)]: sp.masks[t.name] for t in sp.targets if t.name in sp.masks}
-    tensors = {k: (v*masks[k] if k in masks else v.clone()).contiguous() for k,v in self._rewind_to.items()}
+    masks   = {id(t.weight): sp.masks[t.name] for t in sp.targets if t.name in sp.masks}  # by identity: tied weights have several names
+    now     = self.learn.model.state_dict(keep_vars=True)
+    tensors = {k: (v*masks[id(now[k])] if id(now[k]) in masks else v.clone()).contiguous() for k,v in self._rewind_to.items()}
     path = Path(self.learn.path)/self.learn.model_dir
     path.mkdir(parents=True, exist_ok=True)
     self._say(f'Saving {which} Ticket')

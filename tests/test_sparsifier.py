@@ -1,0 +1,92 @@
+"`Sparsifier` in a training loop of one's own, without fastai: laws 4 and 5"
+import math, pickle
+from copy import deepcopy
+from functools import partial
+
+import pytest, torch
+
+from fasterai_clone.digits import digits_net
+from fasterai_clone.sparse.all import *
+from helpers import same, zeros
+
+
+def steps(net, opt, n=3):
+    x = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for _ in range(n):
+        net(x).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+@pytest.mark.parametrize('opt_func', [partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1), torch.optim.AdamW,
+                                      torch.optim.RMSprop])
+@pytest.mark.parametrize('criteria, kwargs', [('large_final', {}), ('random', {}), ('wanda', dict(data=torch.rand(4, 1, 8, 8)))])
+def test_hold_keeps_zeros_until_released(opt_func, criteria, kwargs):
+    net = digits_net(4)
+    sp, opt = Sparsifier(net, criteria=criteria, **kwargs), opt_func(net.parameters())
+    sp.sparsify_model(50)
+    with sp.hold(opt): steps(net, opt)
+    assert zeros(net) == [18, 144, 576]
+    steps(net, opt)
+    assert sum(zeros(net)) == 0 and not opt._optimizer_step_post_hooks and not opt._optimizer_step_pre_hooks
+
+def test_hold_counts_gradients():
+    net = digits_net(4)
+    sp, opt, before = Sparsifier(net, criteria='gradient'), torch.optim.SGD(net.parameters(), lr=0.), {}
+    def add(*args): before.update({t.name: before.get(t.name, 0) + (t.weight * t.weight.grad).abs().detach() for t in sp.targets})
+    opt.register_step_pre_hook(add)
+    with sp.hold(opt): steps(net, opt)
+    sp.sparsify_model(50)
+    for k,mask in sp.masks.items(): assert before[k][mask].min() >= before[k][~mask].max()
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_a_refused_update_changes_nothing(bad):
+    net = digits_net(4)
+    sp  = Sparsifier(net)
+    sp.sparsify_model(50)
+    net[6].weight.data[0, 0, 0, 0] = bad
+    masks, before = {k: m.clone() for k,m in sp.masks.items()}, zeros(net)
+    with pytest.raises(ValueError, match='6.weight'): sp.sparsify_model(90)
+    assert same(sp.masks, masks) and zeros(net) == before
+
+@pytest.mark.parametrize('copy', [lambda s: s.state_dict(), lambda s: deepcopy(s.state_dict()),
+                                  lambda s: pickle.loads(pickle.dumps(s.state_dict()))],
+                         ids=['state_dict', 'deepcopy', 'pickle'])
+def test_two_that_shared_a_state_go_their_own_ways(copy):
+    a, b = Sparsifier(digits_net(4)), Sparsifier(digits_net(4))
+    a.sparsify_model(50)
+    b.load_state_dict(copy(a))
+    b.sparsify_model(90)
+    a.apply_masks()
+    assert zeros(a.model) == [18, 144, 576] and zeros(b.model) == [32, 259, 1036]
+
+def test_masks_given_by_hand_are_ones_own():
+    sp, mine = Sparsifier(digits_net(4)), torch.arange(36).reshape(4, 1, 3, 3) > 8
+    kept = mine.clone()
+    sp.masks['0.weight'] = mine
+    sp.apply_masks()
+    assert zeros(sp.model) == [9, 0, 0]
+    sp.sparsify_model(50)
+    assert not (sp.masks['0.weight'] & ~kept).any() and torch.equal(mine, kept) and zeros(sp.model) == [18, 144, 576]
+
+@pytest.mark.parametrize('granularity', ['weight', 'filter', (0, 1)])
+def test_state_survives_a_file(granularity, tmp_path):
+    a, b = Sparsifier(digits_net(4), granularity), Sparsifier(digits_net(4), granularity)
+    a.sparsify_model(50)
+    torch.save(a.state_dict(), tmp_path/'masks.pt')
+    b.load_state_dict(torch.load(tmp_path/'masks.pt', weights_only=True))
+    assert same(a.masks, b.masks) and zeros(b.model) == zeros(a.model)
+
+def test_zeros_stay_zero_where_weights_diverge():
+    net = digits_net(4)
+    sp  = Sparsifier(net)
+    sp.sparsify_model(50)
+    net[3].weight.data.fill_(math.inf)
+    sp.apply_masks()
+    assert zeros(net) == [18, 144, 576] and not net[3].weight.isnan().any()
+
+def test_references_are_copied_only_where_needed():
+    assert not Sparsifier(digits_net(4)).refs and not Sparsifier(digits_net(4), criteria='gradient').refs
+    sp = Sparsifier(digits_net(4), criteria='movement', exclude='6')
+    assert {k: tuple(v.shape) for k,v in sp.refs.items()} == {'0.weight': (4, 1, 3, 3), '3.weight': (8, 4, 3, 3)}
+    sp.sparsify_model(50)
+    assert all(m.dtype == torch.bool for m in sp.masks.values())
