@@ -46,7 +46,7 @@ def _images_learner(images, arch, size, bs, seed, scratch):
     from fastai.vision.all import ImageDataLoaders, Resize, accuracy, vision_learner
     path = Path(images).expanduser()
     if not path.is_dir() or not any(p.is_dir() for p in path.iterdir()): raise ValueError(f'`--images` must be a folder with a sub-folder of images for each class, got {images}')
-    if arch not in (legal := models.list_models()): raise ValueError(_unknown('architecture', arch, legal))
+    if arch not in (legal := models.list_models(module=models)): raise ValueError(_unknown('architecture', arch, legal))
     dls = ImageDataLoaders.from_folder(path, valid_pct=0.2, seed=seed, item_tfms=Resize(size), bs=bs)
     learn = vision_learner(dls, getattr(models, arch), pretrained=not scratch, metrics=accuracy)
     learn.unfreeze()

@@ -7,8 +7,9 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/digits.html.md"""
 # %% ../nbs/06_digits.ipynb #c8597d0d
 from __future__ import annotations
 import torch, torch.nn as nn
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdLists
 from fastai.data.load import DataLoader
+from fastcore.basics import noop
 
 # %% auto #0
 __all__ = ['digits_dls', 'digits_net']
@@ -24,7 +25,7 @@ def digits_dls(
     x, y  = torch.tensor(images, dtype=torch.float32).div_(16).reshape(-1, 1, 8, 8), torch.tensor(labels)
     valid = torch.arange(len(y)) % 5 == 0
     train = list(zip(x[~valid], y[~valid]))[:n]
-    return DataLoaders(DataLoader(train, bs=bs, shuffle=True, drop_last=True), DataLoader(list(zip(x[valid], y[valid])), bs=256))
+    return DataLoaders(DataLoader(TfmdLists(train, noop), bs=bs, shuffle=True, drop_last=True), DataLoader(TfmdLists(list(zip(x[valid], y[valid])), noop), bs=256))
 
 # %% ../nbs/06_digits.ipynb #986c5d6e
 def digits_net(

@@ -91,7 +91,7 @@ def __call__(self:Criteria,
         ref = self.f(up(reference))
         scores = ref if self.return_init else self.output_fn(self.f(now), ref) if self.output_fn else self.f(now)
     if not isinstance(scores, torch.Tensor) or scores.shape != w.shape:
-        raise ValueError(f'Expected scores of the shape {tuple(w.shape)} of the weights, got {tuple(getattr(scores, "shape", ())) or type(scores).__name__}')
+        raise ValueError(f'Expected scores of the shape {tuple(w.shape)} of the weights, got {tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__}')
     return scores
 
 # %% ../../nbs/01_core.criteria.ipynb #e5095ea7

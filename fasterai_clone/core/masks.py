@@ -15,7 +15,7 @@ __all__ = ['Masks']
 
 # %% ../../nbs/04_core.masks.ipynb #b184e578
 class Masks(dict):
-    "Parameter name → bool tensor of its shape, True = kept; what is put in is checked"
+    "Parameter name → bool tensor of its shape, True = kept; what is put in is checked and copied"
     def __init__(self,
         masks: dict|None=None,              # masks to begin with
         shapes: dict[str, tuple]|None=None  # the parameters that may have a mask, with their shapes; None: any
@@ -23,14 +23,17 @@ class Masks(dict):
         self.shapes = {k: tuple(v) for k,v in shapes.items()} if shapes else None
         self.update(masks or {})
 
-    def __setitem__(self, name, mask):
+    def __setitem__(self, name, mask): self._own(name, mask, copy=True)
+
+    def _own(self, name, mask, copy=False):
+        "Check `mask` and keep it, or a copy of it"
         shapes = getattr(self, 'shapes', None)  # missing while unpickling
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
             raise TypeError(f'The mask of {name!r} must be a bool tensor, got {getattr(mask, "dtype", type(mask).__name__)}')
         if shapes is not None:
             if name not in shapes: raise KeyError(_unknown('parameter', name, shapes))
             if tuple(mask.shape) != shapes[name]: raise ValueError(f'The mask of {name!r} must have shape {shapes[name]}, got {tuple(mask.shape)}')
-        super().__setitem__(name, mask)
+        super().__setitem__(name, mask.clone() if copy else mask)
 
     def update(self, other=(), **kwargs):
         "Like `dict.update`, every mask checked"
@@ -69,5 +72,5 @@ def apply(self:Masks,
     "Zero what is dropped, in place"
     for k,mask in self.items():
         p = params[k].data
-        if mask.device != p.device: mask = self[k] = mask.to(p.device)
+        if mask.device != p.device: self._own(k, mask := mask.to(p.device))
         _zero(p, mask)

@@ -50,7 +50,9 @@ def progress(self:Schedule,
     if pct_train < self.start_pct: return 0.
     width = self.end_pct - self.start_pct
     pos = 1. if pct_train >= self.end_pct else (pct_train - self.start_pct) / width
-    return float(self.sched_func(pos) if _n_required(self.sched_func) == 1 else self.sched_func(0., 1., pos))
+    p = self.sched_func(pos) if _n_required(self.sched_func) == 1 else self.sched_func(0., 1., pos)
+    if isinstance(p, (str, bytes)) or not hasattr(p, '__float__'): raise TypeError(f'progress must be a number, got {p!r}')
+    return float(p)
 
 @patch
 def sparsity(self:Schedule,
@@ -70,6 +72,7 @@ one_shot = Schedule(sched_oneshot, start_pct=0.5)
 # %% ../../nbs/02_core.schedule.ipynb #58e75b29
 def sched_iterative(start, end, pos, n_steps=3):
     "From `start` to `end` in `n_steps` equal steps"
+    if not isinstance(n_steps, int) or n_steps < 1: raise ValueError(f'`n_steps` must be a whole number from 1, got {n_steps!r}')
     return start + (end - start) * math.ceil(round(pos * n_steps, 9)) / n_steps  # `round`: 3·⅓ must not start a fourth step
 
 iterative = Schedule(sched_iterative, start_pct=0.2)
@@ -126,9 +129,12 @@ def plot(self:Schedule,
 # %% ../../nbs/02_core.schedule.ipynb #bc5468ee
 def _checked(s):
     "`s`, after its progress was seen to stay between 0 and 1"
+    name = getattr(s.sched_func, '__name__', repr(s.sched_func))
     for i in range(101):
-        p = s.progress(i/100)
-        if not -1e-9 <= p <= 1 + 1e-9: raise ValueError(f'The schedule {s.sched_func!r} gives progress {p} at {i} % of training: expected a number from 0 to 1')
+        try: p = s.progress(i/100)
+        except Exception as e: raise ValueError(f'The schedule {name} fails at {i} % of training: {type(e).__name__}: {e}. '
+                                                'Expected a function of (start, end, pos), or of pos, that gives a number from 0 to 1') from e
+        if not -1e-9 <= p <= 1 + 1e-9: raise ValueError(f'The schedule {name} gives progress {p} at {i} % of training: expected a number from 0 to 1')
     return s
 
 def as_schedule(
@@ -139,7 +145,9 @@ def as_schedule(
     if isinstance(schedule, str):
         if schedule not in available_schedules(): raise ValueError(_unknown('schedule', schedule, available_schedules()))
         return globals()[schedule]
-    if isinstance(schedule, partial) and isinstance(schedule.func, Schedule): return schedule.func(*schedule.args, **schedule.keywords)
+    if isinstance(schedule, partial) and isinstance(schedule.func, Schedule):
+        if schedule.args: raise TypeError(f'A `partial` of a schedule takes keywords, as in `partial(iterative, n_steps=5)`; got {schedule.args}')
+        return schedule.func(**schedule.keywords)
     if callable(schedule) and not isinstance(schedule, type): return _checked(Schedule(schedule))
     raise TypeError(f'A schedule is a `Schedule`, one of {available_schedules()}, a `partial` of one or a function; got {schedule!r}')
 

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['check_sparsity', 'n_dropped', 'keep_masks', 'keep_mask']
+__all__ = ['check_sparsity', 'n_dropped', 'restore', 'keep_masks', 'keep_mask']
 
 # %% ../../nbs/03_core.selection.ipynb #af8afd80
 def check_sparsity(
@@ -213,10 +213,15 @@ def _stream(keys, parts, lo, hi, up, cap, journal):
     return _Tally(dropped, inside, found)
 
 # %% ../../nbs/03_core.selection.ipynb #4c95da7d
-def _restore(journal):
-    "Undo what was written over earlier masks in place"
-    for mask, packed in journal: mask[:] = np.unpackbits(packed, count=mask.size)
-    journal.clear()
+def restore(
+    journal: list,  # from `keep_masks`
+    start: int = 0  # from this entry on
+) -> None:
+    "Put back what was written over earlier masks in place"
+    for mask,old in reversed(journal[start:]):
+        if isinstance(mask, Tensor): mask.copy_(old)
+        else: mask[:] = np.unpackbits(old, count=mask.size)
+    del journal[start:]
 
 def _count(keys, parts, value, up):
     "How many elements are dropped if all keys up to `value` are"
@@ -288,7 +293,8 @@ def _narrow(keys, parts, lo, hi, up, cap, tally, n_drop, floor, population):
 
 # %% ../../nbs/03_core.selection.ipynb #53fb0890
 def _select_numpy(parts, n_drop, keys, sampler, journal):
-    "The one-pass bracket; see the module"
+    "The one-pass bracket, the counts that prove it, and the way out if they do not"
+    start = len(journal)
     total = sum(p.new.size for p in parts)
     gone = sum(p.old.size - np.count_nonzero(p.old) for p in parts if p.old is not None)
     up = n_drop >= gone
@@ -301,7 +307,7 @@ def _select_numpy(parts, n_drop, keys, sampler, journal):
     cap = int(total * _CAP) + _CAP_FLOOR
     tally = _stream(keys, parts, lo, hi, up, cap, journal)
     if not _finish(keys, parts, lo, hi, up, cap, tally, n_drop):
-        _restore(journal)
+        restore(journal, start)
         lo, hi = _narrow(keys, parts, lo, hi, up, cap, tally, n_drop, floor, population)
         tally = _stream(keys, parts, lo, hi, up, cap, journal)
         if not _finish(keys, parts, lo, hi, up, cap, tally, n_drop): raise RuntimeError('the weights changed during the selection')
@@ -351,7 +357,8 @@ def keep_masks(
     magnitude: bool = False,  # rank by |w| instead of by the value
     pruned: list|None=None,   # earlier masks: what they dropped goes first; going down, what they kept is all kept. None: nothing was dropped
     out: list|None=None,      # contiguous bool tensors to fill, also the earlier masks themselves
-    sampler = None            # `(flat, step)` → the indices to sample, for tests
+    sampler = None,           # `(flat, step)` → the indices to sample, for tests
+    journal: list|None=None   # gets what was written over in place, for `restore`
 ) -> list[Tensor]:            # bool, True = kept
     "Masks with exactly `n_drop` elements False in all: the lowest, and of equal ones those with the lowest index"
     n_drop, total = operator.index(n_drop), sum(t.numel() for t in tensors)
@@ -361,11 +368,13 @@ def keep_masks(
     if out is None: out = [torch.empty(t.shape, dtype=torch.bool, device=t.device) for t in tensors]
     _check(tensors, pruned, out)
     if not total: return list(out)
-    if any(not t.is_cpu for t in tensors): return _select_torch(tensors, n_drop, magnitude, pruned, out, sampler or _strided)
-    journal = []
+    journal, start = [] if journal is None else journal, len(journal or ())
+    if any(not t.is_cpu for t in tensors):
+        journal += [(o, o.clone()) for o,p in zip(out, pruned) if p is not None and p.data_ptr() == o.data_ptr()]
+        return _select_torch(tensors, n_drop, magnitude, pruned, out, sampler or _strided)
     try: _select_numpy(_parts(tensors, pruned, out), n_drop, _Keys(tensors, magnitude), sampler or _strided, journal)
     except BaseException:
-        _restore(journal)
+        restore(journal, start)
         raise
     return list(out)
 

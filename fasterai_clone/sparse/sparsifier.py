@@ -16,11 +16,11 @@ from torch.nn.parameter import is_lazy
 from ..core.criteria import Criteria, Reducer, as_criteria, group_scores, large_final, magnitude
 from ..core.granularity import Granularities, Groups, _unknown
 from ..core.masks import Masks
-from ..core.selection import check_sparsity, keep_masks, n_dropped
+from ..core.selection import check_sparsity, keep_masks, n_dropped, restore
 from ..report import Report, Row
 
 # %% auto #0
-__all__ = ['Target', 'find_targets', 'layer_sparsities', 'Sparsifier', 'Hold']
+__all__ = ['Target', 'find_targets', 'layer_sparsities', 'check_arguments', 'Sparsifier', 'Hold']
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #3d0656e3
 @dataclass(frozen=True)
@@ -41,13 +41,14 @@ class Target:
 # %% ../../nbs/10_sparse.sparsifier.ipynb #81334fd8
 def _matches(layer, pattern): return pattern in (layer, f'{layer}.weight') or fnmatchcase(layer, pattern) or fnmatchcase(f'{layer}.weight', pattern)
 
-def _patterns(what, patterns, layers):
-    "`patterns` as a list; each must match one of `layers`"
-    patterns = [] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
+def _patterns(what, patterns, layers=None):
+    "`patterns` as a list; each must match one of `layers`, if those are known"
+    patterns = [] if patterns is None else [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f'`{what}` takes layer names or patterns like "body.*", got {patterns!r}')
     for p in patterns:
-        if not isinstance(p, str): raise TypeError(f'`{what}` takes layer names or patterns like "body.*", got {p!r}')
-        if not any(_matches(l, p) for l in layers): raise ValueError(_unknown(f'layer in `{what}`', p, layers))
-    return patterns
+        if layers is not None and not any(_matches(l, p) for l in layers): raise ValueError(_unknown(f'layer in `{what}`', p, layers))
+    return list(patterns)
 
 def _check_weight(layer, m):
     "Refuse a layer whose weight cannot be masked"
@@ -60,18 +61,24 @@ def _check_weight(layer, m):
     if not w.is_floating_point(): raise ValueError(f'The weight of {where} is {w.dtype}: only real floating-point weights can be sparsified')
     if not torch.isfinite(w).all(): raise ValueError(f'The weight of {where} holds NaN or infinite numbers')
 
+def _types(layer_type):
+    "`layer_type` as a tuple of types"
+    types = tuple(layer_type) if isinstance(layer_type, (list, tuple, set)) else (layer_type,)
+    if not types or not all(isinstance(t, type) for t in types): raise TypeError(f'`layer_type` must be a type of layer or several, got {layer_type!r}')
+    return types
+
 # %% ../../nbs/10_sparse.sparsifier.ipynb #b9205db6
 def find_targets(
     model: nn.Module,
     granularity: str|tuple = 'weight',
     layer_type: type|tuple = nn.Conv2d,        # the types of layers to sparsify
     include: str|Iterable[str]|None = None,    # names or patterns of layers; None: all
-    exclude: str|Iterable[str]|None = None     # names or patterns of layers to leave dense
+    exclude: str|Iterable[str]|None = None,    # names or patterns of layers to leave dense
+    part: nn.Module|None = None                # only layers inside this part of the model
 ) -> list[Target]:
     "The weights to sparsify, each one once"
-    types = tuple(layer_type) if isinstance(layer_type, (list, tuple, set)) else (layer_type,)
-    if not types or not all(isinstance(t, type) for t in types): raise TypeError(f'`layer_type` must be a type of layer or several, got {layer_type!r}')
-    found = [(i, n, m) for i,(n,m) in enumerate(model.named_modules()) if isinstance(m, types)]
+    types, inside = _types(layer_type), set((part or model).modules()) if part is None or isinstance(part, nn.Module) else ()
+    found = [(i, n, m) for i,(n,m) in enumerate(model.named_modules()) if isinstance(m, types) and m in inside]
     if not found: raise ValueError(_no_layer(model, types))
     names = [n for _,n,_ in found]
     include, exclude = _patterns('include', include, names), _patterns('exclude', exclude, names)
@@ -101,6 +108,7 @@ def layer_sparsities(
     "The sparsity of each target, in percent"
     names = [t.layer for t in targets]
     if isinstance(sparsity, Mapping):
+        if not sparsity: raise ValueError(f'`sparsity` names no layer: expected some of {", ".join(names)}')
         named = {k if isinstance(k, str) else next((t.layer for t in targets if t.module is k), repr(k)): check_sparsity(v, f'sparsity[{k!r}]')
                  for k,v in sparsity.items()}
         _patterns('sparsity', named, names)
@@ -115,6 +123,29 @@ def layer_sparsities(
 # %% ../../nbs/10_sparse.sparsifier.ipynb #a9c7ae03
 _contexts = ('local', 'global')
 
+def _parse_nm(nm, granularity):
+    "`nm` as `(n, m)` or None"
+    if nm is False or nm is None: return None
+    pair = (2, 4) if nm is True else nm
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(type(o) is int for o in pair) or not 0 < pair[0] < pair[1]:
+        raise ValueError(f'`nm` must be (n, m) with 0 < n < m, or True for (2, 4); got {nm!r}')
+    if granularity != 'weight': raise ValueError(f'`nm` is a pattern of single weights: it needs granularity "weight", got {granularity!r}')
+    return tuple(pair)
+
+def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, include=None, exclude=None, round_to=None) -> None:
+    "Refuse what is wrong for any model; the arguments are those of `Sparsifier`"
+    if isinstance(granularity, str):
+        if granularity not in (legal := Granularities.available_granularities()): raise ValueError(_unknown('granularity', granularity, legal))
+    elif not isinstance(granularity, (tuple, list)): raise TypeError(f'`granularity` must be a name or the axes one group spans, got {granularity!r}')
+    if context not in _contexts: raise ValueError(_unknown('context', context, _contexts))
+    _parse_nm(nm, granularity)
+    _types(layer_type)
+    _patterns('include', include), _patterns('exclude', exclude)
+    if round_to is None: return
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1: raise ValueError(f'`round_to` must be a positive whole number, got {round_to!r}')
+    if context == 'global': raise ValueError('`round_to` counts the groups of one layer: it needs context="local"')
+
+# %% ../../nbs/10_sparse.sparsifier.ipynb #c5f54078
 class Sparsifier:
     "Sparsify `model` by `granularity`, inside each layer or over all of them, dropping what has the lowest `criteria`"
     def __init__(self,
@@ -127,19 +158,19 @@ class Sparsifier:
         *,
         include: str|list|None = None,           # only layers of these names or patterns
         exclude: str|list|None = None,           # no layers of these names or patterns
+        part: nn.Module|None = None,             # only layers inside this part of the model
         data = None                              # for criteria that look at activations: a batch, or batches as a DataLoader gives them
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
-        if context not in _contexts: raise ValueError(_unknown('context', context, _contexts))
+        check_arguments(granularity, context, nm, layer_type, include, exclude)
         self.model, self.granularity, self.context, self.data = model, granularity, context, data
-        self.criteria = as_criteria(criteria)
-        self.targets = find_targets(model, granularity, layer_type, include, exclude)
-        self.nm = _check_nm(nm, granularity, self.targets)
+        self.criteria, self.nm = as_criteria(criteria), _parse_nm(nm, granularity)
+        self.targets = find_targets(model, granularity, layer_type, include, exclude, part)
         self.pools = [self.targets] if context == 'global' else [[t] for t in self.targets]  # who competes with whom
         self.masks = Masks(shapes={t.name: t.weight.shape for t in self.targets})
         self.refs, self.used = {}, set()  # what the criterion compares with, and whose sums an update has used
-        if isinstance(self.criteria, dict): _check_scores(self.criteria, self.targets)
-        elif self.criteria.reference in ('init', 'update'): self.refs = {t.name: t.weight.detach().clone() for t in self.targets}
+        if self.reference in ('init', 'update'): self.refs = {t.name: t.weight.detach().clone() for t in self.targets}
+        self._try_out()
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #8105312c
 @patch(as_prop=True)
@@ -159,22 +190,22 @@ def _check_scores(scores, targets):
     for k,v in scores.items():
         if k not in shapes: raise ValueError(_unknown('parameter in `criteria`', k, shapes))
         if not isinstance(v, torch.Tensor) or tuple(v.shape) != shapes[k]:
-            raise ValueError(f'The scores of {k!r} must be a tensor of shape {shapes[k]}, got {tuple(getattr(v, "shape", ())) or type(v).__name__}')
+            raise ValueError(f'The scores of {k!r} must be a tensor of shape {shapes[k]}, got {tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__}')
     missing = [k for k in shapes if k not in scores]
     if missing: raise ValueError(f'`criteria` has no scores for {", ".join(missing)}: give them, or leave those layers out with `exclude`')
 
 def _input_axis(m): return 0 if getattr(m, 'transposed', False) else 1
 
-def _check_nm(nm, granularity, targets):
-    "`nm` as `(n, m)` or None"
-    if nm is False or nm is None: return None
-    n,m = nm = (2, 4) if nm is True else tuple(nm)
-    if not all(isinstance(o, int) for o in nm) or not 0 < n < m: raise ValueError(f'`nm` must be (n, m) with 0 < n < m, got {nm}')
-    if granularity != 'weight': raise ValueError(f'`nm` is a pattern of single weights: it needs granularity "weight", got {granularity!r}')
-    for t in targets:
+@patch
+def _try_out(self:Sparsifier):
+    "Score each layer once, so that a criterion that cannot is found now"
+    if isinstance(self.criteria, dict): _check_scores(self.criteria, self.targets)
+    for t in self.targets:
         size = t.weight.shape[_input_axis(t.module)]
-        if size % m: raise ValueError(f'{t.layer} has {size} inputs, not a multiple of {m}: leave it out with `exclude={t.layer!r}`')
-    return nm
+        if self.nm and size % self.nm[1]: raise ValueError(f'{t.layer} has {size} inputs, not a multiple of {self.nm[1]}: leave it out with `exclude={t.layer!r}`')
+    if self.reference in ('grad', 'data') or self._plain_magnitude(): return
+    with torch.random.fork_rng(devices={t.weight.device for t in self.targets if t.weight.is_cuda}):
+        for t in self.targets: self._scores(t)
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #f9c782d2
 @patch(as_prop=True)
@@ -233,19 +264,17 @@ def _input_norms2(m, x):
 @patch
 @torch.no_grad()
 def observe(self:Sparsifier,
-    *inputs,                  # what the model is called with
-    model: nn.Module|None=None  # the whole model, if this `Sparsifier` has only a part of it
+    *inputs  # what the model is called with
 ) -> None:
     "Add the activations of this batch to what `wanda` scores by"
-    model = self.model if model is None else model
-    sums, hooks, modes = {}, [], [(m, m.training) for m in model.modules()]
+    sums, hooks, modes = {}, [], [(m, m.training) for m in self.model.modules()]
     def look(t):
         def hook(m, args, kwargs): sums[t.name] = sums.get(t.name, 0) + _input_norms2(m, args[0] if args else next(iter(kwargs.values())))
         return hook
     try:
-        model.eval()
+        self.model.eval()
         for t in self.targets: hooks.append(t.module.register_forward_pre_hook(look(t), with_kwargs=True))
-        model(*inputs)
+        self.model(*inputs)
     finally:
         for h in hooks: h.remove()
         for m,mode in modes: m.training = mode
@@ -264,11 +293,6 @@ def _observe_data(self:Sparsifier):
         self.observe(x.to(device))
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #014cf176
-def _check_round(round_to):
-    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
-        raise ValueError(f'`round_to` must be a positive whole number, got {round_to!r}')
-    return round_to or 1
-
 def _count(n, sparsity, round_to):
     "How many of `n` groups go, if as many as stay are to be a multiple of `round_to`"
     return n - min(n, -(-(n - n_dropped(n, sparsity)) // round_to) * round_to)
@@ -306,8 +330,7 @@ def counts(self:Sparsifier,
     round_to: int|None = None     # keep a multiple of this many groups in each layer
 ) -> list[int]:
     "`counts_at`, of arguments that are checked"
-    _check_round(round_to)
-    if round_to and self.context == 'global': raise ValueError('`round_to` counts the groups of one layer: it needs context="local"')
+    check_arguments(self.granularity, self.context, round_to=round_to)
     counts = self.counts_at(self.sparsities(sparsity), round_to)
     self._check_reach(self.pools, counts)
     return counts
@@ -355,19 +378,29 @@ def update(self:Sparsifier,
     counts: list[int],                      # how many groups each pool drops
     pools: list[list[Target]]|None = None   # None: all
 ) -> None:
-    "Choose new masks and apply them"
+    "Choose new masks, all of them or none, and apply them"
     self._observe_data()
-    fast, pools = self._plain_magnitude(), self.pools if pools is None else pools
-    for pool,k in zip(pools, counts):
-        scores = [t.weight.reshape(t.groups.shape) if fast else self._scores(t) for t in pool]
-        old    = [self._group_mask(t) for t in pool]
-        reuse  = not any(m is None or t.groups.dims for t,m in zip(pool, old))  # masks of single weights are updated in place
-        try: keep = keep_masks(scores, k, magnitude=fast, pruned=old, out=old if reuse else None)
-        except ValueError as e:
-            raise ValueError(f'{", ".join(t.name for t in pool if not torch.isfinite(t.weight).all())}: {e}. Has the training diverged?') from None
-        if not reuse: self.masks.update({t.name: t.groups.expand(m, t.weight.shape).contiguous() for t,m in zip(pool, keep)})
+    new, journal, pools = {}, [], self.pools if pools is None else pools
+    try:
+        for pool,k in zip(pools, counts): new.update(self._choose(pool, k, journal))
+    except BaseException:
+        restore(journal)
+        raise
+    for k,m in new.items(): self.masks._own(k, m)
     self.apply_masks()
     self._renew_refs({t.name for pool in pools for t in pool})
+
+@patch
+def _choose(self:Sparsifier, pool, k, journal):
+    "New masks for `pool`, by parameter name; those of single weights are updated in place"
+    fast   = self._plain_magnitude()
+    scores = [t.weight.reshape(t.groups.shape) if fast else self._scores(t) for t in pool]
+    old    = [self._group_mask(t) for t in pool]
+    reuse  = not any(m is None or t.groups.dims for t,m in zip(pool, old))
+    try: keep = keep_masks(scores, k, magnitude=fast, pruned=old, out=old if reuse else None, journal=journal)
+    except ValueError as e:
+        raise ValueError(f'{", ".join(t.name for t in pool if not torch.isfinite(t.weight).all())}: {e}. Has the training diverged?') from None
+    return {} if reuse else {t.name: t.groups.expand(m, t.weight.shape).contiguous() for t,m in zip(pool, keep)}
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #05d22591
 @patch
@@ -388,7 +421,8 @@ def sparsify_layer(self:Sparsifier,
     found = [i for i,t in enumerate(self.targets) if layer is t.module or isinstance(layer, str) and layer in (t.layer, t.name)]
     if not found: raise ValueError(_unknown('layer', layer if isinstance(layer, str) else type(layer).__name__, [t.layer for t in self.targets]))
     t = self.targets[found[0]]
-    pools, counts = [[t]], [_count(t.groups.n, check_sparsity(sparsity), _check_round(round_to))]
+    check_arguments(self.granularity, 'local', round_to=round_to)
+    pools, counts = [[t]], [_count(t.groups.n, check_sparsity(sparsity), round_to or 1)]
     self._check_reach(pools, counts)
     self.update(counts, pools)
 
@@ -412,7 +446,7 @@ def adopt(self:Sparsifier,
         found = [t for t in pool if t.name in keep and 0 < zero[t.name] < keep[t.name].numel()]
         n = sum(zero[t.name] for t in found)
         if not n or most is not None and n > most[i]: continue
-        for t in found: self.masks[t.name] = t.groups.expand(keep[t.name], t.weight.shape).contiguous()
+        for t in found: self.masks._own(t.name, t.groups.expand(keep[t.name], t.weight.shape).contiguous())
         adopted += n
     return adopted
 

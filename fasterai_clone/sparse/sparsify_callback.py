@@ -14,11 +14,10 @@ from fastai.callback.core import Callback
 from fastai.learner import ValueMetric
 from fastcore.basics import patch, store_attr
 from safetensors.torch import save_file
-from ..core.criteria import Criteria, as_criteria, available_criterias, large_final
-from ..core.granularity import Granularities, _unknown
+from ..core.criteria import Criteria, as_criteria, large_final
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
-from .sparsifier import Sparsifier, _check_round, _contexts
+from .sparsifier import Sparsifier, check_arguments
 
 # %% auto #0
 __all__ = ['SparsifyCallback', 'SparsifyClosing']
@@ -36,6 +35,13 @@ def _check_whole(what, v, least):
     "Refuse a `v` that is not a whole number from `least`"
     if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f'`{what}` must be a whole number from {least}, got {v!r}')
 
+def _check_span(start_epoch, end_epoch):
+    "Refuse epochs that no fit could have"
+    for k,v in dict(start_epoch=start_epoch, end_epoch=end_epoch).items():
+        if v is not None and (isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < math.inf):
+            raise ValueError(f'`{k}` must be a number of epochs from 0, got {v!r}')
+    if None not in (start_epoch, end_epoch) and start_epoch > end_epoch: raise ValueError(f'`start_epoch` {start_epoch} comes after `end_epoch` {end_epoch}')
+
 # %% ../../nbs/11_sparse.sparsify_callback.ipynb #93a5188c
 class SparsifyCallback(Callback):
     "Sparsify the model during `fit`, following `schedule`"
@@ -50,7 +56,7 @@ class SparsifyCallback(Callback):
         rewind_epoch: int = 0,                    # the epoch at whose start the weights to rewind to are saved
         reset_end: bool = False,                  # rewind the weights once more at the end
         save_tickets: bool = False,               # save the rewound and masked weights after each pruning and at the end, as safetensors
-        model: nn.Module|None = None,             # the part to sparsify; None: the whole model of the learner
+        model: nn.Module|None = None,             # the part of the learner's model to sparsify; None: all of it
         round_to: int|None = None,                # keep a multiple of this many groups in each layer
         nm: bool|tuple = False,                   # `(n, m)`: keep at least n of each m weights along the input axis; True is (2, 4)
         layer_type: type|tuple = nn.Conv2d,       # the types of layers to sparsify
@@ -64,14 +70,13 @@ class SparsifyCallback(Callback):
         verbose: bool = True                      # print sparsity and the report
     ):
         _check_sparsities(sparsity)
-        if isinstance(granularity, str) and granularity not in (legal := Granularities.available_granularities()):
-            raise ValueError(_unknown('granularity', granularity, legal))
-        if context not in _contexts: raise ValueError(_unknown('context', context, _contexts))
+        check_arguments(granularity, context, nm, layer_type, include, exclude, round_to)
         if isinstance(sparsity, (Mapping, list, tuple)) and context == 'global':
             raise ValueError(f'A sparsity for each layer needs context="local": globally there is one for all, got {sparsity!r}')
         _check_whole('rewind_epoch', rewind_epoch, 0)
         _check_whole('every', every, 1)
-        _check_round(round_to)
+        _check_span(start_epoch, end_epoch)
+        if model is not None and not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
         criteria, schedule = as_criteria(criteria), as_schedule(schedule)
         if start_sparsity is not None: schedule = schedule(start_sparsity=check_sparsity(start_sparsity, 'start_sparsity'))
         store_attr()
@@ -138,9 +143,11 @@ def before_fit(self:SparsifyCallback):
 @patch
 def _find_layers(self:SparsifyCallback):
     "A `Sparsifier` for a model that has none yet; was it needed?"
-    model = self.learn.model if self.model is None else self.model
+    model = self.learn.model
+    if self.model is not None and set(self.model.modules()).isdisjoint(model.modules()):
+        raise ValueError('`model` has no module of the model this learner trains: pass a part of it, or leave it out to sparsify all of it')
     if self.sparsifier is not None and self.sparsifier.model is model: return False
-    sp = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type, include=self.include, exclude=self.exclude)
+    sp = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type, include=self.include, exclude=self.exclude, part=self.model)
     sp.counts(self.sparsity, self.round_to)  # refuses what this model cannot have
     self.sparsifier, self._rewind_to = sp, None
     return True
@@ -149,13 +156,14 @@ def _find_layers(self:SparsifyCallback):
 @patch
 def _fitted_schedule(self:SparsifyCallback):
     "The schedule, with `start_epoch` and `end_epoch` as shares of this fit"
-    pcts = {}
+    pcts, n = {}, self.n_epoch
     for end in ('start', 'end'):
         v = getattr(self, f'{end}_epoch')
         if v is None: continue
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= self.n_epoch:
-            raise ValueError(f'`{end}_epoch` must be from 0 to the {self.n_epoch} epochs of this fit, got {v!r}')
-        pcts[f'{end}_pct'] = v / self.n_epoch
+        if v > n: raise ValueError(f'`{end}_epoch` is {v}, and this fit has {n} epochs')
+        pcts[f'{end}_pct'] = v / max(n, 1)
+    start, end = pcts.get('start_pct', self.schedule.start_pct), pcts.get('end_pct', self.schedule.end_pct)
+    if start > end: raise ValueError(f'The schedule would start in epoch {start*n:g} and end in epoch {end*n:g} of {n}: set both `start_epoch` and `end_epoch`')
     return self.schedule(**pcts) if pcts else self.schedule
 
 @patch
@@ -195,7 +203,7 @@ def _move_to(self:SparsifyCallback, progress):
     "Bring the network to where it should be when `progress` of this fit is done"
     sp, counts = self.sparsifier, self._counts(progress)
     if counts == self._last: return sp.apply_masks()
-    if sp.reference == 'data': sp.observe(*self.xb, model=self.learn.model)
+    if sp.reference == 'data': sp.observe(*self.xb)
     sp.update(counts)
     self._last = counts
     self._after_pruning()

@@ -1,0 +1,100 @@
+"The five measures: each yields rows of results"
+import io, json, os, subprocess, sys
+from contextlib import redirect_stdout
+from copy import deepcopy
+from functools import partial
+import torch
+from .adapters import BASELINE, SPARSITY, taking_part
+from .models import OPTIMIZERS, SIZES, count, layers, learner, resnet, stepper
+from .timing import interleave, rows, timed
+
+PASS = 'one memory pass'
+
+def memory_pass(model, device):
+    "Seconds of reading all weights once"
+    ws = [m.weight.detach() for m in layers(model)]
+    return sorted(timed(lambda: [w.sum() for w in ws], device)[0] for _ in range(3))[1]
+
+def choice(base, noise, contestant, context, criteria, start, end, counts, device):
+    "Seconds to choose masks for a copy of `base` at `end` percent, after masks at `start`"
+    model = deepcopy(base)
+    choose = contestant.call('choose', model, context, criteria)
+    if start: choose(start)
+    if criteria != 'magnitude':
+        for m, n in zip(layers(model), noise):
+            m.weight.data.add_(n)
+            m.weight.grad = n.clone()
+    seconds, masks = timed(partial(choose, end), device)
+    counts[contestant.name] = count(model, context, end, masks)
+    return seconds
+
+def choosing(args):
+    "(a) Time to choose masks"
+    for i, size in enumerate(args.sizes):
+        base = SIZES[size]().to(args.device)
+        noise = [torch.randn_like(m.weight) * .01 for m in layers(base)] if i == args.detail else None
+        cases = [(c, 'magnitude', 0, SPARSITY) for c in ('local', 'global')]
+        if noise: cases += [('global', 'magnitude', 80, 82), ('global', 'movement', 0, SPARSITY), ('global', 'gradient', 0, SPARSITY)]
+        for context, criteria, start, end in cases:
+            counts, part = {}, 'choose' if criteria == 'magnitude' else 'criteria'
+            jobs = {PASS: lambda: memory_pass(deepcopy(base), args.device)}
+            jobs |= {c.name: partial(choice, base, noise, c, context, criteria, start, end, counts, args.device) for c in taking_part(part)}
+            case = f'{size}, {context}, {f"{start} to {end}" if start else end} %' + (f', {criteria}' if part == 'criteria' else '')
+            yield from rows('a choosing masks', case, *interleave(jobs, args.rounds), 's', PASS, counts)
+
+def steps(args):
+    "(b) Time of a training step with masks held"
+    x, y, base = torch.randn(16, 3, 64, 64, device=args.device), torch.randint(10, (16,), device=args.device), resnet(18).to(args.device)
+    for optimizer in OPTIMIZERS:
+        models, steppers = {}, {}
+        def one(c):
+            if c.name not in steppers:
+                models[c.name] = deepcopy(base)
+                steppers[c.name] = stepper(c, models[c.name], optimizer, x, y)
+            return timed(steppers[c.name], args.device)[0]
+        results = interleave({c.name: partial(one, c) for c in taking_part('step')}, args.steps)
+        counts = {k: count(models[k], 'local') for k in results[0] if k != BASELINE}
+        yield from rows('b step at 90 %', f'ResNet-18, {optimizer}', *results, 's', BASELINE, counts)
+
+def fit(contestant, net, context, epochs, batches, counts, device):
+    "Seconds an epoch of a whole training"
+    torch.manual_seed(0)
+    learn, cb = learner(net, device, batches), contestant.call('callback', context)
+    with learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO()): seconds, _ = timed(partial(learn.fit, epochs, 1e-3, cbs=cb), device)
+    if cb: counts[contestant.name] = count(learn.model, context)
+    return seconds / epochs
+
+def training(args):
+    "(c) Time of a training whose target moves at every batch"
+    for net, epochs in (('digits net', args.digits_epochs), ('ResNet-18', args.epochs)):
+        for context in args.contexts:
+            counts = {}
+            jobs = {c.name: partial(fit, c, net, context, epochs, args.batches, counts, args.device) for c in taking_part('train')}
+            yield from rows('c training with agp', f'{net}, {context}', *interleave(jobs, args.rounds), 's/epoch', BASELINE, counts)
+
+def child(job, contestant, device):
+    "What `benchmarks.child` measured in a process of its own"
+    env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')  # freed memory goes back to the system at once
+    out = subprocess.run([sys.executable, '-m', 'benchmarks.child', job, contestant.name, device], env=env, capture_output=True, text=True)
+    if out.returncode: raise RuntimeError(out.stderr.strip().split('\n')[-1])
+    return json.loads(out.stdout.split('\n')[-2])
+
+def by_key(part, cases, results, failed, reference):
+    "Rows of results that are dicts: one case for each of their keys"
+    for key, (case, unit) in cases.items():
+        yield from rows(part, case, {k: [v[key] for v in vs] for k, vs in results.items() if vs[0].get(key) is not None}, failed, unit, reference)
+
+def memory(args):
+    "(d) Memory"
+    results, failed = interleave({c.name: partial(child, 'memory', c, args.device) for c in taking_part('memory')}, 1, warm_up=False)
+    for r in results.values(): r[0]['extra'] = (r[0].pop('held') - results[BASELINE][0].get('held', 0)) / r[0]['weights'] if BASELINE in results else None
+    cases = dict(extra=('ResNet-18, Adam: tensors held on top of weights and optimizer', 'bytes/weight'), checkpoint=('ResNet-18: state_dict, saved', 'MB'),
+                 peak=('ResNet-18, Adam, 3 steps: peak of the process', 'MB'), rise=('ResNet-50: peak while choosing masks, global', 'bytes/weight'))
+    yield from by_key('d memory', cases, results, failed, None)
+
+def startup(args):
+    "(e) Time to import, and to the first batch"
+    results, failed = interleave({c.name: partial(child, 'startup', c, args.device) for c in taking_part('startup')}, args.starts, warm_up=False)
+    yield from by_key('e start', dict(imported=('import', 's'), first=('digits net: first batch done', 's')), results, failed, BASELINE)
+
+MEASURES = dict(a=choosing, b=steps, c=training, d=memory, e=startup)
