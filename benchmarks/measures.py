@@ -58,6 +58,7 @@ def steps(args):
 
 def fit(contestant, net, context, epochs, batches, counts, device):
     "Seconds an epoch of a whole training"
+    from fastai.callback import progress  # gives `Learner` its `no_bar`
     torch.manual_seed(0)
     learn, cb = learner(net, device, batches), contestant.call('callback', context)
     with learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO()): seconds, _ = timed(partial(learn.fit, epochs, 1e-3, cbs=cb), device)
@@ -72,25 +73,30 @@ def training(args):
             jobs = {c.name: partial(fit, c, net, context, epochs, args.batches, counts, args.device) for c in taking_part('train')}
             yield from rows('c training with agp', f'{net}, {context}', *interleave(jobs, args.rounds), 's/epoch', BASELINE, counts)
 
+class ChildError(Exception): "The last line of a process that failed"
+
 def child(job, contestant, device):
     "What `benchmarks.child` measured in a process of its own"
     env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')  # freed memory goes back to the system at once
     out = subprocess.run([sys.executable, '-m', 'benchmarks.child', job, contestant.name, device], env=env, capture_output=True, text=True)
-    if out.returncode: raise RuntimeError(out.stderr.strip().split('\n')[-1])
+    if out.returncode: raise ChildError(out.stderr.strip().split('\n')[-1])
     return json.loads(out.stdout.split('\n')[-2])
 
-def by_key(part, cases, results, failed, reference):
+def by_key(part, cases, results, failed, reference=None):
     "Rows of results that are dicts: one case for each of their keys"
     for key, (case, unit) in cases.items():
-        yield from rows(part, case, {k: [v[key] for v in vs] for k, vs in results.items() if vs[0].get(key) is not None}, failed, unit, reference)
+        yield from rows(part, case, {k: [v[key] for v in vs] for k, vs in results.items()}, failed, unit, reference)
 
 def memory(args):
     "(d) Memory"
     results, failed = interleave({c.name: partial(child, 'memory', c, args.device) for c in taking_part('memory')}, 1, warm_up=False)
-    for r in results.values(): r[0]['extra'] = (r[0].pop('held') - results[BASELINE][0].get('held', 0)) / r[0]['weights'] if BASELINE in results else None
-    cases = dict(extra=('ResNet-18, Adam: tensors held on top of weights and optimizer', 'bytes/weight'), checkpoint=('ResNet-18: state_dict, saved', 'MB'),
-                 peak=('ResNet-18, Adam, 3 steps: peak of the process', 'MB'), rise=('ResNet-50: peak while choosing masks, global', 'bytes/weight'))
-    yield from by_key('d memory', cases, results, failed, None)
+    base = results[BASELINE][0]['held']
+    for r, in results.values(): r['extra'] = (r['held'] - base) / r['weights']
+    cases = dict(extra=('ResNet-18, Adam: tensors held on top of weights and optimizer', 'bytes/weight'),
+                 checkpoint=('ResNet-18: state_dict, saved', 'MB'), peak=('ResNet-18, Adam, 3 steps: peak', 'MB'))
+    yield from by_key('d memory', cases, results, failed)
+    peaks = interleave({c.name: partial(child, 'rise', c, args.device) for c in taking_part('choose')}, 1, warm_up=False)
+    yield from by_key('d memory', dict(rise=('ResNet-50: rise of the peak while choosing masks, global', 'bytes/weight')), *peaks)
 
 def startup(args):
     "(e) Time to import, and to the first batch"

@@ -46,10 +46,10 @@ def agp_callback(make):
     "A fastai callback for a library that has none: `make(model)` gives a function of a sparsity, called after each step"
     from fastai.callback.core import Callback
     class Agp(Callback):
-        def before_fit(self): self.to = make(self.learn.model)
+        def before_fit(self): self.prune_to = make(self.learn.model)
         def after_step(self):
             done = (self.epoch*self.n_iter + self.iter + 1) / (self.n_epoch*self.n_iter)
-            self.to(SPARSITY * (1 - (1 - done)**3))
+            self.prune_to(SPARSITY * (1 - (1 - done)**3))
     return Agp()
 
 def learner(net, device, batches=None):

@@ -7,7 +7,6 @@ import torch
 
 def timed(f, device):
     "Seconds that `f()` takes, and what it returns"
-    gc.collect()
     gc.disable()
     sync = torch.cuda.synchronize if device == 'cuda' else int
     try:
@@ -22,6 +21,7 @@ def interleave(jobs, rounds, warm_up=True):
     "Call each of `jobs` (name → function that returns numbers) once a round, in rotating order: the numbers by name, and why some failed"
     results, failed = {k: [] for k in jobs}, {}
     for r in range(rounds + warm_up):
+        gc.collect()
         names = [k for k in jobs if k not in failed]
         shift = r % max(len(names), 1)
         for k in names[shift:] + names[:shift]:

@@ -364,12 +364,12 @@ def observed():
 
 @pytest.mark.parametrize('broken', [False, True])
 def test_observing_leaves_the_model_as_it_was(broken):
-    net, x = observed(), torch.rand(2, 1, 8, 8)
+    net, x, small = observed(), torch.rand(2, 1, 8, 8), torch.rand(2, 1, 3, 3)
     sp = Sparsifier(net, criteria='wanda')
     def state(): return [(m.training, list(m._forward_pre_hooks), list(m._forward_hooks), dict(vars(m).get('_forward_pre_hooks_with_kwargs', {}))) for m in net.modules()]
     modes, tensors, rng = state(), {k: v.clone() for k,v in net.state_dict().items()}, torch.get_rng_state()
     if broken:
-        with pytest.raises(RuntimeError): sp.observe(torch.rand(2, 1, 3, 3))  # the second convolution finds an image too small
+        with pytest.raises(RuntimeError): sp.observe(small)  # the second convolution finds an image too small
     else: sp.observe(x)
     assert state() == modes and torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(v, tensors[k]) for k,v in net.state_dict().items())

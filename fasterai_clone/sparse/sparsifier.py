@@ -18,6 +18,7 @@ from ..core.granularity import Granularities, Groups, _unknown
 from ..core.masks import Masks
 from ..core.selection import check_sparsity, keep_masks, n_dropped, restore
 from ..report import Report, Row
+from .compact import CompactStep, _inner, why_not_compact
 
 # %% auto #0
 __all__ = ['Target', 'find_targets', 'layer_sparsities', 'check_arguments', 'Sparsifier', 'Hold']
@@ -168,6 +169,7 @@ class Sparsifier:
         self.targets = find_targets(model, granularity, layer_type, include, exclude, part)
         self.pools = [self.targets] if context == 'global' else [[t] for t in self.targets]  # who competes with whom
         self.masks = Masks(shapes={t.name: t.weight.shape for t in self.targets})
+        self.updates = 0  # how often the masks have changed
         self.refs, self.used = {}, set()  # what the criterion compares with, and whose sums an update has used
         if self.reference in ('init', 'update'): self.refs = {t.name: t.weight.detach().clone() for t in self.targets}
         self._try_out()
@@ -387,6 +389,7 @@ def update(self:Sparsifier,
         restore(journal)
         raise
     for k,m in new.items(): self.masks._own(k, m)
+    self.updates += 1
     self.apply_masks()
     self._renew_refs({t.name for pool in pools for t in pool})
 
@@ -453,27 +456,50 @@ def adopt(self:Sparsifier,
 # %% ../../nbs/10_sparse.sparsifier.ipynb #734afa59
 class Hold:
     "Keeps masks applied until `release`, or to the end of its `with` block"
-    def __init__(self, handles): self.handles = handles
+    def __init__(self, sparsifier, optimizer, compact):
+        self.sp, self.opt, self.compact, self.step, self.made_for = sparsifier, optimizer, compact, None, None
+        self.handles = [optimizer.register_step_pre_hook(self.before), optimizer.register_step_post_hook(self.after)]
+
+    def before(self, *args):
+        if self.sp.reference == 'grad': self.sp.accumulate_gradients()
+        if not self.compact: return
+        if self.made_for != self.sp.updates:  # the masks are others now
+            if self.step: self.step.release()
+            self.step, self.made_for = self.sp.compact_step(self.opt), self.sp.updates
+        self.step.enter()
+
+    def after(self, *args):
+        if self.step: self.step.exit()
+        else: self.sp.apply_masks()
+
     def release(self):
         "Let go"
         for h in self.handles: h.remove()
-        self.handles = []
+        if self.step: self.step.release()
+        self.handles, self.step = [], None
+
     def __enter__(self): return self
     def __exit__(self, *args): self.release()
 
+# %% ../../nbs/10_sparse.sparsifier.ipynb #7694335c
+@patch
+def compact_step(self:Sparsifier, optimizer) -> CompactStep:
+    "Steps of `optimizer` on the weights that the masks of now keep"
+    return CompactStep(optimizer, {t.name: t.weight for t in self.targets}, self.masks)
+
 @patch
 def hold(self:Sparsifier,
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer,
+    compact: bool = False    # work on the kept weights only (SGD, Adam, AdamW): less memory and time, and what the optimizer knew of the others is forgotten
 ) -> Hold:
     "Keep the masks applied after each `optimizer.step()`, until `release()` of what is returned"
-    opt = getattr(optimizer, 'opt', optimizer)  # fastai's `OptimWrapper` has the torch optimizer inside
+    opt = _inner(optimizer)
     if not isinstance(opt, torch.optim.Optimizer):
         raise TypeError(f'`hold` takes a `torch.optim.Optimizer`, got {type(optimizer).__module__}.{type(optimizer).__name__}. '
                         'With fastai pass `SparsifyCallback` to `fit`; in a loop of your own call `apply_masks` after each step')
+    if compact and (why := why_not_compact(opt)): raise TypeError(f'`compact` is not possible: {why}')
     self.apply_masks()
-    handles = [opt.register_step_post_hook(lambda *args: self.apply_masks())]
-    if self.reference == 'grad': handles.append(opt.register_step_pre_hook(lambda *args: self.accumulate_gradients()))
-    return Hold(handles)
+    return Hold(self, opt, compact)
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #a3b9b80e
 @patch
@@ -519,4 +545,5 @@ def load_state_dict(self:Sparsifier,
     weights = {t.name: t.weight for t in self.targets}
     self.masks.update(Masks({k: v.to(weights[k].device) if k in weights else v for k,v in state['masks'].items()}, shapes=self.masks.shapes))
     self.refs, self.used = {k: v.clone() for k,v in state['refs'].items()}, set(state['used'])
+    self.updates += 1
     self.apply_masks()

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from ..core.criteria import Criteria, as_criteria, large_final
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
+from .compact import why_not_compact
 from .sparsifier import Sparsifier, check_arguments
 
 # %% auto #0
@@ -67,6 +68,7 @@ class SparsifyCallback(Callback):
         include: str|list|None = None,            # only layers of these names or patterns
         exclude: str|list|None = None,            # no layers of these names or patterns
         every: int = 1,                           # steps between updates of the masks; the end of an epoch is always exact
+        compact: bool = False,                    # once the masks are final, the optimizer works on the kept weights only (SGD, Adam, AdamW)
         verbose: bool = True                      # print sparsity and the report
     ):
         _check_sparsities(sparsity)
@@ -81,7 +83,7 @@ class SparsifyCallback(Callback):
         if start_sparsity is not None: schedule = schedule(start_sparsity=check_sparsity(start_sparsity, 'start_sparsity'))
         store_attr()
         self.sparsifier, self.report, self.history = None, None, []
-        self._active, self._stepping, self._due, self._rewind_to, self._closing = False, False, None, None, SparsifyClosing(self)
+        self._active, self._stepping, self._due, self._rewind_to, self._compact, self._closing = False, False, None, None, None, SparsifyClosing(self)
 
 # %% ../../nbs/11_sparse.sparsify_callback.ipynb #efe1738b
 class SparsifyClosing(Callback):
@@ -109,6 +111,7 @@ def _join(self:SparsifyCallback, learn):
 @patch
 def _leave(self:SparsifyCallback, learn):
     "Take them away again"
+    self._release()
     learn.metrics = [m for m in learn.metrics if getattr(m, 'func', None) != self._measured]
     if self._closing in learn.cbs: learn.remove_cb(self._closing)
 
@@ -127,6 +130,7 @@ def before_fit(self:SparsifyCallback):
     "Find the layers, check the target, and say what will be done"
     self._active = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())  # fastai holds the lock in `validate` and `get_preds`
     if not self._active: return
+    self._release()
     new = self._find_layers()
     sp  = self.sparsifier
     self._goal, self._curve = sp.sparsities(self.sparsity), self._fitted_schedule()
@@ -202,11 +206,18 @@ def _counts(self:SparsifyCallback, progress):
 def _move_to(self:SparsifyCallback, progress):
     "Bring the network to where it should be when `progress` of this fit is done"
     sp, counts = self.sparsifier, self._counts(progress)
-    if counts == self._last: return sp.apply_masks()
+    if counts == self._last: return self._keep(progress)
+    self._release()
     if sp.reference == 'data': sp.observe(*self.xb)
     sp.update(counts)
-    self._last = counts
+    self._last, self._try_compact = counts, self.compact
     self._after_pruning()
+
+@patch
+def _keep(self:SparsifyCallback, progress=None):
+    "Apply the masks again, unless the steps are compact and leave dropped weights alone"
+    if self._compact is None: self.sparsifier.apply_masks()
+    if self._try_compact and progress is not None: self._make_compact(progress)
 
 # %% ../../nbs/11_sparse.sparsify_callback.ipynb #30002161
 @patch
@@ -214,16 +225,20 @@ def before_step(self:SparsifyCallback):
     "Gradients are complete, unscaled and clipped here, and the weights are still those they belong to"
     self._stepping = self._active
     if self._active and self.sparsifier.reference == 'grad': self.sparsifier.accumulate_gradients()
+    if self._compact: self._compact.enter()
 
 @patch
-def after_cancel_step(self:SparsifyCallback): self._stepping = False
+def after_cancel_step(self:SparsifyCallback):
+    self._stepping = False
+    if self._compact: self._compact.exit()
 
 @patch
 def after_step(self:SparsifyCallback):
     "Follow the schedule, or just keep the masks applied"
     if not self._stepping: return  # fastai calls this for steps that were skipped too, as `MixedPrecision` does when gradients overflow
     self._stepping, step = False, self.iter + 1
-    if (self.epoch*self.n_iter + step) % self.every and step < self.n_iter: return self.sparsifier.apply_masks()
+    if self._compact: self._compact.exit()
+    if (self.epoch*self.n_iter + step) % self.every and step < self.n_iter: return self._keep()
     self._move_to((self.epoch + step/self.n_iter) / self.n_epoch)
 
 @patch
@@ -231,7 +246,28 @@ def after_train(self:SparsifyCallback):
     "Be where the schedule says, even if the last steps of the epoch were skipped"
     if not self._active: return
     self._move_to((self.epoch + 1) / self.n_epoch)
+    if self._compact: self.sparsifier.apply_masks()  # once an epoch, whatever has written to the weights
     self._due = self.epoch
+
+# %% ../../nbs/11_sparse.sparsify_callback.ipynb #03db2ed5
+@patch
+def _make_compact(self:SparsifyCallback, progress):
+    "Make the steps compact, if the masks are final"
+    if progress >= 1: return
+    self._try_compact, led = False, (self._led, self._floor)
+    final = all(self._counts(progress + (1-progress)*i/50) == self._last for i in range(51))
+    self._led, self._floor = led
+    if not final or not self.sparsifier.masks: return
+    why = why_not_compact(self.opt)
+    if why: return self._say(f'Steps stay dense: {why}')
+    self._compact = self.sparsifier.compact_step(self.opt)
+    self._say('The masks are final: from here on the optimizer works on the kept weights only')
+
+@patch
+def _release(self:SparsifyCallback):
+    "Back to steps on everything"
+    if self._compact: self._compact.release()
+    self._compact, self._try_compact = None, self.compact
 
 # %% ../../nbs/11_sparse.sparsify_callback.ipynb #5fc55446
 @patch(as_prop=True)
@@ -303,12 +339,13 @@ def _print_epoch(self:SparsifyCallback):
 def _finish(self:SparsifyCallback):
     "Masks once more, then the report"
     self._print_epoch()  # if the epoch was its last because a callback stopped training
+    self._release()
     sp = self.sparsifier
     back = sum(int((t.weight.detach()[~sp.masks[t.name]] != 0).sum()) for t in sp.targets if t.name in sp.masks)
     if back:
         self._say(f'{back:,} pruned weights had come back at the end of training, as when a checkpoint of a less sparse epoch is reloaded: masks applied again')
         sp.apply_masks()
-    if self.reset_end: self._rewind()
-    if self.save_tickets: self._save_ticket('Final')
+    if self.reset_end    and self._rewind_to: self._rewind()
+    if self.save_tickets and self._rewind_to: self._save_ticket('Final')
     self.report, self._active = sp.report(), False
     self._say(f'Final Sparsity: {self._counted()}\n\n{self.report}')
