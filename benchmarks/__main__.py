@@ -12,17 +12,17 @@ def arguments():
     p = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__)
     p.add_argument('--quick', action='store_true', help='small sizes and few rounds, under two minutes: to see that it works')
     p.add_argument('--only', default=','.join(MEASURES), help='which of a (choosing masks), b (step), c (training), d (memory), e (start)')
-    p.add_argument('--rounds', type=int, help='rounds after a warm-up (default 7, quick 2; steps take eight times as many)')
+    p.add_argument('--rounds', type=int, help='rounds after a warm-up (default 7; quick 2, without it); (b) takes 8 times as many')
     p.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     p.add_argument('--out', type=Path, default=Path('benchmarks/results'))
     args = p.parse_args()
     args.only = args.only.split(',')
     if unknown := set(args.only) - set(MEASURES): p.error(f'--only takes {", ".join(MEASURES)}, got {", ".join(sorted(unknown))}')
     args.rounds = args.rounds or (2 if args.quick else 7)
-    args.steps, args.starts = 8 * args.rounds, 1 if args.quick else 3
+    args.steps, args.starts = (2 if args.quick else 8) * args.rounds, 1 if args.quick else 3
     args.sizes, args.detail = (list(SIZES)[:1], 0) if args.quick else (list(SIZES), 1)
     args.contexts = ['local'] if args.quick else ['local', 'global']
-    args.digits_epochs, args.epochs, args.batches = (3, 2, 4) if args.quick else (10, 3, 16)
+    args.digits_epochs, args.epochs, args.batches = (3, 2, 3) if args.quick else (10, 3, 16)
     return args
 
 def main():
@@ -33,7 +33,7 @@ def main():
     print(*(f'{k}: {v}' for k, v in about.items()), '', sep='\n')
     for letter in args.only:
         rows += (new := list(MEASURES[letter](args)))
-        print(table(new), flush=True)
+        print(table(new), f'[{time.perf_counter() - start:.0f} s]\n', sep='\n', flush=True)
     about['minutes'] = round((time.perf_counter() - start) / 60, 1)
     save(rows, about, '\n'.join(f'{k}: {v}' for k, v in about.items()) + '\n\n' + table(rows), args.out)
     print(f'{about["minutes"]} minutes; results in {args.out}')

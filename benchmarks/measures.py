@@ -1,5 +1,6 @@
 "The five measures: each yields rows of results"
 import io, json, os, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import partial
@@ -34,13 +35,14 @@ def choosing(args):
         base = SIZES[size]().to(args.device)
         noise = [torch.randn_like(m.weight) * .01 for m in layers(base)] if i == args.detail else None
         cases = [(c, 'magnitude', 0, SPARSITY) for c in ('local', 'global')]
-        if noise: cases += [('global', 'magnitude', 80, 82), ('global', 'movement', 0, SPARSITY), ('global', 'gradient', 0, SPARSITY)]
+        if noise: cases += [('global', 'movement', 0, SPARSITY)]
+        if noise and not args.quick: cases += [('global', 'gradient', 0, SPARSITY), ('global', 'magnitude', 80, 82)]
         for context, criteria, start, end in cases:
             counts, part = {}, 'choose' if criteria == 'magnitude' else 'criteria'
             jobs = {PASS: lambda: memory_pass(deepcopy(base), args.device)}
             jobs |= {c.name: partial(choice, base, noise, c, context, criteria, start, end, counts, args.device) for c in taking_part(part)}
             case = f'{size}, {context}, {f"{start} to {end}" if start else end} %' + (f', {criteria}' if part == 'criteria' else '')
-            yield from rows('a choosing masks', case, *interleave(jobs, args.rounds), 's', PASS, counts)
+            yield from rows('a choosing masks', case, *interleave(jobs, args.rounds, not args.quick), 's', PASS, counts)
 
 def steps(args):
     "(b) Time of a training step with masks held"
@@ -71,7 +73,7 @@ def training(args):
         for context in args.contexts:
             counts = {}
             jobs = {c.name: partial(fit, c, net, context, epochs, args.batches, counts, args.device) for c in taking_part('train')}
-            yield from rows('c training with agp', f'{net}, {context}', *interleave(jobs, args.rounds), 's/epoch', BASELINE, counts)
+            yield from rows('c training with agp', f'{net}, {context}', *interleave(jobs, args.rounds, not args.quick), 's/epoch', BASELINE, counts)
 
 class ChildError(Exception): "The last line of a process that failed"
 
@@ -82,25 +84,36 @@ def child(job, contestant, device):
     if out.returncode: raise ChildError(out.stderr.strip().split('\n')[-1])
     return json.loads(out.stdout.split('\n')[-2])
 
+def children(job, args, rounds, workers):
+    "The results of all contestants for `job`, each in a process of its own, `workers` at a time; and why some failed"
+    with ThreadPoolExecutor(workers) as pool:
+        tasks = [(c.name, pool.submit(child, job, c, args.device)) for _ in range(rounds) for c in taking_part(job)]
+    results, failed = {}, {}
+    for name, task in tasks:
+        if task.exception(): failed[name] = str(task.exception())
+        else: results.setdefault(name, []).append(task.result())
+    return {k: v for k, v in results.items() if k not in failed}, failed
+
 def by_key(part, cases, results, failed, reference=None):
-    "Rows of results that are dicts: one case for each of their keys"
+    "Rows of results that are dicts: one case for each of their keys; a string says why there is no number"
     for key, (case, unit) in cases.items():
-        yield from rows(part, case, {k: [v[key] for v in vs] for k, vs in results.items()}, failed, unit, reference)
+        values = {k: [v[key] for v in vs] for k, vs in results.items()}
+        why = failed | {k: v[0] for k, v in values.items() if isinstance(v[0], str)}
+        yield from rows(part, case, {k: v for k, v in values.items() if k not in why}, why, unit, reference)
 
 def memory(args):
     "(d) Memory"
-    results, failed = interleave({c.name: partial(child, 'memory', c, args.device) for c in taking_part('memory')}, 1, warm_up=False)
+    results, failed = children('memory', args, 1, workers=2)
     base = results[BASELINE][0]['held']
     for r, in results.values(): r['extra'] = (r['held'] - base) / r['weights']
     cases = dict(extra=('ResNet-18, Adam: tensors held on top of weights and optimizer', 'bytes/weight'),
-                 checkpoint=('ResNet-18: state_dict, saved', 'MB'), peak=('ResNet-18, Adam, 3 steps: peak', 'MB'))
+                 checkpoint=('ResNet-18: state_dict, saved', 'MB'), peak=('ResNet-18, Adam, 3 steps: peak', 'MB'),
+                 rise=('ResNet-50: rise of the peak while choosing masks, global', 'bytes/weight'))
     yield from by_key('d memory', cases, results, failed)
-    peaks = interleave({c.name: partial(child, 'rise', c, args.device) for c in taking_part('choose')}, 1, warm_up=False)
-    yield from by_key('d memory', dict(rise=('ResNet-50: rise of the peak while choosing masks, global', 'bytes/weight')), *peaks)
 
 def startup(args):
     "(e) Time to import, and to the first batch"
-    results, failed = interleave({c.name: partial(child, 'startup', c, args.device) for c in taking_part('startup')}, args.starts, warm_up=False)
+    results, failed = children('startup', args, args.starts, workers=2 if args.quick else 1)
     yield from by_key('e start', dict(imported=('import', 's'), first=('digits net: first batch done', 's')), results, failed, BASELINE)
 
 MEASURES = dict(a=choosing, b=steps, c=training, d=memory, e=startup)

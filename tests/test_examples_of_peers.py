@@ -21,15 +21,17 @@ def linear(values):
 
 # fasterai 0.4.1: miscounts
 
-@pytest.mark.parametrize('fill', [torch.ones, lambda *s: torch.full(s, -0.5), lambda *s: torch.randint(0, 2, s).float()*2 - 1], ids=['ones', 'equal', 'signs'])
+@pytest.mark.parametrize('fill', [torch.ones, lambda *s: torch.full(s, -0.5), lambda *s: torch.randint(0, 2, s).float()*2 - 1],
+                         ids=['ones', 'equal', 'signs'])
 @pytest.mark.parametrize('context', ['local', 'global'])
 def test_constant_weights_are_pruned_too(fill, context):
     learn = learner()
     with torch.no_grad():
         for m in layers(learn.model): m.weight.copy_(fill(*m.weight.shape))
     learn.fit(1, 0., cbs=SparsifyCallback(90, context=context, schedule=one_shot))
-    n = sizes(learn.model)
-    assert (zeros(learn.model) if context == 'local' else sum(zeros(learn.model))) == ([exact(k, 90) for k in n] if context == 'local' else exact(sum(n), 90))
+    found, n = zeros(learn.model), sizes(learn.model)
+    if context == 'local': assert found == [exact(k, 90) for k in n]
+    else: assert sum(found) == exact(sum(n), 90)
 
 def test_29_of_a_hundred():
     m = nn.Linear(10, 10)
@@ -98,8 +100,8 @@ class Sentence(nn.Module):
     "Layer types that are not supported there"
     def __init__(self):
         super().__init__()
-        self.emb, self.conv1, self.conv3, self.out = nn.Embedding(17, 6), nn.Conv1d(6, 8, 3), nn.Conv3d(1, 4, (1, 3, 3)), nn.Linear(8*62, 10)
-        self.up = nn.ConvTranspose2d(4, 2, 2)
+        self.emb, self.conv1, self.conv3 = nn.Embedding(17, 6), nn.Conv1d(6, 8, 3), nn.Conv3d(1, 4, (1, 3, 3))
+        self.out, self.up = nn.Linear(8*62, 10), nn.ConvTranspose2d(4, 2, 2)
     def forward(self, x):
         volume = self.up(self.conv3(x[:, None]).squeeze(2)).mean()
         return self.out(self.conv1(self.emb((x.flatten(1)*16).long()).transpose(1, 2)).relu().flatten(1)) + volume
@@ -111,7 +113,8 @@ def test_embedding_conv1d_conv3d_transposed_and_linear_train_sparse(criteria):
     assert zeros(learn.model, kinds) == [k//2 for k in sizes(learn.model, kinds)] == [51, 72, 18, 2480, 16]
 
 def test_grouped_convolutions_and_bct_linears_with_wanda():
-    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.Flatten(2), nn.Linear(36, 5), nn.Flatten(), nn.Linear(40, 10))
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.Flatten(2),
+                        nn.Linear(36, 5), nn.Flatten(), nn.Linear(40, 10))
     learn, kinds = learner(model=net), (nn.Conv2d, nn.Linear)
     learn.fit(2, 1e-2, cbs=SparsifyCallback(50, criteria=wanda, schedule=lin, layer_type=kinds))
     assert zeros(net, kinds) == [36, 72, 90, 200]
@@ -122,7 +125,8 @@ def test_training_stays_in_training_mode(criteria):
     learn, modes = learner(), []
     frozen = learn.model[1]
     def look(): modes.append([m.training for m in learn.model.modules()])
-    learn.fit(2, 1e-2, cbs=[SparsifyCallback(50, criteria=criteria, schedule=iterative), spy('before_batch', lambda: frozen.eval()), spy('after_step', look)])
+    cb = SparsifyCallback(50, criteria=criteria, schedule=iterative)
+    learn.fit(2, 1e-2, cbs=[cb, spy('before_batch', lambda: frozen.eval()), spy('after_step', look)])
     assert len(modes) == 16 and all(m == [k is not frozen for k in learn.model.modules()] for m in modes)
 
 def test_partly_frozen_networks_are_sparsified_whole():
@@ -224,7 +228,8 @@ def test_scores_of_ones_own():
 
 def test_scores_of_ones_own_compete_globally():
     net = nn.Sequential(linear([1, 1, 1]), linear([1, 1]))
-    Sparsifier(net, 'weight', 'global', {'0.weight': torch.tensor([[1., 4, 2]]), '1.weight': torch.tensor([[3., 0]])}, layer_type=nn.Linear).sparsify_model(60)
+    scores = {'0.weight': torch.tensor([[1., 4, 2]]), '1.weight': torch.tensor([[3., 0]])}
+    Sparsifier(net, 'weight', 'global', scores, layer_type=nn.Linear).sparsify_model(60)
     assert [m.weight.tolist() for m in net] == [[[0, 1, 0]], [[1, 0]]]
 
 @pytest.mark.parametrize('sparsity, left', [(50, 6), (75, 3), (87.5, 2), (100, 0)])

@@ -17,7 +17,7 @@ def outputs(path):
 def text_of(output):
     "What of an output is text"
     data = output.get('data', {})
-    return ''.join(''.join(v) for v in [output.get('text', ''), *(v for k,v in data.items() if k.startswith('text/') or k == 'image/svg+xml')])
+    return ''.join(map(''.join, [output.get('text', ''), *(v for k,v in data.items() if k.startswith('text/') or k == 'image/svg+xml')]))
 
 
 def test_there_are_notebooks(): assert {'index', '00_core.granularity', '10_sparse.sparsifier', '50_cli'} <= {p.stem for p in notebooks}
@@ -31,7 +31,8 @@ def test_runs(path, monkeypatch, capfd):
     monkeypatch.setattr(sys, 'path', list(sys.path))
     monkeypatch.setattr(defaults, 'callbacks', [*defaults.callbacks, *[ProgressCallback]*(ProgressCallback not in defaults.callbacks)])
     cfg, handler, backend = get_config(root/'nbs'), signal.getsignal(signal.SIGINT), matplotlib.get_backend()
-    try: ok, _ = run_nb(path, skip_flags=cfg.tst_flags.split() if isinstance(cfg.tst_flags, str) else cfg.tst_flags, basepath=cfg.config_path, cell_timeout=120)
+    flags = cfg.tst_flags.split() if isinstance(cfg.tst_flags, str) else cfg.tst_flags
+    try: ok, _ = run_nb(path, skip_flags=flags, basepath=cfg.config_path, cell_timeout=120)
     finally:
         signal.signal(signal.SIGINT, handler)
         matplotlib.use(backend)
@@ -41,7 +42,8 @@ def test_runs(path, monkeypatch, capfd):
 def refreshed(tmp_path_factory):
     "A copy of the sources, after export, clean and README"
     copy = tmp_path_factory.mktemp('copy')
-    for d in ('nbs', 'fasterai_clone', 'tools'): shutil.copytree(root/d, copy/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    junk = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
+    for d in ('nbs', 'fasterai_clone', 'tools'): shutil.copytree(root/d, copy/d, ignore=junk)
     for f in root.iterdir():
         if f.is_file() and not f.name.startswith('.'): shutil.copy(f, copy/f.name)
     for p in [*(copy/'fasterai_clone').rglob('*.py')]:  # what is generated must come back
@@ -52,9 +54,11 @@ def refreshed(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     return copy
 
-def files(base, pattern): return {str(p.relative_to(base)): p.read_bytes() for p in base.glob(pattern) if p.is_file() and '.ipynb_checkpoints' not in p.parts}
+def files(base, pattern):
+    return {str(p.relative_to(base)): p.read_bytes() for p in base.glob(pattern) if p.is_file() and '.ipynb_checkpoints' not in p.parts}
 
-@pytest.mark.parametrize('pattern', ['nbs/**/*.ipynb', 'nbs/images/*', 'fasterai_clone/**/*.py', 'README.md', 'settings.ini', 'pyproject.toml'])
+@pytest.mark.parametrize('pattern', ['nbs/**/*.ipynb', 'nbs/images/*', 'fasterai_clone/**/*.py', 'README.md', 'settings.ini',
+                                     'pyproject.toml'])
 def test_tree_is_as_the_notebooks_say(refreshed, pattern):
     ours, theirs = files(root, pattern), files(refreshed, pattern)
     assert ours and ours.keys() == theirs.keys()

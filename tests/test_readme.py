@@ -43,7 +43,8 @@ def test_counted_numbers_are_those_shown():
     rows   = re.findall(r'^Layer \d+ +Conv2d +([\d,]+) +([\d,]+)', report, re.M)
     assert [(int(a.replace(',', '')), int(b.replace(',', ''))) for a,b in rows] == [(n, 9*n//10) for n in (144, 4608, 18432)]
 
-def test_bash_commands_are_the_two(): assert [b.strip() for b in blocks('bash')] == ['pip install . && sparsify-demo', "pip install '.[dev]' && pytest"]
+def test_bash_commands_are_the_two():
+    assert [b.strip() for b in blocks('bash')] == ['pip install . && sparsify-demo', "pip install '.[dev]' && pytest"]
 
 def test_pictures_and_local_links_exist():
     pictures = re.findall(r'!\[[^\]]*\]\(([^)]+)\)', readme)
@@ -52,7 +53,7 @@ def test_pictures_and_local_links_exist():
     for p in pictures: assert (root/p).read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
 
 def test_links_to_the_repository_exist():
-    for path in re.findall(r'https://github\.com/fasterai-clone/fasterai_clone/blob/main/([^)#]+)', readme): assert (root/path).exists(), path
+    for path in re.findall(r'https://github\.com/fasterai-clone/fasterai_clone/blob/main/([^)#]+)', readme): assert (root/path).exists()
 
 @pytest.mark.parametrize('script', ['sparsify-demo', 'sparsity-report'])
 def test_the_console_scripts_are_named(script): assert f'`{script}' in readme

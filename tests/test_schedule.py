@@ -77,7 +77,8 @@ def test_available(): assert available_schedules() == ['one_shot', 'iterative', 
     (combined_cos(.5, 0, 1, 1), [round(50 - 50*math.cos(math.pi*k/5), 2) for k in range(1, 5)] + [100]*6),
     (cubic, [round(k**3/10, 2) for k in range(1, 11)]), (lambda pos: pos, lin10), (lambda p: p, lin10),
     (slow, [k*k for k in range(1, 11)]), (lambda start, end, pos: start + (end-start)*pos, lin10), (lambda a, b, c: a + (b-a)*c, lin10),
-    (with_power, [k*k for k in range(1, 11)]), (partial(with_power, power=1), lin10), (partial(with_power, power=3), [round(k**3/10, 2) for k in range(1, 11)]),
+    (with_power, [k*k for k in range(1, 11)]), (partial(with_power, power=1), lin10),
+    (partial(with_power, power=3), [round(k**3/10, 2) for k in range(1, 11)]),
     (Halves(), [0]*4 + [50]*5 + [100]), (Schedule(sched_lin), lin10), (Schedule(cubic, end_pct=.5), [.8, 6.4, 21.6, 51.2, *[100]*6]),
     (partial(lin, start_pct=.5), [0]*5 + [20, 40, 60, 80, 100]), (partial(lin, end_pct=.5), [20, 40, 60, 80, *[100]*6]),
     (partial(lin, start_pct=.2, end_pct=.6), [0, 0, 25, 50, 75, *[100]*5]), (partial(lin, start_sparsity=50), list(range(55, 101, 5))),
@@ -88,7 +89,8 @@ def test_what_can_stand_for_a_schedule(schedule, want):
     assert series(schedule, 100) == pytest.approx(want, abs=0.01)
     assert series(SparsifyCallback(90, schedule=schedule).schedule, 100) == pytest.approx(want, abs=0.01)
 
-@pytest.mark.parametrize('schedule', [partial(iterative, n_steps=5), iterative(n_steps=5), Schedule(cubic), SchedCos(0, 1), slow, partial(with_power, power=3)])
+@pytest.mark.parametrize('schedule', [partial(iterative, n_steps=5), iterative(n_steps=5), Schedule(cubic), SchedCos(0, 1), slow,
+                                      partial(with_power, power=3)])
 def test_schedules_are_picklable_as_they_are_used(schedule):
     s = as_schedule(schedule)
     assert series(pickle.loads(pickle.dumps(s))) == series(s)
@@ -98,6 +100,14 @@ def test_variations_leave_the_original_alone():
     agp(start_sparsity=50)
     SparsifyCallback(90, schedule=partial(agp, start_pct=.7), start_sparsity=10)
     assert series(agp) == law3['agp'] and agp.start_pct == 0.2 and agp.start_sparsity == 0
+
+
+@pytest.mark.parametrize('kwargs', [dict(start_sparsity=True), dict(start_sparsity='20'), dict(start_sparsity=0.5),
+                                    dict(start_sparsity=math.nan), dict(start_pct='0.2'), dict(end_pct=True), dict(start_pct=-.1),
+                                    dict(end_pct=1.1), dict(start_pct=math.nan)], ids=str)
+def test_what_shapes_a_schedule_is_checked_and_named(kwargs):
+    with pytest.raises((TypeError, ValueError), match=next(iter(kwargs))): Schedule(sched_agp, **kwargs)
+    with pytest.raises((TypeError, ValueError), match=next(iter(kwargs))): SparsifyCallback(90, schedule=partial(agp, **kwargs))
 
 
 # In the callback
@@ -147,7 +157,8 @@ def test_every_step_follows_the_schedule():
     learn.fit(2, 1e-2, cbs=[SparsifyCallback(80, schedule='lin'), spy('after_step', lambda: steps.append(zeros(learn.model)))])
     assert steps == at(10, 20, 30, 40, 50, 60, 70, 80)
 
-@pytest.mark.parametrize('every, pcts', [(1, [10, 20, 30, 40, 50, 60, 70, 80]), (2, [0, 20, 20, 40, 40, 60, 60, 80]), (3, [0, 0, 30, 40, 40, 60, 60, 80]),
+@pytest.mark.parametrize('every, pcts', [(1, [10, 20, 30, 40, 50, 60, 70, 80]), (2, [0, 20, 20, 40, 40, 60, 60, 80]),
+                                         (3, [0, 0, 30, 40, 40, 60, 60, 80]),
                                          (4, [0, 0, 0, 40, 40, 40, 40, 80]), (8, [0, 0, 0, 40, 40, 40, 40, 80])])
 def test_every_nth_step_and_the_end_of_each_epoch(every, pcts):
     learn, steps = learner(n=64), []

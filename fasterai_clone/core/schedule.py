@@ -35,6 +35,7 @@ class Schedule:
     start_sparsity: float = 0.     # the sparsity it sets out from, in percent
 
     def __post_init__(self):
+        object.__setattr__(self, '_by_pos', callable(self.sched_func) and _n_required(self.sched_func) == 1)  # looked up once: it is slow
         if not callable(self.sched_func): raise TypeError(f'Schedule: `sched_func` must be a function of (start, end, pos), not {self.sched_func!r}')
         if not 0 <= self.start_pct <= self.end_pct <= 1:
             raise ValueError(f'Schedule: expected 0 ≤ start_pct ≤ end_pct ≤ 1, got start_pct={self.start_pct}, end_pct={self.end_pct}')
@@ -50,7 +51,7 @@ def progress(self:Schedule,
     if pct_train < self.start_pct: return 0.
     width = self.end_pct - self.start_pct
     pos = 1. if pct_train >= self.end_pct else (pct_train - self.start_pct) / width
-    p = self.sched_func(pos) if _n_required(self.sched_func) == 1 else self.sched_func(0., 1., pos)
+    p = self.sched_func(pos) if self._by_pos else self.sched_func(0., 1., pos)
     if isinstance(p, (str, bytes)) or not hasattr(p, '__float__'): raise TypeError(f'progress must be a number, got {p!r}')
     return float(p)
 

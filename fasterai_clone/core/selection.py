@@ -312,6 +312,38 @@ def _select_numpy(parts, n_drop, keys, sampler, journal):
         tally = _stream(keys, parts, lo, hi, up, cap, journal)
         if not _finish(keys, parts, lo, hi, up, cap, tally, n_drop): raise RuntimeError('the weights changed during the selection')
 
+# %% ../../nbs/03_core.selection.ipynb #a35ce3d5
+def _select_small(tensors, n_drop, magnitude, pruned, out):
+    "The same for few elements"
+    key = [t.detach().reshape(-1) for t in tensors]
+    key = key[0] if len(key) == 1 else torch.cat(key)
+    key = (key if key.dtype == torch.float64 else key.float()).numpy()
+    if not np.isfinite(key).all():
+        if magnitude: raise ValueError('NaN or infinite numbers among the weights')
+        if np.isnan(key).any(): raise ValueError('NaN among the scores')
+    if magnitude: key = np.abs(key)
+    keep = np.ones(key.size, bool)
+    if any(p is not None for p in pruned):
+        old  = np.concatenate([np.ones(t.numel(), bool) if p is None else p.reshape(-1).numpy() for t,p in zip(tensors, pruned)])
+        gone = old.size - np.count_nonzero(old)
+        open_to = (old if n_drop >= gone else ~old).nonzero()[0]
+        keep, key, n_drop = old if n_drop >= gone else keep, key[open_to], n_drop - gone if n_drop >= gone else n_drop
+    else: open_to = None
+    if n_drop:
+        drop = _lowest(key, n_drop)
+        keep[drop if open_to is None else open_to[drop]] = False
+    start = 0
+    for o in out:
+        o.view(-1).numpy()[:] = keep[start:start + o.numel()]
+        start += o.numel()
+    return list(out)
+
+def _lowest(key, n):
+    "Indices of the `n` lowest, ties by index"
+    threshold = np.partition(key, n-1)[n-1]
+    below, ties = (key < threshold).nonzero()[0], (key == threshold).nonzero()[0]
+    return np.concatenate([below, ties[:n - below.size]])
+
 # %% ../../nbs/03_core.selection.ipynb #680ce06a
 def _threshold_torch(key, n_drop, sampler):
     "The `n_drop`-th lowest key: in a bracket from a sorted sample, or of all keys sorted if that missed"
@@ -368,6 +400,9 @@ def keep_masks(
     if out is None: out = [torch.empty(t.shape, dtype=torch.bool, device=t.device) for t in tensors]
     _check(tensors, pruned, out)
     if not total: return list(out)
+    if total <= _WHOLE and sampler is None and all(t.is_cpu for t in tensors):
+        if journal is not None: journal += [(o, o.clone()) for o,p in zip(out, pruned) if p is not None and p.data_ptr() == o.data_ptr()]
+        return _select_small(tensors, n_drop, magnitude, pruned, out)
     journal, start = [] if journal is None else journal, len(journal or ())
     if any(not t.is_cpu for t in tensors):
         journal += [(o, o.clone()) for o,p in zip(out, pruned) if p is not None and p.data_ptr() == o.data_ptr()]

@@ -168,6 +168,7 @@ class Sparsifier:
         self.criteria, self.nm = as_criteria(criteria), _parse_nm(nm, granularity)
         self.targets = find_targets(model, granularity, layer_type, include, exclude, part)
         self.pools = [self.targets] if context == 'global' else [[t] for t in self.targets]  # who competes with whom
+        self.sizes = [sum(t.groups.n for t in pool) for pool in self.pools]
         self.masks = Masks(shapes={t.name: t.weight.shape for t in self.targets})
         self.updates = 0  # how often the masks have changed
         self.refs, self.used = {}, set()  # what the criterion compares with, and whose sums an update has used
@@ -205,7 +206,8 @@ def _try_out(self:Sparsifier):
     for t in self.targets:
         size = t.weight.shape[_input_axis(t.module)]
         if self.nm and size % self.nm[1]: raise ValueError(f'{t.layer} has {size} inputs, not a multiple of {self.nm[1]}: leave it out with `exclude={t.layer!r}`')
-    if self.reference in ('grad', 'data') or self._plain_magnitude(): return
+    self.plain = self._plain_magnitude()
+    if self.reference in ('grad', 'data') or self.plain: return
     with torch.random.fork_rng(devices={t.weight.device for t in self.targets if t.weight.is_cuda}):
         for t in self.targets: self._scores(t)
 
@@ -324,7 +326,7 @@ def counts_at(self:Sparsifier,
     round_to: int|None = None  # keep a multiple of this many groups in each layer
 ) -> list[int]:
     "How many groups each pool drops: one number a layer, or a single one in the global context"
-    return [_count(sum(t.groups.n for t in pool), s, round_to or 1) for pool,s in zip(self.pools, each)]
+    return [_count(n, s, round_to or 1) for n,s in zip(self.sizes, each)]
 
 @patch
 def counts(self:Sparsifier,
@@ -340,7 +342,8 @@ def counts(self:Sparsifier,
 @patch
 def _group_mask(self:Sparsifier, t):
     "Which groups of `t` are kept, or None while it has no mask"
-    return t.groups.reduce(self.masks[t.name], torch.any) if t.name in self.masks else None
+    mask = self.masks.get(t.name)
+    return mask if mask is None or self.plain else t.groups.reduce(mask, torch.any)
 
 @patch
 def dropped(self:Sparsifier) -> list[int]:
@@ -369,7 +372,7 @@ def _nm_scores(self:Sparsifier, t, scores):
 
 @patch
 def _plain_magnitude(self:Sparsifier):
-    "Are the weights themselves all there is to score?"
+    "Are single weights to be chosen by nothing but their magnitude?"
     c = self.criteria
     return isinstance(c, Criteria) and c.f is magnitude and not (c.reference or c.normalizer or self.nm or any(t.groups.dims for t in self.targets))
 
@@ -396,11 +399,10 @@ def update(self:Sparsifier,
 @patch
 def _choose(self:Sparsifier, pool, k, journal):
     "New masks for `pool`, by parameter name; those of single weights are updated in place"
-    fast   = self._plain_magnitude()
-    scores = [t.weight.reshape(t.groups.shape) if fast else self._scores(t) for t in pool]
+    scores = [t.weight if self.plain else self._scores(t) for t in pool]
     old    = [self._group_mask(t) for t in pool]
     reuse  = not any(m is None or t.groups.dims for t,m in zip(pool, old))
-    try: keep = keep_masks(scores, k, magnitude=fast, pruned=old, out=old if reuse else None, journal=journal)
+    try: keep = keep_masks(scores, k, magnitude=self.plain, pruned=old, out=old if reuse else None, journal=journal)
     except ValueError as e:
         raise ValueError(f'{", ".join(t.name for t in pool if not torch.isfinite(t.weight).all())}: {e}. Has the training diverged?') from None
     return {} if reuse else {t.name: t.groups.expand(m, t.weight.shape).contiguous() for t,m in zip(pool, keep)}

@@ -44,7 +44,13 @@ def _check_span(start_epoch, end_epoch):
     if None not in (start_epoch, end_epoch) and start_epoch > end_epoch: raise ValueError(f'`start_epoch` {start_epoch} comes after `end_epoch` {end_epoch}')
 
 # %% ../../nbs/11_sparse.sparsify_callback.ipynb #93a5188c
-class SparsifyCallback(Callback):
+class _Lean(Callback):
+    "For an event a callback has no method for, fastai searches learner and model: too slow to do a dozen times a batch"
+    def __call__(self, event_name):
+        if hasattr(type(self), event_name): return super().__call__(event_name)
+
+# %% ../../nbs/11_sparse.sparsify_callback.ipynb #52ed9b73
+class SparsifyCallback(_Lean):
     "Sparsify the model during `fit`, following `schedule`"
     order = 15  # after `MixedPrecision` (10) and `GradientClip` (11) have seen to the gradients, before the metrics and what saves
     def __init__(self,
@@ -86,7 +92,7 @@ class SparsifyCallback(Callback):
         self._active, self._stepping, self._due, self._rewind_to, self._compact, self._closing = False, False, None, None, None, SparsifyClosing(self)
 
 # %% ../../nbs/11_sparse.sparsify_callback.ipynb #efe1738b
-class SparsifyClosing(Callback):
+class SparsifyClosing(_Lean):
     "The part of `SparsifyCallback` that comes after the callbacks that save, stop and reload"
     order = 70  # `SaveModelCallback` is 61, `EarlyStoppingCallback` 63
     def __init__(self, main): self.main = main
@@ -196,8 +202,8 @@ def _per_layer(self:SparsifyCallback, values):
 @patch
 def _counts(self:SparsifyCallback, progress):
     "How many groups each pool drops when `progress` of this fit is done"
-    asked  = [s and self._curve.sparsity(progress, s) for s in self._goal]
-    counts = self.sparsifier.counts_at(asked, self.round_to)
+    asked  = {s: s and self._curve.sparsity(progress, s) for s in set(self._goal)}
+    counts = self.sparsifier.counts_at([asked[s] for s in self._goal], self.round_to)
     self._floor = [f if led <= c < f else 0 for led,c,f in zip(self._led, counts, self._floor)]
     self._led   = counts
     return [max(c, f) for c,f in zip(counts, self._floor)]
