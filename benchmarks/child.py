@@ -1,4 +1,4 @@
-"Measures that need a process of their own: `python -m benchmarks.child JOB CONTESTANT DEVICE` prints them as JSON"
+"Measures that need a process of their own: `python -m benchmarks.child CONTESTANT DEVICE` prints them as JSON"
 import time
 START = time.perf_counter()  # before anything is imported
 import gc, importlib, io, json, sys, warnings
@@ -43,11 +43,11 @@ def held():
 def memory(contestant, device):
     "After three training steps with masks held: bytes of tensors, checkpoint, peak of memory"
     import torch
-    import fastai.basics  # noqa: in all of them, so that the peaks differ by what pruning needs only
     from .models import resnet, stepper
-    torch.set_num_threads(1)
     model = resnet(18).to(device)
     weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 4)
+    gc.collect()
+    peak(device, reset=True)
     step = stepper(contestant, model, 'Adam', torch.randn(16, 3, 64, 64, device=device), torch.zeros(16, dtype=torch.long, device=device))
     for _ in range(3): step()
     top, _, now, file = peak(device), gc.collect(), held(), io.BytesIO()
@@ -69,5 +69,6 @@ def rise(contestant, device):
     return (peak(device) - before) / weights
 
 if __name__ == '__main__':
-    job, name, device = sys.argv[1:]
-    print('\n' + json.dumps(globals()[job](next(c for c in CONTESTANTS if c.name == name), device)))
+    name, device = sys.argv[1:]
+    contestant = next(c for c in CONTESTANTS if c.name == name)
+    print('\n' + json.dumps(startup(contestant, device) | memory(contestant, device)))

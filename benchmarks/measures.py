@@ -3,7 +3,8 @@ import io, json, os, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 import torch
 from .adapters import BASELINE, SPARSITY, taking_part
 from .models import OPTIMIZERS, SIZES, count, layers, learner, resnet, stepper
@@ -63,7 +64,8 @@ def fit(contestant, net, context, epochs, batches, counts, device):
     from fastai.callback import progress  # gives `Learner` its `no_bar`
     torch.manual_seed(0)
     learn, cb = learner(net, device, batches), contestant.call('callback', context)
-    with learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO()): seconds, _ = timed(partial(learn.fit, epochs, 1e-3, cbs=cb), device)
+    with learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO()):
+        seconds, _ = timed(partial(learn.fit, epochs, 1e-3, cbs=cb), device)
     if cb: counts[contestant.name] = count(learn.model, context)
     return seconds / epochs
 
@@ -73,21 +75,23 @@ def training(args):
         for context in args.contexts:
             counts = {}
             jobs = {c.name: partial(fit, c, net, context, epochs, args.batches, counts, args.device) for c in taking_part('train')}
-            yield from rows('c training with agp', f'{net}, {context}', *interleave(jobs, args.rounds, not args.quick), 's/epoch', BASELINE, counts)
+            results = interleave(jobs, args.rounds, not args.quick)
+            yield from rows('c training with agp', f'{net}, {context}', *results, 's/epoch', BASELINE, counts)
 
 class ChildError(Exception): "The last line of a process that failed"
 
-def child(job, contestant, device):
+def child(contestant, device):
     "What `benchmarks.child` measured in a process of its own"
     env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')  # freed memory goes back to the system at once
-    out = subprocess.run([sys.executable, '-m', 'benchmarks.child', job, contestant.name, device], env=env, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, '-m', 'benchmarks.child', contestant.name, device], env=env, capture_output=True, text=True)
     if out.returncode: raise ChildError(out.stderr.strip().split('\n')[-1])
     return json.loads(out.stdout.split('\n')[-2])
 
-def children(job, args, rounds, workers):
-    "The results of all contestants for `job`, each in a process of its own, `workers` at a time; and why some failed"
+@cache
+def children(device, rounds, workers):
+    "The results of all contestants, each in a process of its own, `workers` at a time; and why some failed"
     with ThreadPoolExecutor(workers) as pool:
-        tasks = [(c.name, pool.submit(child, job, c, args.device)) for _ in range(rounds) for c in taking_part(job)]
+        tasks = [(c.name, pool.submit(child, c, device)) for _ in range(rounds) for c in taking_part('process')]
     results, failed = {}, {}
     for name, task in tasks:
         if task.exception(): failed[name] = str(task.exception())
@@ -103,9 +107,9 @@ def by_key(part, cases, results, failed, reference=None):
 
 def memory(args):
     "(d) Memory"
-    results, failed = children('memory', args, 1, workers=2)
+    results, failed = children(args.device, args.starts, args.workers)
     base = results[BASELINE][0]['held']
-    for r, in results.values(): r['extra'] = (r['held'] - base) / r['weights']
+    for r in chain(*results.values()): r['extra'] = (r['held'] - base) / r['weights']
     cases = dict(extra=('ResNet-18, Adam: tensors held on top of weights and optimizer', 'bytes/weight'),
                  checkpoint=('ResNet-18: state_dict, saved', 'MB'), peak=('ResNet-18, Adam, 3 steps: peak', 'MB'),
                  rise=('ResNet-50: rise of the peak while choosing masks, global', 'bytes/weight'))
@@ -113,7 +117,7 @@ def memory(args):
 
 def startup(args):
     "(e) Time to import, and to the first batch"
-    results, failed = children('startup', args, args.starts, workers=2 if args.quick else 1)
+    results, failed = children(args.device, args.starts, args.workers)
     yield from by_key('e start', dict(imported=('import', 's'), first=('digits net: first batch done', 's')), results, failed, BASELINE)
 
 MEASURES = dict(a=choosing, b=steps, c=training, d=memory, e=startup)

@@ -3,7 +3,7 @@ import csv, json
 from itertools import groupby
 import matplotlib
 matplotlib.use('agg')
-from matplotlib import pyplot as plt
+from matplotlib import pyplot as plt, ticker
 from .adapters import CONTESTANTS
 
 # Okabe and Ito's colours, told apart by the colour-blind
@@ -49,6 +49,8 @@ def panel(ax, case, group):
     ax.set(xscale='log', yticks=range(len(group)), title=case, xlabel=f'times {group[0]["reference"]}' if key == 'ratio' else group[0]['unit'])
     ax.set_yticklabels([r['contestant'] for r in group])
     ax.title.set_fontsize(9)
+    ax.xaxis.set_major_formatter(ticker.LogFormatter())
+    ax.xaxis.set_minor_formatter(ticker.LogFormatter(labelOnlyBase=False))
     ax.margins(x=.15)
     ax.invert_yaxis()
 

@@ -1,5 +1,5 @@
 "Time in turns, and know the machine"
-import gc, os, platform, subprocess, time
+import gc, os, platform, time
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
@@ -18,7 +18,7 @@ def timed(f, device):
     finally: gc.enable()
 
 def interleave(jobs, rounds, warm_up=True):
-    "Call each of `jobs` (name → function that returns numbers) once a round, in rotating order: the numbers by name, and why some failed"
+    "Call each of `jobs` (name → function that gives a number) once a round, in rotating order: the numbers, and why some failed"
     results, failed = {k: [] for k in jobs}, {}
     for r in range(rounds + warm_up):
         gc.collect()
@@ -26,7 +26,8 @@ def interleave(jobs, rounds, warm_up=True):
         shift = r % max(len(names), 1)
         for k in names[shift:] + names[:shift]:
             try: value = jobs[k]()
-            except Exception as e: failed[k] = f'{type(e).__name__}: {e}'.split('\n')[0] if not isinstance(e, NotImplementedError) else str(e)
+            except NotImplementedError as e: failed[k] = str(e)
+            except Exception as e: failed[k] = f'{type(e).__name__}: {e}'.split('\n')[0]
             else:
                 if r >= warm_up: results[k].append(value)
     return {k: v for k, v in results.items() if k not in failed}, failed
@@ -42,7 +43,8 @@ def rows(part, case, results, failed, unit, reference=None, counts={}):
         row = dict(part=part, case=case, contestant=k, unit=unit, count=counts.get(k, ''), why=failed.get(k, ''))
         if k in results:
             row |= dict(zip(('median', 'min', 'max'), spread(results[k])), rounds=results[k])
-            if base: row |= dict(zip(('ratio', 'ratio_min', 'ratio_max'), spread([a/b for a, b in zip(results[k], base)])), reference=reference)
+            ratios = [a/b for a, b in zip(results[k], base or [])]
+            if ratios: row |= dict(zip(('ratio', 'ratio_min', 'ratio_max'), spread(ratios)), reference=reference)
         yield row
 
 def cpu_model():
@@ -55,6 +57,7 @@ def installed(package):
 
 def machine(device):
     "What the numbers were measured on"
-    return dict(date=str(date.today()), cpu=cpu_model(), cores=os.cpu_count(), threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 2),
+    return dict(date=str(date.today()), cpu=cpu_model(), cores=os.cpu_count(), threads=torch.get_num_threads(),
+                load=round(os.getloadavg()[0], 2),
                 device=torch.cuda.get_device_name() if device == 'cuda' else 'cpu', system=platform.platform(), python=platform.python_version(),
                 **{p: installed(p) for p in ('torch', 'torchvision', 'fastai', 'fasterai-clone', 'fasterai', 'numpy')})

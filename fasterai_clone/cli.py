@@ -45,7 +45,8 @@ def _images_learner(images, arch, size, bs, seed, scratch):
     import torchvision.models as models
     from fastai.vision.all import ImageDataLoaders, Resize, accuracy, vision_learner
     path = Path(images).expanduser()
-    if not path.is_dir() or not any(p.is_dir() for p in path.iterdir()): raise ValueError(f'`--images` must be a folder with a sub-folder of images for each class, got {images}')
+    if not path.is_dir() or not any(p.is_dir() for p in path.iterdir()):
+        raise ValueError(f'`--images` must be a folder with a sub-folder of images for each class, got {images}')
     if arch not in (legal := models.list_models(module=models)): raise ValueError(_unknown('architecture', arch, legal))
     dls = ImageDataLoaders.from_folder(path, valid_pct=0.2, seed=seed, item_tfms=Resize(size), bs=bs)
     learn = vision_learner(dls, getattr(models, arch), pretrained=not scratch, metrics=accuracy)
@@ -86,7 +87,8 @@ def plot_schedules(runs, sparsity):
     fig, (ax,) = _axes(figsize=(7, 4))
     for r,c in zip(runs, _colours*9):
         n = len(r.rows)
-        if r.schedule: ax.plot([n*i/500 for i in range(501)], [r.schedule.sparsity(i/500, sparsity) for i in range(501)], color=c, lw=1.5, alpha=.7)
+        asked = [r.schedule.sparsity(i/500, sparsity) for i in range(501)] if r.schedule else None
+        if asked: ax.plot([n*i/500 for i in range(501)], asked, color=c, lw=1.5, alpha=.7)
         ax.plot(range(1, n+1), [o['sparsity'] for o in r.rows], 'o', color=c, ms=5, label=r.name)
     ax.set(xlabel='epochs done', ylabel='sparsity (%)', title='Sparsity: asked (lines) and measured (dots)', ylim=(-3, 103))
     ax.legend(frameon=False)
@@ -95,7 +97,8 @@ def plot_schedules(runs, sparsity):
 def plot_accuracy(runs):
     "Accuracy on the validation images after each epoch. Returns the figure"
     fig, (ax,) = _axes(figsize=(7, 4))
-    for r,c in zip(runs, _colours*9): ax.plot(range(1, len(r.rows)+1), [100*o['accuracy'] for o in r.rows], 'o-', color=c, ms=4, label=r.name)
+    for r,c in zip(runs, _colours*9):
+        ax.plot(range(1, len(r.rows)+1), [100*o['accuracy'] for o in r.rows], 'o-', color=c, ms=4, label=r.name)
     ax.set(xlabel='epochs done', ylabel='accuracy (%)', title='Accuracy on the validation images')
     ax.legend(frameon=False)
     return fig
@@ -116,7 +119,8 @@ def _table(runs):
     dense = runs[0].accuracy
     lines = [f'{"Run":<12} {"Accuracy":>9} {"vs dense":>9} {"Sparsity":>9} {"Zeros":>12} {"Time":>8}', '-'*64]
     for r in runs:
-        lines.append(f'{r.name:<12} {100*r.accuracy:>8.2f}% {100*(r.accuracy-dense):>+8.2f}  {r.report.sparsity:>8.2f}% {r.report.zeros:>12,} {r.seconds:>7.1f}s')
+        lines.append(f'{r.name:<12} {100*r.accuracy:>8.2f}% {100*(r.accuracy-dense):>+8.2f}  '
+                     f'{r.report.sparsity:>8.2f}% {r.report.zeros:>12,} {r.seconds:>7.1f}s')
     return '\n'.join(lines)
 
 def _write_csv(path, rows):
@@ -169,7 +173,8 @@ def sparsify_demo(
     except (TypeError, ValueError) as e: raise SystemExit(f'sparsify-demo: {e}')
     for r in runs: _train(r, make_learner, make_callback, epochs, lr, seed)
     _save(runs, sparsity, Path(out))
-    print(f'\n=== Comparison ===\n{_table(runs)}\n\nPictures and CSV files are in {out}{os.sep}: schedules.png, accuracy.png, zeros.png, epochs.csv, comparison.csv')
+    print(f'\n=== Comparison ===\n{_table(runs)}\n\nPictures and CSV files are in {out}{os.sep}: '
+          'schedules.png, accuracy.png, zeros.png, epochs.csv, comparison.csv')
 
 # %% ../nbs/50_cli.ipynb #758801d9
 def load_tensors(
@@ -187,7 +192,8 @@ def load_tensors(
         plain = [L, np.dtype, np._core.multiarray.scalar, *(getattr(np.dtypes, k) for k in np.dtypes.__all__)]
         with torch.serialization.safe_globals(plain): state = torch.load(file, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as e: raise ValueError(
-        f'{file} is not a file of weights: expected a `state_dict` saved with `torch.save`, or safetensors. Whole modules and exported learners '
+        f'{file} is not a file of weights: expected a `state_dict` saved with `torch.save`, or safetensors. Whole modules and '
+        f'exported learners '
         f'would have to run code to be read, and are refused ({type(e).__name__})') from None
     except Exception as e:
         if type(e).__name__ != 'SafetensorError': raise

@@ -24,8 +24,8 @@ def digits_dls(
     images, labels = load_digits(return_X_y=True)
     x, y  = torch.tensor(images, dtype=torch.float32).div_(16).reshape(-1, 1, 8, 8), torch.tensor(labels)
     valid = torch.arange(len(y)) % 5 == 0
-    train = list(zip(x[~valid], y[~valid]))[:n]
-    return DataLoaders(DataLoader(TfmdLists(train, noop), bs=bs, shuffle=True, drop_last=True), DataLoader(TfmdLists(list(zip(x[valid], y[valid])), noop), bs=256))
+    train, valid = (TfmdLists(list(zip(x[i], y[i])), noop) for i in ((~valid).nonzero()[:n, 0], valid))
+    return DataLoaders(DataLoader(train, bs=bs, shuffle=True, drop_last=True), DataLoader(valid, bs=256))
 
 # %% ../nbs/06_digits.ipynb #986c5d6e
 def digits_net(
@@ -33,4 +33,5 @@ def digits_net(
 ) -> nn.Sequential:
     "A small convolutional network for 8×8 images and ten classes"
     def block(i, o, stride): return [nn.Conv2d(i, o, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-    return nn.Sequential(*block(1, width, 1), *block(width, 2*width, 2), *block(2*width, 4*width, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, 10))
+    blocks = *block(1, width, 1), *block(width, 2*width, 2), *block(2*width, 4*width, 2)
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, 10))

@@ -66,6 +66,9 @@ def _differs(self):
     "Do groups tell another story than weights?"
     return self.granularity != 'weight'
 
+def _covers(self):
+    return f'Covers {self.params:,} of {self.total:,} parameters ({self.coverage:.2f}%)' + ('; left dense:' if self.dense else '')
+
 def _abbreviated(names, most=4):
     return ', '.join(names if len(names) <= most else [*names[:most-1], '…', names[-1]])
 
@@ -79,15 +82,16 @@ def _dense_lines(self):
 @patch
 def __str__(self:Report):
     differs, rule = _differs(self), '-' * 80
+    width = max(16, len(self.granularity) + 1)
     def line(layer, kind, params, zeros, pct, groups, name):
-        return f'{layer:<20} {kind:<15} {params:<10} {zeros:<10} {pct:>9}' + (f' {groups:>16}' if differs else '') + f'  {name}'.rstrip()
+        cells = f'{layer:<20} {kind:<15} {params:<10} {zeros:<10} {pct:>9}' + (f' {groups:>{width}}' if differs else '')
+        return cells + f'  {name}'.rstrip()
     def nums(r, g, n): return f'{r.params:,}', f'{r.zeros:,}', f'{r.sparsity:.2f}%', f'{g:,} of {n:,}'
-    head = f'{"Layer":<20} {"Type":<15} {"Params":<10} {"Zeros":<10} {"Sparsity":<10}' + (f'{f"{self.granularity}s":>15}' if differs else '')
+    head = f'{"Layer":<20} {"Type":<15} {"Params":<10} {"Zeros":<10} {"Sparsity":<9}'
+    if differs: head += f' {f"{self.granularity}s":>{width}}'
     rows = [line(r.layer, r.type, *nums(r, r.zero_groups, r.groups), r.name) for r in self.rows]
     last = line('Overall', 'all', *nums(self, self._sum('zero_groups'), self._sum('groups')), '')
-    out = ['Sparsity Report:', rule, head.rstrip(), rule, *rows, rule, last]
-    out.append(f'Covers {self.params:,} of {self.total:,} parameters ({self.coverage:.2f}%)' + ('; left dense:' if self.dense else ''))
-    return '\n'.join(out + _dense_lines(self))
+    return '\n'.join(['Sparsity Report:', rule, head.rstrip(), rule, *rows, rule, last, _covers(self), *_dense_lines(self)])
 
 @patch
 def __repr__(self:Report): return str(self)
@@ -103,8 +107,8 @@ def to_pandas(self:Report):
 # %% ../nbs/05_report.ipynb #653e4daa
 def _bar(pct):
     "A table cell with `pct` as a bar and a number; the colours suit light and dark pages"
-    return (f'<td style="text-align:right;min-width:9em;background:linear-gradient(to right,rgba(0,114,178,.32) {pct:.2f}%,transparent {pct:.2f}%)">'
-            f'{pct:.2f}%</td>')
+    fill = f'linear-gradient(to right,rgba(0,114,178,.32) {pct:.2f}%,transparent {pct:.2f}%)'
+    return f'<td style="text-align:right;min-width:9em;background:{fill}">{pct:.2f}%</td>'
 
 @patch
 def _repr_html_(self:Report):
@@ -117,8 +121,7 @@ def _repr_html_(self:Report):
     heads = ['Layer', 'Type', 'Name', 'Params', 'Zeros', 'Sparsity'] + [f'{self.granularity.capitalize()}s'] * differs
     rows  = [tr((r.layer, r.type, r.name, r.params, r.zeros), r.sparsity, r.zero_groups, r.groups) for r in self.rows]
     rows += [tr(('Overall', 'all', '', self.params, self.zeros), self.sparsity, self._sum('zero_groups'), self._sum('groups'))]
-    foot  = f'Covers {self.params:,} of {self.total:,} parameters ({self.coverage:.2f}%)' + ('; left dense:' if self.dense else '')
-    foot  = '<br>'.join([foot, *map(escape, _dense_lines(self))])
+    foot  = '<br>'.join(map(escape, [_covers(self), *_dense_lines(self)]))
     head  = ''.join(f'<th style="text-align:{"left" if i<3 else "right"}">{h}</th>' for i,h in enumerate(heads))
     return f'<table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table><p><small>{foot}</small></p>'
 
@@ -133,7 +136,8 @@ def plot(self:Report,
     names, y = [f'{r.layer}: {r.name}' if r.name else r.layer for r in self.rows], range(len(self.rows))
     ax.barh(y, [r.params for r in self.rows], color='#d5dbe1', label='kept')
     ax.barh(y, [r.zeros  for r in self.rows], color='#0072B2', label='zero')
-    for i,r in enumerate(self.rows): ax.annotate(f'{r.sparsity:.1f}%', (r.params, i), (4, 0), textcoords='offset points', va='center', fontsize=8)
+    for i,r in enumerate(self.rows):
+        ax.annotate(f'{r.sparsity:.1f}%', (r.params, i), (4, 0), textcoords='offset points', va='center', fontsize=8)
     ax.set_yticks(y, names, fontsize=8)
     ax.invert_yaxis()
     ax.margins(x=0.12)

@@ -15,7 +15,7 @@ class Contestant(NamedTuple):
     name: str
     adapter: str
     package: str
-    parts: str = 'choose criteria step train memory startup'
+    parts: str = 'choose criteria step train process'
     options: dict = {}
 
     def call(self, what, *args):
@@ -24,11 +24,11 @@ class Contestant(NamedTuple):
 
 BASELINE = 'no pruning'
 CONTESTANTS = [
-    Contestant(BASELINE, 'none', 'fastai.basics', 'step train memory startup'),
+    Contestant(BASELINE, 'none', 'fastai.basics', 'step train process'),
     Contestant('fasterai_clone', 'ours', 'fasterai_clone.sparse.all'),
     Contestant('fasterai_clone, masks only', 'ours', 'fasterai_clone.sparse.all', 'choose', dict(kernel=True)),
     Contestant('fasterai_clone, every=8', 'ours', 'fasterai_clone.sparse.all', 'train', dict(every=8)),
-    # Contestant('fasterai_clone, compact', 'ours', 'fasterai_clone.sparse.all', 'step train memory', dict(compact=True)),
+    # Contestant('fasterai_clone, compact', 'ours', 'fasterai_clone.sparse.all', 'step train process', dict(compact=True)),
     Contestant('fasterai 0.4.1', 'fasterai_041', 'fasterai.sparse.all'),
     Contestant('torch.nn.utils.prune', 'torch_prune', 'torch.nn.utils.prune'),
     Contestant('torch.ao.pruning', 'torch_ao', 'torch.ao.pruning'),

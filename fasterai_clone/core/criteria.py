@@ -68,7 +68,8 @@ class Criteria:
         if sum((self.needs_init, self.needs_update, self.needs_grad, self.needs_data)) > 1:
             raise ValueError('Criteria: only one of `needs_init`, `needs_update`, `needs_grad` and `needs_data` can be the reference')
         if (self.return_init or self.output_fn) and not self.reference:
-            raise ValueError('Criteria: `output_fn` and `return_init` need a reference: set one of `needs_init`, `needs_update`, `needs_grad`, `needs_data`')
+            raise ValueError('Criteria: `output_fn` and `return_init` need a reference: set one of `needs_init`, '
+                             '`needs_update`, `needs_grad`, `needs_data`')
 
     @property
     def reference(self) -> str|None:
@@ -91,7 +92,8 @@ def __call__(self:Criteria,
         ref = self.f(up(reference))
         scores = ref if self.return_init else self.output_fn(self.f(now), ref) if self.output_fn else self.f(now)
     if not isinstance(scores, torch.Tensor) or scores.shape != w.shape:
-        raise ValueError(f'Expected scores of the shape {tuple(w.shape)} of the weights, got {tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__}')
+        raise ValueError(f'Expected scores of the shape {tuple(w.shape)} of the weights, got '
+                         f'{tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__}')
     return scores
 
 # %% ../../nbs/01_core.criteria.ipynb #e5095ea7
@@ -135,11 +137,25 @@ small_final   = Criteria(neg_magnitude)
 squared_final = Criteria(square)
 
 # %% ../../nbs/01_core.criteria.ipynb #2dd2577b
-def smaller   (now, ref): return torch.minimum(now, ref)
-def neg_larger(now, ref): return -torch.maximum(now, ref)
-def increase  (now, ref): return now - ref
-def distance  (now, ref): return (now - ref).abs()
-def distance_times_magnitude(now, ref): return (now * (now - ref)).abs()
+def smaller(now, ref):
+    "The smaller of the two"
+    return torch.minimum(now, ref)
+
+def neg_larger(now, ref):
+    "Minus the larger of the two"
+    return -torch.maximum(now, ref)
+
+def increase(now, ref):
+    "now − ref"
+    return now - ref
+
+def distance(now, ref):
+    "|now − ref|"
+    return (now - ref).abs()
+
+def distance_times_magnitude(now, ref):
+    "|now · (now − ref)|"
+    return (now * (now - ref)).abs()
 
 # %% ../../nbs/01_core.criteria.ipynb #2e00fce8
 large_init             = Criteria(magnitude,     needs_init=True, return_init=True)
@@ -156,7 +172,9 @@ updating_movement           = Criteria(identity,  needs_update=True, output_fn=d
 updating_movmag             = Criteria(identity,  needs_update=True, output_fn=distance_times_magnitude)
 
 # %% ../../nbs/01_core.criteria.ipynb #6a2454e6
-def scaled(now, ref): return now * ref
+def scaled(now, ref):
+    "now · ref"
+    return now * ref
 
 gradient = grad_crit = Criteria(identity,  needs_grad=True, return_init=True)
 wanda                = Criteria(magnitude, needs_data=True, output_fn=scaled)
@@ -180,4 +198,5 @@ def as_criteria(
         if criteria not in legal: raise ValueError(_unknown('criterion', criteria, legal))
         return globals()[criteria]
     if callable(criteria) and not isinstance(criteria, type): return Criteria(criteria)
-    raise TypeError(f'A criterion is a `Criteria`, one of {available_criterias()}, a function of the weights, or a dict of scores; got {criteria!r}')
+    raise TypeError(f'A criterion is a `Criteria`, one of {available_criterias()}, a function of the weights, or a dict of '
+                    f'scores; got {criteria!r}')

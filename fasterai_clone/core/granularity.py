@@ -46,7 +46,8 @@ def _conv_dims(nd, out=0, inp=1):
     "Granularity → axes, for a convolution over `nd` spatial dimensions with filter axis `out` and channel axis `inp`"
     space  = tuple(range(2, 2+nd))
     lines  = dict(zip(('depth', 'column', 'row')[-nd:], space))
-    slices = {f'{k}_slice': (inp, lines[o]) for k,o in dict(depth='depth', vertical='column', horizontal='row').items() if o in lines and nd>1}
+    across = dict(depth='depth', vertical='column', horizontal='row')
+    slices = {f'{k}_slice': (inp, lines[o]) for k,o in across.items() if o in lines and nd>1}
     part   = dict(channel=(inp,), **{k: (v,) for k,v in lines.items()}, kernel=space, **slices)
     shared = {f'shared_{k}': (out, *v) for k,v in part.items()}
     dims   = dict(weight=(), shared_weight=(out,), **part, filter=(inp, *space), **shared, layer=(0, 1, *space))
@@ -95,7 +96,7 @@ class Granularities:
 # %% ../../nbs/00_core.granularity.ipynb #88df5206
 def _axes(m, dims, ndim):
     "`dims` as sorted axes of an `ndim`-dimensional weight"
-    if not all(isinstance(d, int) and -ndim <= d < ndim for d in dims) or len({d % ndim for d in dims}) < len(dims):
+    if not all(type(d) is int and -ndim <= d < ndim for d in dims) or len({d % ndim for d in dims}) < len(dims):
         raise ValueError(f'Granularity {dims} of {type(m).__name__}: expected different axes between 0 and {ndim-1}')
     return tuple(sorted(d % ndim for d in dims))
 

@@ -32,7 +32,8 @@ class Masks(dict):
             raise TypeError(f'The mask of {name!r} must be a bool tensor, got {getattr(mask, "dtype", type(mask).__name__)}')
         if shapes is not None:
             if name not in shapes: raise KeyError(_unknown('parameter', name, shapes))
-            if tuple(mask.shape) != shapes[name]: raise ValueError(f'The mask of {name!r} must have shape {shapes[name]}, got {tuple(mask.shape)}')
+            if tuple(mask.shape) != shapes[name]:
+                raise ValueError(f'The mask of {name!r} must have shape {shapes[name]}, got {tuple(mask.shape)}')
         super().__setitem__(name, mask.clone() if copy else mask)
 
     def update(self, other=(), **kwargs):

@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.schedule.html.md"""
 
 # %% ../../nbs/02_core.schedule.ipynb #06acb8f8
 from __future__ import annotations
-import inspect, math
+import inspect, math, numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -36,7 +36,11 @@ class Schedule:
 
     def __post_init__(self):
         object.__setattr__(self, '_by_pos', callable(self.sched_func) and _n_required(self.sched_func) == 1)  # looked up once: it is slow
-        if not callable(self.sched_func): raise TypeError(f'Schedule: `sched_func` must be a function of (start, end, pos), not {self.sched_func!r}')
+        if not callable(self.sched_func):
+            raise TypeError(f'Schedule: `sched_func` must be a function of (start, end, pos), not {self.sched_func!r}')
+        for k in ('start_pct', 'end_pct', 'start_sparsity'):
+            v = getattr(self, k)
+            if isinstance(v, bool) or not isinstance(v, numbers.Real): raise TypeError(f'Schedule: `{k}` must be a number, got {v!r}')
         if not 0 <= self.start_pct <= self.end_pct <= 1:
             raise ValueError(f'Schedule: expected 0 ≤ start_pct ≤ end_pct ≤ 1, got start_pct={self.start_pct}, end_pct={self.end_pct}')
         if not 0 <= self.start_sparsity <= 100 or 0 < self.start_sparsity < 1:
@@ -134,8 +138,10 @@ def _checked(s):
     for i in range(101):
         try: p = s.progress(i/100)
         except Exception as e: raise ValueError(f'The schedule {name} fails at {i} % of training: {type(e).__name__}: {e}. '
-                                                'Expected a function of (start, end, pos), or of pos, that gives a number from 0 to 1') from e
-        if not -1e-9 <= p <= 1 + 1e-9: raise ValueError(f'The schedule {name} gives progress {p} at {i} % of training: expected a number from 0 to 1')
+                                                'Expected a function of (start, end, pos), or of pos, that gives a number '
+                                                'from 0 to 1') from e
+        if not -1e-9 <= p <= 1 + 1e-9:
+            raise ValueError(f'The schedule {name} gives progress {p} at {i} % of training: expected a number from 0 to 1')
     return s
 
 def as_schedule(
@@ -147,7 +153,8 @@ def as_schedule(
         if schedule not in available_schedules(): raise ValueError(_unknown('schedule', schedule, available_schedules()))
         return globals()[schedule]
     if isinstance(schedule, partial) and isinstance(schedule.func, Schedule):
-        if schedule.args: raise TypeError(f'A `partial` of a schedule takes keywords, as in `partial(iterative, n_steps=5)`; got {schedule.args}')
+        if schedule.args:
+            raise TypeError(f'A `partial` of a schedule takes keywords, as in `partial(iterative, n_steps=5)`; got {schedule.args}')
         return schedule.func(**schedule.keywords)
     if callable(schedule) and not isinstance(schedule, type): return _checked(Schedule(schedule))
     raise TypeError(f'A schedule is a `Schedule`, one of {available_schedules()}, a `partial` of one or a function; got {schedule!r}')

@@ -387,7 +387,7 @@ def keep_masks(
     tensors: list[Tensor],    # scores, the higher the more worth; or weights, with `magnitude`
     n_drop: int,              # how many elements of all of them to drop
     magnitude: bool = False,  # rank by |w| instead of by the value
-    pruned: list|None=None,   # earlier masks: what they dropped goes first; going down, what they kept is all kept. None: nothing was dropped
+    pruned: list|None=None,   # earlier masks: what they dropped goes first; going down, what they kept is all kept. None: none
     out: list|None=None,      # contiguous bool tensors to fill, also the earlier masks themselves
     sampler = None,           # `(flat, step)` → the indices to sample, for tests
     journal: list|None=None   # gets what was written over in place, for `restore`

@@ -16,7 +16,8 @@ __all__ = ['why_not_compact', 'CompactStep']
 
 # %% ../../nbs/07_sparse.compact.ipynb #35e2c20f
 _torch_optimizers = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-_fastai_steps     = {'weight_decay', 'l2_reg', 'average_grad', 'average_sqr_grad', 'momentum_step', 'step_stat', 'sgd_step', 'adam_step', 'rms_prop_step'}
+_fastai_steps     = {'weight_decay', 'l2_reg', 'average_grad', 'average_sqr_grad', 'momentum_step', 'step_stat', 'sgd_step', 'adam_step',
+                     'rms_prop_step'}
 
 def _inner(optimizer):
     "The optimizer that does the work: fastai's `OptimWrapper` has a torch one inside"
@@ -29,7 +30,8 @@ def why_not_compact(
     opt = _inner(optimizer)
     if type(opt) in _torch_optimizers: return None
     name = f'{type(opt).__module__}.{type(opt).__name__}'
-    if not hasattr(opt, 'param_lists') or not hasattr(opt, 'cbs'): return f'{name} is none of {", ".join(t.__name__ for t in _torch_optimizers)}'
+    if not hasattr(opt, 'param_lists') or not hasattr(opt, 'cbs'):
+        return f'{name} is none of {", ".join(t.__name__ for t in _torch_optimizers)}'
     steps = {getattr(c.func if isinstance(c, partial) else c, '__name__', repr(c)) for c in opt.cbs}
     unknown = sorted(steps - _fastai_steps)
     return f'the optimizer uses {", ".join(unknown)}, which may look at more than one weight at a time' if unknown else None
@@ -48,7 +50,7 @@ class _Slot:
     version: int             # of `full`, when its dropped weights were last known to be zero
 
     def gather(self, t): return t.reshape(-1).index_select(0, self.index)
-    def spread(self, t): return torch.zeros(self.full.numel(), dtype=t.dtype, device=t.device).index_copy_(0, self.index, t).view(self.full.shape)
+    def spread(self, t): return t.new_zeros(self.full.numel()).index_copy_(0, self.index, t).view(self.full.shape)
 
 # %% ../../nbs/07_sparse.compact.ipynb #90018a64
 class CompactStep:
@@ -117,4 +119,4 @@ def release(self:CompactStep) -> None:
 @patch(as_prop=True)
 def nbytes(self:CompactStep) -> int:
     "Bytes held: indices, kept values and their state"
-    return sum(t.numel() * t.element_size() for s in self.slots for t in (s.index, s.kept, *s.state.values()) if isinstance(t, torch.Tensor))
+    return sum(t.nbytes for s in self.slots for t in (s.index, s.kept, *s.state.values()) if isinstance(t, torch.Tensor))

@@ -40,7 +40,7 @@ class Target:
         return f'{self.layer}.weight' if self.layer else 'weight'
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #81334fd8
-def _matches(layer, pattern): return pattern in (layer, f'{layer}.weight') or fnmatchcase(layer, pattern) or fnmatchcase(f'{layer}.weight', pattern)
+def _matches(layer, pattern): return any(pattern == name or fnmatchcase(name, pattern) for name in (layer, f'{layer}.weight'))
 
 def _patterns(what, patterns, layers=None):
     "`patterns` as a list; each must match one of `layers`, if those are known"
@@ -56,16 +56,19 @@ def _check_weight(layer, m):
     where, w = f'{layer or "the model"} ({type(m).__name__})', m._parameters.get('weight')
     if w is None:
         if getattr(m, 'weight', None) is None: raise ValueError(f'{where} has no weight')
-        raise ValueError(f'The weight of {where} is computed by a parametrization or hook: zeros put there would not last. Remove that first '
+        raise ValueError(f'The weight of {where} is computed by a parametrization or hook: zeros put there would not last. '
+                         f'Remove that first '
                          f'(`torch.nn.utils.parametrize.remove_parametrizations`), or leave the layer out with `exclude`')
     if is_lazy(w): raise ValueError(f'The weight of {where} has no shape yet: run one batch through the model first')
-    if not w.is_floating_point(): raise ValueError(f'The weight of {where} is {w.dtype}: only real floating-point weights can be sparsified')
+    if not w.is_floating_point():
+        raise ValueError(f'The weight of {where} is {w.dtype}: only real floating-point weights can be sparsified')
     if not torch.isfinite(w).all(): raise ValueError(f'The weight of {where} holds NaN or infinite numbers')
 
 def _types(layer_type):
     "`layer_type` as a tuple of types"
     types = tuple(layer_type) if isinstance(layer_type, (list, tuple, set)) else (layer_type,)
-    if not types or not all(isinstance(t, type) for t in types): raise TypeError(f'`layer_type` must be a type of layer or several, got {layer_type!r}')
+    if not types or not all(isinstance(t, type) for t in types):
+        raise TypeError(f'`layer_type` must be a type of layer or several, got {layer_type!r}')
     return types
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #b9205db6
@@ -110,8 +113,8 @@ def layer_sparsities(
     names = [t.layer for t in targets]
     if isinstance(sparsity, Mapping):
         if not sparsity: raise ValueError(f'`sparsity` names no layer: expected some of {", ".join(names)}')
-        named = {k if isinstance(k, str) else next((t.layer for t in targets if t.module is k), repr(k)): check_sparsity(v, f'sparsity[{k!r}]')
-                 for k,v in sparsity.items()}
+        modules = {t.module: t.layer for t in targets}
+        named = {k if isinstance(k, str) else modules.get(k, repr(k)): check_sparsity(v, f'sparsity[{k!r}]') for k,v in sparsity.items()}
         _patterns('sparsity', named, names)
         by_pattern = [[v for k,v in named.items() if _matches(n, k)][-1:] or [0.] for n in names]
         return [named.get(n, named.get(f'{n}.weight', p[0])) for n,p in zip(names, by_pattern)]
@@ -136,14 +139,17 @@ def _parse_nm(nm, granularity):
 def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, include=None, exclude=None, round_to=None) -> None:
     "Refuse what is wrong for any model; the arguments are those of `Sparsifier`"
     if isinstance(granularity, str):
-        if granularity not in (legal := Granularities.available_granularities()): raise ValueError(_unknown('granularity', granularity, legal))
-    elif not isinstance(granularity, (tuple, list)): raise TypeError(f'`granularity` must be a name or the axes one group spans, got {granularity!r}')
+        if granularity not in (legal := Granularities.available_granularities()):
+            raise ValueError(_unknown('granularity', granularity, legal))
+    elif not isinstance(granularity, (tuple, list)):
+        raise TypeError(f'`granularity` must be a name or the axes one group spans, got {granularity!r}')
     if context not in _contexts: raise ValueError(_unknown('context', context, _contexts))
     _parse_nm(nm, granularity)
     _types(layer_type)
     _patterns('include', include), _patterns('exclude', exclude)
     if round_to is None: return
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1: raise ValueError(f'`round_to` must be a positive whole number, got {round_to!r}')
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f'`round_to` must be a positive whole number, got {round_to!r}')
     if context == 'global': raise ValueError('`round_to` counts the groups of one layer: it needs context="local"')
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #c5f54078
@@ -193,7 +199,8 @@ def _check_scores(scores, targets):
     for k,v in scores.items():
         if k not in shapes: raise ValueError(_unknown('parameter in `criteria`', k, shapes))
         if not isinstance(v, torch.Tensor) or tuple(v.shape) != shapes[k]:
-            raise ValueError(f'The scores of {k!r} must be a tensor of shape {shapes[k]}, got {tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__}')
+            raise ValueError(f'The scores of {k!r} must be a tensor of shape {shapes[k]}, got '
+                             f'{tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__}')
     missing = [k for k in shapes if k not in scores]
     if missing: raise ValueError(f'`criteria` has no scores for {", ".join(missing)}: give them, or leave those layers out with `exclude`')
 
@@ -205,7 +212,8 @@ def _try_out(self:Sparsifier):
     if isinstance(self.criteria, dict): _check_scores(self.criteria, self.targets)
     for t in self.targets:
         size = t.weight.shape[_input_axis(t.module)]
-        if self.nm and size % self.nm[1]: raise ValueError(f'{t.layer} has {size} inputs, not a multiple of {self.nm[1]}: leave it out with `exclude={t.layer!r}`')
+        if self.nm and size % self.nm[1]:
+            raise ValueError(f'{t.layer} has {size} inputs, not a multiple of {self.nm[1]}: leave it out with `exclude={t.layer!r}`')
     self.plain = self._plain_magnitude()
     if self.reference in ('grad', 'data') or self.plain: return
     with torch.random.fork_rng(devices={t.weight.device for t in self.targets if t.weight.is_cuda}):
@@ -228,6 +236,7 @@ def accumulate_gradients(self:Sparsifier) -> None:
         else: self.refs[t.name] = now
         self.used.discard(t.name)
 
+# %% ../../nbs/10_sparse.sparsifier.ipynb #08a62721
 @patch
 def _reference(self:Sparsifier, t):
     "What the criterion compares `t` with"
@@ -236,7 +245,9 @@ def _reference(self:Sparsifier, t):
     if kind == 'grad' and t.name not in self.refs:
         if t.weight.grad is None:
             raise ValueError(f'This criterion needs the gradient of {t.name}, which has none: run a backward pass first' +
-                             ('' if t.weight.requires_grad else ', and unfreeze it (`requires_grad` is False)'))
+                             (f', or leave it out with `exclude={t.layer!r}` if the loss does not depend on '
+                              f'it' if t.weight.requires_grad else
+                              ', and unfreeze it (`requires_grad` is False)'))
         return (t.weight.detach().float() * t.weight.grad.float()).abs()
     if kind == 'data' and t.name not in self.refs:
         raise ValueError(f'This criterion needs activations and {t.layer} has seen none: give `data`, or call `observe` with a batch')
@@ -256,7 +267,7 @@ def _renew_refs(self:Sparsifier, names):
 def _input_norms2(m, x):
     "Sum of squares of each input feature of layer `m`, shaped to multiply its weight"
     w = m.weight
-    if isinstance(m, nn.Embedding): return torch.bincount(x.flatten(), minlength=w.shape[0]).to(w.dtype)[:, None]
+    if isinstance(m, nn.Embedding): return torch.bincount(x.flatten(), minlength=w.shape[0]).float()[:, None]
     x = x.detach().float()
     if isinstance(m, nn.Linear): return x.reshape(-1, x.shape[-1]).square().sum(0)[None]
     channels = x.ndim - (w.ndim - 2) - 1   # a batch has one axis before the channels, a single sample none
@@ -308,7 +319,8 @@ def _check_reach(self:Sparsifier, pools, counts):
     n,m = self.nm
     for pool,k in zip(pools, counts):
         if k > (most := sum(t.groups.n for t in pool) * (m-n) // m):
-            raise ValueError(f'A {n}:{m} pattern has {100*(m-n)/m:g} % zeros: ask for at most that (got {k:,} of {most:,} in {pool[0].layer})')
+            raise ValueError(f'A {n}:{m} pattern has {100*(m-n)/m:g} % zeros: ask for at most that (got {k:,} of {most:,} in '
+                             f'{pool[0].layer})')
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #e57ad04e
 @patch
@@ -374,7 +386,8 @@ def _nm_scores(self:Sparsifier, t, scores):
 def _plain_magnitude(self:Sparsifier):
     "Are single weights to be chosen by nothing but their magnitude?"
     c = self.criteria
-    return isinstance(c, Criteria) and c.f is magnitude and not (c.reference or c.normalizer or self.nm or any(t.groups.dims for t in self.targets))
+    return isinstance(c, Criteria) and c.f is magnitude and not (c.reference or c.normalizer or self.nm or
+                                                                 any(t.groups.dims for t in self.targets))
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #88e3b1e1
 @patch
@@ -404,7 +417,8 @@ def _choose(self:Sparsifier, pool, k, journal):
     reuse  = not any(m is None or t.groups.dims for t,m in zip(pool, old))
     try: keep = keep_masks(scores, k, magnitude=self.plain, pruned=old, out=old if reuse else None, journal=journal)
     except ValueError as e:
-        raise ValueError(f'{", ".join(t.name for t in pool if not torch.isfinite(t.weight).all())}: {e}. Has the training diverged?') from None
+        raise ValueError(f'{", ".join(t.name for t in pool if not torch.isfinite(t.weight).all())}: {e}. Has the training '
+                         f'diverged?') from None
     return {} if reuse else {t.name: t.groups.expand(m, t.weight.shape).contiguous() for t,m in zip(pool, keep)}
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #05d22591
@@ -424,7 +438,8 @@ def sparsify_layer(self:Sparsifier,
 ) -> None:
     "Make one layer exactly as sparse as asked, whatever the context"
     found = [i for i,t in enumerate(self.targets) if layer is t.module or isinstance(layer, str) and layer in (t.layer, t.name)]
-    if not found: raise ValueError(_unknown('layer', layer if isinstance(layer, str) else type(layer).__name__, [t.layer for t in self.targets]))
+    if not found:
+        raise ValueError(_unknown('layer', layer if isinstance(layer, str) else type(layer).__name__, [t.layer for t in self.targets]))
     t = self.targets[found[0]]
     check_arguments(self.granularity, 'local', round_to=round_to)
     pools, counts = [[t]], [_count(t.groups.n, check_sparsity(sparsity), round_to or 1)]
@@ -441,7 +456,7 @@ def apply_masks(self:Sparsifier) -> None:
 @patch
 @torch.no_grad()
 def adopt(self:Sparsifier,
-    most: list[int]|None = None  # of each pool, the most groups to adopt, as from `counts`; a pool that has more is left as it is. None: any number
+    most: list[int]|None = None  # the most groups to adopt of each pool, as from `counts`; one that has more is left alone. None: any
 ) -> int:                        # how many groups were adopted
     "Take over groups that are all zero already as dropped"
     adopted = 0
@@ -463,6 +478,7 @@ class Hold:
         self.handles = [optimizer.register_step_pre_hook(self.before), optimizer.register_step_post_hook(self.after)]
 
     def before(self, *args):
+        "Before a step: gradients are complete"
         if self.sp.reference == 'grad': self.sp.accumulate_gradients()
         if not self.compact: return
         if self.made_for != self.sp.updates:  # the masks are others now
@@ -471,6 +487,7 @@ class Hold:
         self.step.enter()
 
     def after(self, *args):
+        "After a step: dropped weights are zero again"
         if self.step: self.step.exit()
         else: self.sp.apply_masks()
 
@@ -492,7 +509,7 @@ def compact_step(self:Sparsifier, optimizer) -> CompactStep:
 @patch
 def hold(self:Sparsifier,
     optimizer: torch.optim.Optimizer,
-    compact: bool = False    # work on the kept weights only (SGD, Adam, AdamW): less memory and time, and what the optimizer knew of the others is forgotten
+    compact: bool = False    # step on the kept weights only (SGD, Adam, AdamW); what the optimizer knew of the others is forgotten
 ) -> Hold:
     "Keep the masks applied after each `optimizer.step()`, until `release()` of what is returned"
     opt = _inner(optimizer)
@@ -507,7 +524,8 @@ def hold(self:Sparsifier,
 @patch
 def report(self:Sparsifier) -> Report:
     "The zeros of each layer, counted now"
-    return Report(tuple(self._row(t) for t in self.targets), self._left_dense(), self.granularity if isinstance(self.granularity, str) else 'group')
+    granularity = self.granularity if isinstance(self.granularity, str) else 'group'
+    return Report(tuple(self._row(t) for t in self.targets), self._left_dense(), granularity)
 
 @patch
 def _row(self:Sparsifier, t):
@@ -532,7 +550,8 @@ def print_sparsity(self:Sparsifier) -> None:
 @patch
 def state_dict(self:Sparsifier) -> dict:
     "Masks and references, as plain tensors: `torch.load(..., weights_only=True)` reads them"
-    return dict(masks=dict(self.masks), refs=dict(self.refs), used=sorted(self.used), reference=self.reference, granularity=self.granularity)
+    return dict(masks=dict(self.masks), refs=dict(self.refs), used=sorted(self.used),
+                reference=self.reference, granularity=self.granularity)
 
 @patch
 def load_state_dict(self:Sparsifier,
@@ -545,7 +564,8 @@ def load_state_dict(self:Sparsifier,
         mine = getattr(self, k)
         if state[k] != mine: raise ValueError(f'The state is of another kind of `Sparsifier`: {k} {state[k]!r}, here {mine!r}')
     weights = {t.name: t.weight for t in self.targets}
-    self.masks.update(Masks({k: v.to(weights[k].device) if k in weights else v for k,v in state['masks'].items()}, shapes=self.masks.shapes))
+    masks = {k: v.to(weights[k].device) if k in weights else v for k,v in state['masks'].items()}
+    self.masks.update(Masks(masks, shapes=self.masks.shapes))
     self.refs, self.used = {k: v.clone() for k,v in state['refs'].items()}, set(state['used'])
     self.updates += 1
     self.apply_masks()

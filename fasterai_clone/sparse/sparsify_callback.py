@@ -34,14 +34,27 @@ def _check_sparsities(sparsity):
 
 def _check_whole(what, v, least):
     "Refuse a `v` that is not a whole number from `least`"
-    if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f'`{what}` must be a whole number from {least}, got {v!r}')
+    if isinstance(v, bool) or not isinstance(v, int) or v < least:
+        raise ValueError(f'`{what}` must be a whole number from {least}, got {v!r}')
 
 def _check_span(start_epoch, end_epoch):
     "Refuse epochs that no fit could have"
     for k,v in dict(start_epoch=start_epoch, end_epoch=end_epoch).items():
         if v is not None and (isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < math.inf):
             raise ValueError(f'`{k}` must be a number of epochs from 0, got {v!r}')
-    if None not in (start_epoch, end_epoch) and start_epoch > end_epoch: raise ValueError(f'`start_epoch` {start_epoch} comes after `end_epoch` {end_epoch}')
+    if None not in (start_epoch, end_epoch) and start_epoch > end_epoch:
+        raise ValueError(f'`start_epoch` {start_epoch} comes after `end_epoch` {end_epoch}')
+
+# %% ../../nbs/11_sparse.sparsify_callback.ipynb #22654815
+def _check_own(sparsity, context, rewind_epoch, every, start_epoch, end_epoch, model):
+    "Refuse what is wrong in any fit; the arguments are those of `SparsifyCallback`"
+    _check_sparsities(sparsity)
+    if isinstance(sparsity, (Mapping, list, tuple)) and context == 'global':
+        raise ValueError(f'A sparsity for each layer needs context="local": globally there is one for all, got {sparsity!r}')
+    _check_whole('rewind_epoch', rewind_epoch, 0)
+    _check_whole('every', every, 1)
+    _check_span(start_epoch, end_epoch)
+    if model is not None and not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
 
 # %% ../../nbs/11_sparse.sparsify_callback.ipynb #93a5188c
 class _Lean(Callback):
@@ -57,7 +70,7 @@ class SparsifyCallback(_Lean):
         sparsity: float|list|dict,                # percent: one for all layers, a list with one for each, or by layer name or pattern
         granularity: str|tuple = 'weight',        # what one group is: `'weight'`, `'filter'`, ... or the axes one group spans
         context: str = 'local',                   # who competes: `'local'` inside each layer, `'global'` over all of them
-        criteria: Criteria|str|dict = large_final,  # the score: a `Criteria`, its name, a function of the weights, or scores by parameter name
+        criteria: Criteria|str|dict = large_final,  # the score: a `Criteria` or its name, a function of the weights, or scores by name
         schedule: Schedule|str = agp,             # a `Schedule`, its name, a `partial` of one, a fastai annealer or a function
         lth: bool = False,                        # rewind the weights after each pruning, as for lottery tickets
         rewind_epoch: int = 0,                    # the epoch at whose start the weights to rewind to are saved
@@ -74,22 +87,17 @@ class SparsifyCallback(_Lean):
         include: str|list|None = None,            # only layers of these names or patterns
         exclude: str|list|None = None,            # no layers of these names or patterns
         every: int = 1,                           # steps between updates of the masks; the end of an epoch is always exact
-        compact: bool = False,                    # once the masks are final, the optimizer works on the kept weights only (SGD, Adam, AdamW)
+        compact: bool = False,                    # once the masks are final, step on the kept weights only (SGD, Adam, AdamW)
         verbose: bool = True                      # print sparsity and the report
     ):
-        _check_sparsities(sparsity)
         check_arguments(granularity, context, nm, layer_type, include, exclude, round_to)
-        if isinstance(sparsity, (Mapping, list, tuple)) and context == 'global':
-            raise ValueError(f'A sparsity for each layer needs context="local": globally there is one for all, got {sparsity!r}')
-        _check_whole('rewind_epoch', rewind_epoch, 0)
-        _check_whole('every', every, 1)
-        _check_span(start_epoch, end_epoch)
-        if model is not None and not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
+        _check_own(sparsity, context, rewind_epoch, every, start_epoch, end_epoch, model)
         criteria, schedule = as_criteria(criteria), as_schedule(schedule)
         if start_sparsity is not None: schedule = schedule(start_sparsity=check_sparsity(start_sparsity, 'start_sparsity'))
         store_attr()
         self.sparsifier, self.report, self.history = None, None, []
-        self._active, self._stepping, self._due, self._rewind_to, self._compact, self._closing = False, False, None, None, None, SparsifyClosing(self)
+        self._active, self._stepping, self._due, self._rewind_to, self._compact = False, False, None, None, None
+        self._closing = SparsifyClosing(self)
 
 # %% ../../nbs/11_sparse.sparsify_callback.ipynb #efe1738b
 class SparsifyClosing(_Lean):
@@ -157,7 +165,8 @@ def _find_layers(self:SparsifyCallback):
     if self.model is not None and set(self.model.modules()).isdisjoint(model.modules()):
         raise ValueError('`model` has no module of the model this learner trains: pass a part of it, or leave it out to sparsify all of it')
     if self.sparsifier is not None and self.sparsifier.model is model: return False
-    sp = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type, include=self.include, exclude=self.exclude, part=self.model)
+    sp = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type,
+                    include=self.include, exclude=self.exclude, part=self.model)
     sp.counts(self.sparsity, self.round_to)  # refuses what this model cannot have
     self.sparsifier, self._rewind_to = sp, None
     return True
@@ -173,7 +182,9 @@ def _fitted_schedule(self:SparsifyCallback):
         if v > n: raise ValueError(f'`{end}_epoch` is {v}, and this fit has {n} epochs')
         pcts[f'{end}_pct'] = v / max(n, 1)
     start, end = pcts.get('start_pct', self.schedule.start_pct), pcts.get('end_pct', self.schedule.end_pct)
-    if start > end: raise ValueError(f'The schedule would start in epoch {start*n:g} and end in epoch {end*n:g} of {n}: set both `start_epoch` and `end_epoch`')
+    if start > end:
+        raise ValueError(f'The schedule would start in epoch {start*n:g} and end in epoch {end*n:g} of {n}: set both '
+                         f'`start_epoch` and `end_epoch`')
     return self.schedule(**pcts) if pcts else self.schedule
 
 @patch
@@ -183,7 +194,8 @@ def _frozen(self:SparsifyCallback): return [t.layer for t in self.sparsifier.tar
 def _check_gradients(self:SparsifyCallback):
     "Without gradients there is nothing to score by"
     if self.sparsifier.reference == 'grad' and (frozen := self._frozen()):
-        raise ValueError(f'This criterion scores by gradients, and {len(frozen)} of {len(self.sparsifier.targets)} layers are frozen ({frozen[0]}, ...): '
+        raise ValueError(f'This criterion scores by gradients, and {len(frozen)} of {len(self.sparsifier.targets)} layers are '
+                         f'frozen ({frozen[0]}, ...): '
                          'call `learn.unfreeze()` first, or score by the weights (`large_final`)')
 
 @patch
@@ -283,12 +295,14 @@ def _rewinds(self:SparsifyCallback): return self.lth or self.reset_end or self.s
 def _check_rounds(self:SparsifyCallback):
     "Refuse what cannot be rewound"
     if self._rewinds and self._curve.start_pct * self.n_epoch < self.rewind_epoch:
-        raise ValueError(f'`rewind_epoch` is {self.rewind_epoch}, but the schedule starts to prune in epoch {self._curve.start_pct*self.n_epoch:g}: rewind to an epoch before that')
+        raise ValueError(f'`rewind_epoch` is {self.rewind_epoch}, but the schedule starts to prune in epoch '
+                         f'{self._curve.start_pct*self.n_epoch:g}: rewind to an epoch before that')
     if not (self.lth or self.save_tickets): return
     n = len(self.dls.train) * self.n_epoch
     p = [self._curve.progress((i+1)/n) for i in range(n)]
     if any(a != b != c for a,b,c in zip(p, p[1:], p[2:])):
-        raise ValueError('`lth` and `save_tickets` act after each pruning, and this schedule prunes at every step: use one with few steps, as `one_shot` or `iterative`')
+        raise ValueError('`lth` and `save_tickets` act after each pruning, and this schedule prunes at every step: use one '
+                         'with few steps, as `one_shot` or `iterative`')
 
 # %% ../../nbs/11_sparse.sparsify_callback.ipynb #25070a64
 @patch
@@ -349,7 +363,8 @@ def _finish(self:SparsifyCallback):
     sp = self.sparsifier
     back = sum(int((t.weight.detach()[~sp.masks[t.name]] != 0).sum()) for t in sp.targets if t.name in sp.masks)
     if back:
-        self._say(f'{back:,} pruned weights had come back at the end of training, as when a checkpoint of a less sparse epoch is reloaded: masks applied again')
+        self._say(f'{back:,} pruned weights had come back at the end of training, as when a checkpoint of a less sparse epoch '
+                  f'is reloaded: masks applied again')
         sp.apply_masks()
     if self.reset_end    and self._rewind_to: self._rewind()
     if self.save_tickets and self._rewind_to: self._save_ticket('Final')
