@@ -60,6 +60,7 @@ def limits(request, monkeypatch):
 def tiny(monkeypatch):
     monkeypatch.setattr(selection, '_CHUNK', 64)
     monkeypatch.setattr(selection, '_WHOLE', 32)
+    monkeypatch.setattr(selection, '_SMALL', 0)
     monkeypatch.setattr(selection, '_CAP_FLOOR', 8)
 
 

@@ -151,11 +151,11 @@ def increase(now, ref):
 
 def distance(now, ref):
     "|now − ref|"
-    return (now - ref).abs()
+    return (now - ref).abs_()
 
 def distance_times_magnitude(now, ref):
     "|now · (now − ref)|"
-    return (now * (now - ref)).abs()
+    return (now - ref).mul_(now).abs_()
 
 # %% ../../nbs/01_core.criteria.ipynb #2e00fce8
 large_init             = Criteria(magnitude,     needs_init=True, return_init=True)

@@ -42,6 +42,7 @@ def n_dropped(
 _CHUNK = 1 << 17      # elements a chunk: keys and flags of fp32 stay in 1 MiB of L2, and Python's part (6 us) is small
 _SIGMAS = 4           # half width of the bracket, in standard errors of a sampled rank: random samples miss about once in 16000
 _DENSITY = 32         # sample 32 sqrt(n) of n elements: measured flat optimum of sampling plus collecting for 0.4 M to 86 M
+_SMALL = 40_000       # up to here partitioning everything takes less time than preparing the bracket
 _WHOLE = 1 << 14      # up to here the sample is everything: a partition of it costs less than collecting a wide bracket
 _HEAVY = 1 / 128      # share of the sample from which the ties at an end of the bracket stay outside it
 _CAP = 1 / 32         # share of the elements that may be collected (12 bytes each, so under 0.4 bytes per element)
@@ -400,7 +401,7 @@ def keep_masks(
     if out is None: out = [torch.empty(t.shape, dtype=torch.bool, device=t.device) for t in tensors]
     _check(tensors, pruned, out)
     if not total: return list(out)
-    if total <= _WHOLE and sampler is None and all(t.is_cpu for t in tensors):
+    if total <= _SMALL and sampler is None and all(t.is_cpu for t in tensors):
         if journal is not None: journal += [(o, o.clone()) for o,p in zip(out, pruned) if p is not None and p.data_ptr() == o.data_ptr()]
         return _select_small(tensors, n_drop, magnitude, pruned, out)
     journal, start = [] if journal is None else journal, len(journal or ())

@@ -54,7 +54,7 @@ def _check_own(sparsity, context, rewind_epoch, every, start_epoch, end_epoch, m
     _check_whole('rewind_epoch', rewind_epoch, 0)
     _check_whole('every', every, 1)
     _check_span(start_epoch, end_epoch)
-    if model is not None and not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
+    if not isinstance(model, (nn.Module, type(None))): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
 
 # %% ../../nbs/11_sparse.sparsify_callback.ipynb #93a5188c
 class _Lean(Callback):
@@ -361,7 +361,7 @@ def _finish(self:SparsifyCallback):
     self._print_epoch()  # if the epoch was its last because a callback stopped training
     self._release()
     sp = self.sparsifier
-    back = sum(int((t.weight.detach()[~sp.masks[t.name]] != 0).sum()) for t in sp.targets if t.name in sp.masks)
+    back = sum(int(((t.weight.detach() != 0) & ~sp.masks[t.name]).count_nonzero()) for t in sp.targets if t.name in sp.masks)
     if back:
         self._say(f'{back:,} pruned weights had come back at the end of training, as when a checkpoint of a less sparse epoch '
                   f'is reloaded: masks applied again')
