@@ -22,7 +22,7 @@ setup(
     python_requires  = f">={cfg['min_python']}",
     packages         = find_packages(include=[f'{name}*']),
     install_requires = lines('requirements'),
-    extras_require   = dict(dev=lines('dev_requirements')),
+    extras_require   = dict(dev=lines('dev_requirements'), bench=lines('bench_requirements')),
     entry_points     = dict(console_scripts=lines('console_scripts'), nbdev=[f'{name} = {name}._modidx:d']),
     classifiers      = [f"Development Status :: {cfg['status']}", 'Intended Audience :: Developers', 'Intended Audience :: Science/Research',
                         'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],

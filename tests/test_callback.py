@@ -608,3 +608,23 @@ def test_rewinding_at_every_step_is_refused():
     with pytest.raises(ValueError, match='at every step'):
         learn.fit(4, cbs=[SparsifyCallback(80, schedule=agp, lth=True), spy('before_batch', lambda: batches.append(1), order=-50)])
     assert not batches
+
+class Unused(nn.Module):
+    "A convolution that takes no part"
+    def __init__(self):
+        super().__init__()
+        self.net, self.idle = digits_net(4), nn.Conv2d(2, 2, 3)
+    def forward(self, x): return self.net(x)
+
+@pytest.mark.parametrize('criteria', ['gradient', 'wanda'])
+def test_a_layer_that_takes_no_part_is_worth_nothing(criteria):
+    learn = learner(model=Unused())
+    learn.fit(2, 1e-2, cbs=SparsifyCallback(50, context='global', criteria=criteria))
+    assert zeros(learn.model)[-1] == 36 and sum(zeros(learn.model)) == (1476 + 36) // 2
+
+def test_zeros_that_need_not_fit_a_pattern_are_not_adopted():
+    learn = learner(width=4)
+    w = learn.model[3].weight.data
+    w[:, :3] = 0  # three of each four inputs
+    learn.fit(1, 1e-2, cbs=SparsifyCallback(50, nm=(2, 4), exclude='0', schedule=one_shot))
+    for m in layers(learn.model)[1:]: assert ((m.weight != 0).movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()

@@ -62,6 +62,7 @@ def _output(o, images):
         (images/name).write_bytes(base64.b64decode(data['image/png']))
         return f'![](nbs/images/{name})'
     if 'fastprogress' in data.get('text/html', ''): return _table(data['text/html'])
+    if 'text/markdown' in data: return data['text/markdown']
     text = (o.get('text') or data.get('text/plain', '')).strip()
     return f'```text\n{text}\n```' if text else ''
 

@@ -28,7 +28,7 @@ CONTESTANTS = [
     Contestant('fasterai_clone', 'ours', 'fasterai_clone.sparse.all'),
     Contestant('fasterai_clone, masks only', 'ours', 'fasterai_clone.sparse.all', 'choose', dict(kernel=True)),
     Contestant('fasterai_clone, every=8', 'ours', 'fasterai_clone.sparse.all', 'train', dict(every=8)),
-    # Contestant('fasterai_clone, compact', 'ours', 'fasterai_clone.sparse.all', 'step train process', dict(compact=True)),
+    Contestant('fasterai_clone, compact', 'ours', 'fasterai_clone.sparse.all', 'step process', dict(compact=True)),
     Contestant('fasterai 0.4.1', 'fasterai_041', 'fasterai.sparse.all'),
     Contestant('torch.nn.utils.prune', 'torch_prune', 'torch.nn.utils.prune'),
     Contestant('torch.ao.pruning', 'torch_ao', 'torch.ao.pruning'),

@@ -7,7 +7,7 @@ from ..models import layer_type
 
 NAMES = dict(magnitude='large_final', movement='movement', gradient='gradient')
 
-def choose(model, context, criteria, kernel=False):
+def choose(model, context, criteria, kernel=False, **_):
     "Masks chosen and applied; with `kernel` chosen only"
     sp = Sparsifier(model, 'weight', context, NAMES[criteria], layer_type=layer_type(model))
     return masks_only(sp) if kernel else sp.sparsify_model

@@ -230,8 +230,8 @@ def reference(self:Sparsifier) -> str|None:
 def accumulate_gradients(self:Sparsifier) -> None:
     "Add |w·∂L/∂w| of this step to what `gradient` scores by: call it between `backward` and `optimizer.step()` (`hold` does)"
     for t in self.targets:
-        if t.weight.grad is None: continue
-        now = (t.weight.float() * t.weight.grad.float()).abs_()
+        g   = t.weight.grad  # none: the loss does not depend on it
+        now = torch.zeros_like(t.weight, dtype=torch.float32) if g is None else (t.weight.float() * g.float()).abs_()
         if t.name in self.refs and t.name not in self.used: self.refs[t.name].add_(now)
         else: self.refs[t.name] = now
         self.used.discard(t.name)
@@ -244,10 +244,8 @@ def _reference(self:Sparsifier, t):
     if kind is None: return None
     if kind == 'grad' and t.name not in self.refs:
         if t.weight.grad is None:
-            raise ValueError(f'This criterion needs the gradient of {t.name}, which has none: run a backward pass first' +
-                             (f', or leave it out with `exclude={t.layer!r}` if the loss does not depend on '
-                              f'it' if t.weight.requires_grad else
-                              ', and unfreeze it (`requires_grad` is False)'))
+            hint = 'run a backward pass first' if t.weight.requires_grad else '`requires_grad` is False: unfreeze it, then run a backward pass'
+            raise ValueError(f'This criterion needs the gradient of {t.name}, which has none: {hint}')
         return (t.weight.detach().float() * t.weight.grad.float()).abs()
     if kind == 'data' and t.name not in self.refs:
         raise ValueError(f'This criterion needs activations and {t.layer} has seen none: give `data`, or call `observe` with a batch')
@@ -293,9 +291,9 @@ def observe(self:Sparsifier,
     finally:
         for h in hooks: h.remove()
         for m,mode in modes: m.training = mode
-    for k,v in sums.items():
-        old = self.refs.get(k)
-        self.refs[k] = v.sqrt() if old is None else (old.square() + v).sqrt()
+    for t in self.targets:
+        v, old = sums.get(t.name, torch.zeros(1, device=t.weight.device)), self.refs.get(t.name)  # zero: nothing flows into the layer
+        self.refs[t.name] = v.sqrt() if old is None else (old.square() + v).sqrt()
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #d49e4e2a
 @patch
@@ -418,8 +416,8 @@ def _choose(self:Sparsifier, pool, k, journal):
     reuse  = not any(m is None or t.groups.dims for t,m in zip(pool, old))
     try: keep = keep_masks(scores, k, magnitude=self.plain, pruned=old, out=old if reuse else None, journal=journal)
     except ValueError as e:
-        raise ValueError(f'{", ".join(t.name for t in pool if not torch.isfinite(t.weight).all())}: {e}. Has the training '
-                         f'diverged?') from None
+        names = ', '.join(t.name for t in pool if not torch.isfinite(t.weight).all())
+        raise ValueError(f'{names}: {e}. Has the training diverged?') from None
     return {} if reuse else {t.name: t.groups.expand(m, t.weight.shape).contiguous() for t,m in zip(pool, keep)}
 
 # %% ../../nbs/10_sparse.sparsifier.ipynb #05d22591
@@ -461,6 +459,7 @@ def adopt(self:Sparsifier,
 ) -> int:                        # how many groups were adopted
     "Take over groups that are all zero already as dropped"
     adopted = 0
+    if self.nm: return adopted  # zeros that are there need not fit the pattern
     for i,pool in enumerate(self.pools):
         keep = {t.name: t.groups.reduce(t.weight != 0, torch.any) for t in pool if t.name not in self.masks}
         zero = {k: v.numel() - int(v.count_nonzero()) for k,v in keep.items()}
