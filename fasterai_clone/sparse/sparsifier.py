@@ -244,7 +244,7 @@ def _reference(self:Sparsifier, t):
     if kind is None: return None
     if kind == 'grad' and t.name not in self.refs:
         if t.weight.grad is None:
-            hint = 'run a backward pass first' if t.weight.requires_grad else '`requires_grad` is False: unfreeze it, then run a backward pass'
+            hint = 'run a backward pass first' if t.weight.requires_grad else 'it is frozen: unfreeze it, then run a backward pass'
             raise ValueError(f'This criterion needs the gradient of {t.name}, which has none: {hint}')
         return (t.weight.detach().float() * t.weight.grad.float()).abs()
     if kind == 'data' and t.name not in self.refs:
