@@ -6,12 +6,15 @@ import warnings
 warnings.filterwarnings('ignore', category=FutureWarning, module=r'torch\.jit')  # importing fastai under torch ≥ 2.13
 warnings.filterwarnings('ignore', message='.*torch.jit.*', category=FutureWarning)
 
-import pytest, torch
+import random
+
+import numpy as np, pytest, torch
 from hypothesis import HealthCheck, settings
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import defaults
 
 torch.set_num_threads(1)
+torch.manual_seed(0)  # for what is drawn while tests are collected
 settings.register_profile('tests', deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile('tests')
 defaults.callbacks = [c for c in defaults.callbacks if c is not ProgressCallback]
@@ -25,3 +28,10 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    "Every test starts from the same random numbers"
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
