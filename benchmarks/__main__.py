@@ -19,10 +19,10 @@ def arguments():
     args.only = args.only.split(',')
     if unknown := set(args.only) - set(MEASURES): p.error(f'--only takes {", ".join(MEASURES)}, got {", ".join(sorted(unknown))}')
     args.rounds = args.rounds or (2 if args.quick else 7)
-    args.steps, args.starts, args.workers = (4, 1, 2) if args.quick else (8*args.rounds, 3, 1)
+    args.steps, args.starts, args.workers = (2, 1, 2) if args.quick else (8*args.rounds, 3, 1)
     args.sizes, args.detail = (list(SIZES)[:1], 0) if args.quick else (list(SIZES), 1)
     args.contexts = ['local'] if args.quick else ['local', 'global']
-    args.digits_epochs, args.epochs, args.batches = (3, 2, 3) if args.quick else (10, 3, 16)
+    args.digits_epochs, args.epochs, args.batches = (2, 1, 3) if args.quick else (10, 3, 16)
     return args
 
 def main():
