@@ -1,8 +1,12 @@
 "The selection kernel, every path of it, against a stable sort"
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+import fasterai_clone.core.criteria as criteria
 import fasterai_clone.core.selection as selection
-from fasterai_clone.core.selection import _select_torch, keep_mask, keep_masks
+from fasterai_clone.core.measure import as_criteria, available_criterias
+from fasterai_clone.core.selection import LazyScores, _select_torch, keep_mask, keep_masks
+from fasterai_clone.sparse.sparsifier import Sparsifier
+from helpers import naive_keep
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -41,7 +45,7 @@ def check(tensors, n_drop, magnitude=False, pruned=None, sampler=None, alias=Fal
 
 
 # samplers that never show the truth
-def absolute(flat): return np.abs(flat) if isinstance(flat, np.ndarray) else flat.float().abs().numpy()
+def absolute(flat): return np.abs(flat) if isinstance(flat, np.ndarray) else flat[:].float().abs().numpy()
 def top(flat, step): return np.argsort(absolute(flat))[-3:].copy()
 def bottom(flat, step): return np.argsort(absolute(flat))[:3].copy()
 def one(flat, step): return slice(0, 1)
@@ -238,3 +242,158 @@ def test_interrupt_restores(monkeypatch):
 def test_twenty_million(kind):
     tensors = [values(kind, 10_000_000, 0).float(), values(kind, 10_000_001, 1).float()]
     check(tensors, 18_000_000, True, torch_path=False)
+
+
+# Scores made while they are ranked
+
+def moved(now, ref): return (now - ref).abs_()
+def one_of_two(now, ref): return now
+
+def lazy_check(tensors, refs, f, n_drop, pruned=None, sampler=None):
+    "Lazy scores give the masks of the same scores made beforehand, on both paths; the tensors stay as they are"
+    up = lambda t: t if t.dtype == torch.float64 else t.float()
+    before = [t.clone() for t in tensors]
+    eager, lazy = [f(up(t), up(r)) for t, r in zip(tensors, refs)], [LazyScores(f, t, r) for t, r in zip(tensors, refs)]
+    want = reference_masks(eager, n_drop, False, pruned)
+    got = keep_masks(lazy, n_drop, False, pruned, None, sampler)
+    assert all(torch.equal(g, w) for g, w in zip(got, want)), 'numpy path'
+    if sum(t.numel() for t in tensors):
+        fresh = [torch.empty(t.shape, dtype=torch.bool) for t in tensors]
+        fresh = _select_torch(lazy, n_drop, False, pruned or [None] * len(lazy), fresh, sampler or selection._strided)
+        assert all(torch.equal(g, w) for g, w in zip(fresh, want)), 'torch path'
+    in_place = [torch.ones(t.shape, dtype=torch.bool) if pruned is None else p.clone() for t, p in zip(tensors, pruned or tensors)]
+    got = keep_masks(lazy, n_drop, False, in_place, in_place, sampler)
+    assert all(g is i and torch.equal(g, w) for g, i, w in zip(got, in_place, want)), 'in place'
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before)), 'the tensors were written'
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_lazy_property(limits, data):
+    kinds, seed = [data.draw(st.sampled_from(KINDS)) for _ in range(2)], data.draw(st.integers(0, 99))
+    dtypes, f = [data.draw(st.sampled_from(DTYPES)) for _ in range(2)], data.draw(st.sampled_from([moved, one_of_two]))
+    sizes = data.draw(st.lists(st.sampled_from([0, 1, 2, 7, 63, 64, 65, 300, 1000]), min_size=1, max_size=4))
+    ws, refs = [[finite(values(kind, n, seed + i), d, True).clamp(-6e4, 6e4) for i, n in enumerate(sizes)]
+                for kind, d in zip(kinds, dtypes)]
+    g = torch.Generator().manual_seed(seed)
+    pruned = [torch.rand(n, generator=g) >= .4 for n in sizes] if data.draw(st.booleans()) else None
+    lazy_check(ws, refs, f, data.draw(st.integers(0, sum(sizes))), pruned, data.draw(st.sampled_from(SAMPLERS)))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('kind', ['normal', 'equal', 'few', 'heavy tail', 'mostly pruned'])
+def test_lazy_large(dtype, kind):
+    sizes = [200_001, 70_000, 5, 140_000]
+    ws, refs = [[finite(values(kind, n, seed + i), dtype, True).clamp(-6e4, 6e4) for i, n in enumerate(sizes)] for seed in (0, 9)]
+    for n_drop in (0, 41_000, 369_000, sum(sizes)): lazy_check(ws, refs, moved, n_drop)
+    masks = [torch.rand(n, generator=torch.Generator().manual_seed(n)) > .5 for n in sizes]
+    for n_drop in (100_000, 300_000): lazy_check(ws, refs, moved, n_drop, masks)
+    lazy_check(ws[:1], refs[:1], moved, 160_000)
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS[1:])
+@pytest.mark.parametrize('kind', ['normal', 'few'])
+def test_lazy_adversarial_sampler(sampler, kind):
+    ws, refs = [[values(kind, n, seed + i).float() for i, n in enumerate([150_000, 60_001])] for seed in (0, 9)]
+    for n_drop in (3, 100_000, 210_000): lazy_check(ws, refs, moved, n_drop, None, sampler)
+
+
+def test_lazy_beside_ready(limits):
+    "In one list with ready scores, which may be infinite"
+    torch.manual_seed(0)
+    ws, refs, ready = torch.randn(30, 40), torch.randn(30, 40).bfloat16(), torch.randn(900).double()
+    ready[::7] = torch.inf
+    want = reference_masks([moved(ws, refs.float()).double(), ready], 1500)
+    got  = keep_masks([LazyScores(moved, ws, refs), ready], 1500)
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
+    for view in (lambda x: x.t(), lambda x: x[:, ::3], lambda x: x[None].expand(3, 30, 40), lambda x: x[0, 0]):
+        lazy_check([view(ws)], [view(refs)], moved, view(ws).numel() // 2)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('bad', [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_lazy_not_finite(dtype, bad):
+    for n, where in ((100_000, 0), (100_000, 99_999), (30, 7)):
+        x, good = torch.randn(n).to(dtype), torch.randn(n)
+        x[where] = bad
+        for scores in (LazyScores(criteria.identity, x), LazyScores(torch.mul, good, x)):
+            for n_drop in (0, 5, n // 2, n):
+                masks = [torch.rand(n) > .4, torch.rand(n) > .4]
+                before = [m.clone() for m in masks]
+                with pytest.raises(ValueError, match='NaN or infinite numbers among the scores'):
+                    keep_masks([LazyScores(criteria.square, good), scores], n_drop, False, masks, masks)
+                assert all(torch.equal(m, b) for m, b in zip(masks, before))
+                with pytest.raises(ValueError): _select_torch([scores], n_drop, False, [None], [masks[0]], selection._strided)
+
+
+def test_lazy_sums_may_overflow():
+    "Finite scores are ranked even if their sum is infinite"
+    for n in (30, 100_000):
+        x = torch.full((n,), 3e38)
+        x[n // 2] = 2e38
+        assert (~keep_mask(LazyScores(criteria.identity, x), 1)).nonzero().item() == n // 2
+
+
+def test_lazy_refusals():
+    x = torch.randn(100_000)
+    with pytest.raises(ValueError, match='one shape'): LazyScores(moved, x, x[1:])
+    with pytest.raises(ValueError, match='one shape'): LazyScores(moved)
+    with pytest.raises(TypeError, match='magnitude'): keep_mask(LazyScores(moved, x, x), 5, magnitude=True)
+    for n in (30, 100_000):
+        with pytest.raises(ValueError, match='Expected .* scores, got'): keep_mask(LazyScores(torch.sum, x[:n]), 5)
+
+
+def two_layers(dtype=torch.float32):
+    "One layer that is small, one that is ranked in a stream, with parts that see other channels"
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(96, 112, 3, groups=2))
+    return model.to(dtype)
+
+ELEMENTWISE = [k for k in available_criterias() if (c := as_criteria(k)).elementwise and not c.measure]  # test_measure has the others
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('context', ['local', 'global'])
+@pytest.mark.parametrize('name', ELEMENTWISE)
+def test_elementwise_criteria(name, context, dtype):
+    "The masks are those of a stable sort of all the scores, first and after, also from raw gradients"
+    model = two_layers(dtype)
+    sp, c = Sparsifier(model, 'weight', context, name), as_criteria(name)
+    sizes = [m.weight.numel() for m in model]
+    for round, percent in enumerate((30, 70)):
+        for m in model:
+            m.weight.data.add_(torch.randn_like(m.weight) * .02)
+            m.weight.grad = torch.randn_like(m.weight)
+        if round and c.needs_grad: sp.accumulate_gradients()
+        old    = [sp.masks.get(t.name, torch.ones(t.weight.shape, dtype=torch.bool)).clone() for t in sp.targets]
+        scores = [c(t.weight, sp._reference(t.parts[0])).masked_fill(~o, -torch.inf) for t, o in zip(sp.targets, old)]
+        sp.sparsify_model(percent)
+        if context == 'global': want = naive_keep(torch.cat([s.flatten() for s in scores]), sum(sizes) * percent // 100).split(sizes)
+        else: want = [naive_keep(s.flatten(), n * percent // 100) for s, n in zip(scores, sizes)]
+        assert all(torch.equal(sp.masks[t.name].flatten(), w) for t, w in zip(sp.targets, want))
+        assert not any(t.weight[~sp.masks[t.name]].any() for t in sp.targets)
+
+
+def test_elementwise_criteria_are_the_librarys_own():
+    assert len(ELEMENTWISE) == 16 and not criteria.random.elementwise
+    assert not criteria.Criteria(torch.abs).elementwise
+    assert not criteria.Criteria(criteria.identity, needs_init=True, output_fn=torch.sub).elementwise
+    sp = Sparsifier(two_layers(), criteria='movement')
+    assert isinstance(sp._lazy_scores(sp.targets[1]), LazyScores) and sp.lazy
+    for kwargs in (dict(criteria=torch.abs), dict(criteria='random'), dict(granularity='filter', criteria='movement'),
+                   dict(nm=True, criteria='movement'),
+                   dict(criteria=criteria.Criteria(criteria.square, normalizer=criteria.Normalizer.mean))):
+        assert not Sparsifier(two_layers(), **kwargs).lazy
+
+
+@pytest.mark.parametrize('context', ['local', 'global'])
+@pytest.mark.parametrize('layer', [0, 1])
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf])
+def test_lazy_scores_that_are_no_numbers(context, layer, bad):
+    model = two_layers()
+    sp = Sparsifier(model, context=context, criteria='movement')
+    for m in model: m.weight.data.add_(torch.randn_like(m.weight))
+    sp.sparsify_model(50)
+    masks = {k: v.clone() for k, v in sp.masks.items()}
+    model[layer].weight.data[1, 2, 0, 1] = bad
+    with pytest.raises(ValueError, match=rf'^{layer}\.weight: NaN or infinite numbers among the scores'): sp.sparsify_model(90)
+    assert all(torch.equal(masks[k], v) for k, v in sp.masks.items())

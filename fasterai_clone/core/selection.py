@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['check_sparsity', 'n_dropped', 'restore', 'keep_masks', 'keep_mask']
+__all__ = ['check_sparsity', 'n_dropped', 'LazyScores', 'restore', 'keep_masks', 'keep_mask']
 
 # %% ../../nbs/03_core.selection.ipynb #af8afd80
 def check_sparsity(
@@ -50,6 +50,39 @@ _CAP_FLOOR = 1 << 14  # ... and how many may always be
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 _INF_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F80_0000, torch.float64: 0x7FF0 << 48}
 
+# %% ../../nbs/03_core.selection.ipynb #3931a916
+class LazyScores:
+    "Scores `f(*tensors)` that are made piece by piece while they are ranked"
+    def __init__(self,
+        f,              # elementwise, always with the same result: flat fp32 or fp64 pieces, which it must not change → their scores
+        *tensors        # of one shape; half precision is converted to fp32 first
+    ):
+        if len(shapes := {tuple(t.shape) for t in tensors}) != 1: raise ValueError(f'Expected tensors of one shape, got {sorted(shapes)}')
+        self.f, self.tensors, self.shape = f, tensors, tensors[0].shape
+        self.device, self.is_cpu = tensors[0].device, tensors[0].is_cpu
+        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+    def __len__(self): return len(self.tensors[0])
+    def numel(self):
+        "How many scores there are"
+        return self.tensors[0].numel()
+    def flat(self):
+        "The same in one dimension"
+        return LazyScores(self.f, *[t.detach().reshape(-1) for t in self.tensors])
+
+    def __getitem__(self, where):
+        "The scores at `where`"
+        pieces = [t[where] for t in self.tensors]
+        scores = self.f(*[p if p.dtype in (torch.float32, torch.float64) else p.float() for p in pieces])
+        if scores.shape != pieces[0].shape: raise ValueError(f'Expected {len(pieces[0])} scores, got the shape {tuple(scores.shape)}')
+        # the sum is quicker, and can be infinite for finite scores
+        if not (math.isfinite(scores.sum()) or scores.isfinite().all()): raise ValueError('NaN or infinite numbers among the scores')
+        return scores
+
+def _made(tensor):
+    "The flat elements, lazy scores made"
+    return tensor.flat()[:] if isinstance(tensor, LazyScores) else tensor.detach().reshape(-1)
+
 # %% ../../nbs/03_core.selection.ipynb #b26c123b
 class _Keys:
     "How one selection turns tensors into comparable numpy keys, and the scratch memory to do it in"
@@ -68,7 +101,8 @@ class _Keys:
 # %% ../../nbs/03_core.selection.ipynb #f5be94cf
 @patch
 def raw(self:_Keys, tensor):
-    "The flat elements as keys are made from them: bit patterns for magnitudes, numpy scores, or a torch tensor still to convert"
+    "The flat elements as keys are made from them: bit patterns for magnitudes, numpy scores, or what is still to convert or to make"
+    if isinstance(tensor, LazyScores): return tensor.flat()
     flat = tensor.detach().reshape(-1)
     if flat.dtype != self.dtype: return flat
     return (flat.view(self.bits) if self.magnitude else flat).numpy()
@@ -77,6 +111,7 @@ def raw(self:_Keys, tensor):
 def make(self:_Keys, raw, where, into=None):
     "The keys of the elements `where`"
     piece = raw[where]
+    if isinstance(raw, LazyScores) and piece.dtype == self.dtype: return piece.numpy()
     if isinstance(piece, Tensor):
         into = np.empty(len(piece), self.kind) if into is None else into[:len(piece)]
         torch.from_numpy(into).copy_(piece)
@@ -87,16 +122,17 @@ def make(self:_Keys, raw, where, into=None):
 # %% ../../nbs/03_core.selection.ipynb #2e2107c6
 @patch
 def chunks(self:_Keys, parts):
-    "Keys, mask to write, earlier mask and whether they are one, chunk by chunk"
+    "Keys, mask to write, earlier mask and the part they are of, chunk by chunk"
     for part in parts:
         raw = self.raw(part.tensor)
         for start in range(0, part.new.size, _CHUNK):
             where = slice(start, start + _CHUNK)
-            yield self.make(raw, where, self.buffer), part.new[where], None if part.old is None else part.old[where], part.in_place
+            yield self.make(raw, where, self.buffer), part.new[where], None if part.old is None else part.old[where], part
 
 @patch
-def check(self:_Keys, key):
-    "Raise on NaN, for magnitudes also on inf"
+def check(self:_Keys, key, tensor):
+    "Raise on NaN, for magnitudes also on inf; lazy scores are checked when they are made"
+    if isinstance(tensor, LazyScores): return
     if self.magnitude:
         if np.maximum.reduce(key.view(self.np_bits)) >= self.inf_bits: raise ValueError('NaN or infinite numbers among the weights')
     elif np.isnan(np.maximum.reduce(key)): raise ValueError('NaN among the scores')
@@ -117,7 +153,7 @@ def value(self:_Keys, order):
 # %% ../../nbs/03_core.selection.ipynb #d89e75f2
 class _Part(NamedTuple):
     "One tensor with its mask to write and its earlier mask (both flat numpy views); in place when they are the same memory"
-    tensor: Tensor
+    tensor: Tensor | LazyScores
     new: np.ndarray
     old: np.ndarray | None
     in_place: bool
@@ -195,14 +231,14 @@ def _stream(keys, parts, lo, hi, up, cap, journal):
     dropped = inside = 0
     found = []
     compare, bound = (np.greater, hi - 1) if keys.kind.kind == 'i' else (np.greater_equal, hi)  # numpy's int16 >= takes twice the time of >
-    for key, new, old, in_place in keys.chunks(parts):
-        keys.check(key)
+    for key, new, old, part in keys.chunks(parts):
+        keys.check(key, part.tensor)
         within, target = keys.flags[0, :key.size], new if old is None else keys.flags[1, :key.size]
         compare(key, bound, out=target)
         np.greater(key, lo, out=within)
         np.not_equal(within, target, out=within)
         if old is not None:
-            if in_place: journal.append((new, np.packbits(new)))
+            if part.in_place: journal.append((new, np.packbits(new)))
             (np.logical_and if up else np.greater)(within, old, out=within)
             (np.logical_and if up else np.logical_or)(target, old, out=new)
         dropped += key.size - np.count_nonzero(new)
@@ -316,7 +352,7 @@ def _select_numpy(parts, n_drop, keys, sampler, journal):
 # %% ../../nbs/03_core.selection.ipynb #a35ce3d5
 def _select_small(tensors, n_drop, magnitude, pruned, out):
     "The same for few elements"
-    key = [t.detach().reshape(-1) for t in tensors]
+    key = [_made(t) for t in tensors]
     key = key[0] if len(key) == 1 else torch.cat(key)
     key = (key if key.dtype == torch.float64 else key.float()).numpy()
     if not np.isfinite(key).all():
@@ -370,7 +406,7 @@ def _rank_torch(key, n_drop, sampler):
 def _select_torch(tensors, n_drop, magnitude, pruned, out, sampler):
     "The same contract with torch alone, for any device: one concatenation, no numpy"
     device = next((t.device for t in tensors if not t.is_cpu), tensors[0].device)
-    flat = [t.detach().reshape(-1).to(device) for t in tensors]
+    flat = [_made(t).to(device) for t in tensors]
     key = torch.cat(flat).abs_() if magnitude else torch.cat(flat)
     if not (key.isfinite() if magnitude else ~key.isnan()).all():
         raise ValueError('NaN or infinite numbers among the weights' if magnitude else 'NaN among the scores')
@@ -385,7 +421,7 @@ def _select_torch(tensors, n_drop, magnitude, pruned, out, sampler):
 
 # %% ../../nbs/03_core.selection.ipynb #a57c4a42
 def keep_masks(
-    tensors: list[Tensor],    # scores, the higher the more worth; or weights, with `magnitude`
+    tensors: list[Tensor],    # scores, the higher the more worth, also `LazyScores`; or weights, with `magnitude`
     n_drop: int,              # how many elements of all of them to drop
     magnitude: bool = False,  # rank by |w| instead of by the value
     pruned: list|None=None,   # earlier masks: what they dropped goes first; going down, what they kept is all kept. None: none
@@ -397,6 +433,7 @@ def keep_masks(
     n_drop, total = operator.index(n_drop), sum(t.numel() for t in tensors)
     if not 0 <= n_drop <= total: raise ValueError(f'`n_drop` must be from 0 to {total}, got {n_drop}')
     if bad := {t.dtype for t in tensors} - _BITS.keys(): raise TypeError(f'Cannot rank {bad}: expected fp16, bf16, fp32 or fp64')
+    if magnitude and any(isinstance(t, LazyScores) for t in tensors): raise TypeError('`magnitude` ranks weights, not `LazyScores`')
     if pruned is None: pruned = [None] * len(tensors)
     if out is None: out = [torch.empty(t.shape, dtype=torch.bool, device=t.device) for t in tensors]
     _check(tensors, pruned, out)
@@ -416,7 +453,7 @@ def keep_masks(
 
 # %% ../../nbs/03_core.selection.ipynb #4f88a3bf
 def keep_mask(
-    scores: Tensor,           # scores, the higher the more worth; or a weight, with `magnitude`
+    scores: Tensor,           # scores, the higher the more worth, also `LazyScores`; or a weight, with `magnitude`
     n_drop: int,              # how many elements to drop
     magnitude: bool = False,  # rank by |w| instead of by the value
     pruned: Tensor|None=None, # an earlier mask: what it dropped goes first
