@@ -37,6 +37,8 @@ class Report:
     rows: tuple[Row, ...]
     dense: tuple[tuple[str, str, int], ...] = ()  # what is not covered: (parameter name, type of its layer, weights)
     granularity: str = 'weight'
+    held: tuple[tuple[str, str, int], ...] = ()   # what is dropped with whole filters: (parameter name, type of its layer, numbers)
+    why_not: tuple[tuple[str, str], ...] = ()     # (layer, why its filters may still put out something)
 
     def _sum(self, k): return sum(getattr(r, k) for r in self.rows)
 
@@ -55,7 +57,7 @@ class Report:
     @property
     def total(self):
         "All parameters of the model"
-        return self.params + sum(n for *_,n in self.dense)
+        return self.params + sum(n for *_,n in self.dense + self.held)
     @property
     def coverage(self):
         "The share of the model's parameters that the rows cover, in percent"
@@ -72,11 +74,20 @@ def _covers(self):
 def _abbreviated(names, most=4):
     return ', '.join(names if len(names) <= most else [*names[:most-1], '…', names[-1]])
 
-def _dense_lines(self):
-    "What is left dense, a line for each type of layer"
+def _by_type(params):
+    "A line for each type of layer"
     by_type = {}
-    for name,kind,n in self.dense: by_type.setdefault(kind, []).append((name, n))
+    for name,kind,n in params: by_type.setdefault(kind, []).append((name, n))
     return [f'  {kind}: {sum(n for _,n in v):,} in {_abbreviated([k for k,_ in v])}' for kind,v in by_type.items()]
+
+def _dense_lines(self):
+    "What is left dense, what is held with filters, and where they may still put out something"
+    reasons = {}
+    for layer,why in self.why_not: reasons.setdefault(why, []).append(layer)
+    lines = _by_type(self.dense)
+    if self.held: lines += ['Dropped together with whole filters:', *_by_type(self.held)]
+    if reasons:   lines += ['Dropped filters may still put out a constant:', *[f'  {_abbreviated(v)}: {k}' for k,v in reasons.items()]]
+    return lines
 
 # %% ../nbs/05_report.ipynb #baeda36b
 @patch

@@ -5,6 +5,7 @@ from functools import cache
 
 import torch, torch.nn as nn
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, TfmdLists, accuracy, noop, set_seed
+from fasterai_clone.core.measure import as_criteria
 from fasterai_clone.digits import digits_dls, digits_net
 
 
@@ -26,6 +27,11 @@ def measured(model, kind=nn.Conv2d): return 100 * sum(zeros(model, kind)) / sum(
 def weights (model): return {k: v.detach().clone() for k,v in model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
+
+def fit_for(criteria):
+    "A granularity that the criterion can score"
+    c = as_criteria(criteria)
+    return 'filter' if c.structured or c.channels else 'weight'
 
 @cache
 def images():

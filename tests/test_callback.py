@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from fasterai_clone.digits import digits_net
 from fasterai_clone.sparse.all import *
 from fasterai_clone.sparse.all import random as random_criterion
-from helpers import column, exact, layers, learner, lines, measured, same, sizes, spy, weights, zeros
+from helpers import column, exact, fit_for, layers, learner, lines, measured, same, sizes, spy, weights, zeros
 
 
 def fit_seen(learn, n_epoch, cb, lr=1e-2, cbs=(), **kwargs):
@@ -194,7 +194,7 @@ def test_gradient_criterion_prunes_on_after_an_overflow(skipped):
 @pytest.mark.parametrize('name', available_criterias())
 def test_every_criterion_trains_and_ends_exact(name):
     learn = learner()
-    learn.fit(2, 1e-2, cbs=SparsifyCallback(50, criteria=name, schedule=iterative))
+    learn.fit(2, 1e-2, cbs=SparsifyCallback(50, fit_for(name), criteria=name, schedule=iterative))
     assert zeros(learn.model) == [18, 144, 576]
 
 def test_2_of_4_pattern():

@@ -9,7 +9,7 @@ from fastai.callback.all import GradientAccumulation
 from fasterai_clone.digits import digits_net
 from fasterai_clone.sparse.all import *
 from fasterai_clone.sparse.all import random as random_criterion
-from helpers import exact, layers, learner, naive_keep, same, sizes, spy, weights, zeros
+from helpers import exact, fit_for, layers, learner, naive_keep, same, sizes, spy, weights, zeros
 
 
 def net_of(*sizes): return nn.Sequential(*[nn.Linear(a, b, bias=False) for a,b in zip(sizes, sizes[1:])])
@@ -62,15 +62,22 @@ def test_pruning_touches_convolutions_only(granularity):
     sp = Sparsifier(learn.model, granularity)
     sp.sparsify_model(50)
     changed = {k for k,v in learn.model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {t.name for t in sp.targets} == {'0.weight', '3.weight', '6.weight'}
+    norms = {f'{i}.{k}' for i in (1, 4, 7) for k in ('weight', 'bias')} if granularity == 'filter' else set()
+    assert changed == {t.name for t in sp.targets} | norms and {t.name for t in sp.targets} == {'0.weight', '3.weight', '6.weight'}
 
-def test_batchnorm_is_left_alone_while_filters_go():
-    "At a learning rate of zero nothing but the filters changes, and the statistics of the batches"
+def test_the_norms_of_dropped_filters_go_and_stay_gone():
+    "There BatchNorm was zeroed once and grew back. At a learning rate of zero nothing changes but filters and their scales"
     learn = learner()
     before = {k: v.detach().clone() for k,v in learn.model.named_parameters()}
     learn.fit(2, 0., cbs=SparsifyCallback(50, 'filter', schedule=lin), wd=0.)
     now = dict(learn.model.named_parameters())
-    assert {k for k in now if not torch.equal(now[k], before[k])} == {'0.weight', '3.weight', '6.weight'}
+    changed = {k for k in now if not torch.equal(now[k], before[k])}
+    assert changed == {'0.weight', '3.weight', '6.weight', '1.weight', '4.weight', '7.weight'}
+    learn.fit(2, 1e-1, cbs=SparsifyCallback(50, 'filter', verbose=False))
+    net = learn.model
+    for conv,norm in ((net[0], net[1]), (net[3], net[4]), (net[6], net[7])):
+        gone = ~conv.weight.flatten(1).any(1)
+        assert gone.sum() == len(gone) // 2 and not norm.weight[gone].any() and not norm.bias[gone].any() and norm.bias[~gone].all()
 
 class Attention(nn.Module):
     def __init__(self):
@@ -125,7 +132,7 @@ def test_training_stays_in_training_mode(criteria):
     learn, modes = learner(), []
     frozen = learn.model[1]
     def look(): modes.append([m.training for m in learn.model.modules()])
-    cb = SparsifyCallback(50, criteria=criteria, schedule=iterative)
+    cb = SparsifyCallback(50, fit_for(criteria), criteria=criteria, schedule=iterative)
     learn.fit(2, 1e-2, cbs=[cb, spy('before_batch', lambda: frozen.eval()), spy('after_step', look)])
     assert len(modes) == 16 and all(m == [k is not frozen for k in learn.model.modules()] for m in modes)
 

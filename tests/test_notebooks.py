@@ -20,7 +20,7 @@ def text_of(output):
     return ''.join(map(''.join, [output.get('text', ''), *(v for k,v in data.items() if k.startswith('text/') or k == 'image/svg+xml')]))
 
 
-def test_there_are_notebooks(): assert {'index', '00_core.granularity', '10_sparse.sparsifier', '50_cli'} <= {p.stem for p in notebooks}
+def test_there_are_notebooks(): assert {'index', '00_core.granularity', '11_sparse.sparsifier', '50_cli'} <= {p.stem for p in notebooks}
 
 @by_name
 def test_runs(path, monkeypatch, capfd):

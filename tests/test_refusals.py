@@ -36,7 +36,7 @@ names = [
     (dict(criteria=None),                    ["criterion", 'None', 'large_final']),
     (dict(granularity=5),                    ["granularity", '5']),
     (dict(granularity=None),                 ["granularity", 'None']),
-    (dict(layer_type='Conv2d'),              ["layer_type", "'Conv2d'"]),
+    (dict(layer_type=3),                     ["layer_type", '3']),
     (dict(layer_type=()),                    ["layer_type", '()']),
     (dict(nm=(4, 2)),                        ["`nm`", '(4, 2)']),
     (dict(nm='2:4'),                         ["`nm`", '2:4']),
@@ -165,7 +165,7 @@ def test_criteria_that_contradict_themselves(kwargs): refused(lambda: Criteria(t
 
 def test_scores_without_what_they_need():
     refused(lambda: sparsifier(criteria=gradient).sparsify_model(50), 'gradient', '0.weight', 'backward')
-    refused(lambda: sparsifier(criteria=wanda).sparsify_model(50), 'activations', '`data`')
+    refused(lambda: sparsifier(criteria=wanda).sparsify_model(50), 'wanda needs data', 'DataLoader')
 
 # Schedules
 
@@ -248,4 +248,5 @@ def test_weights_that_cannot_be_masked():
     refused(lambda: Sparsifier(conv), 'parametrization', 'exclude')
     refused(lambda: Sparsifier(nn.Sequential(nn.LazyConv2d(2, 3))), 'no shape yet', 'batch')
     refused(lambda: Sparsifier(nn.Conv2d(2, 2, 3, dtype=torch.complex64)), 'complex64')
-    refused(lambda: Sparsifier(nn.LSTM(2, 2), layer_type=nn.LSTM), 'LSTM')
+    refused(lambda: Sparsifier(nn.Bilinear(2, 2, 2), layer_type=nn.Bilinear), 'Bilinear')
+    refused(lambda: Sparsifier(nn.utils.parametrizations.weight_norm(nn.LSTM(2, 2), 'weight_hh_l0'), layer_type=nn.LSTM), 'weight_hh_l0', 'parametrization')

@@ -4,3 +4,6 @@ from .criteria import *
 from .schedule import *
 from .selection import *
 from .masks import *
+from .flow import *
+from .measure import *
+

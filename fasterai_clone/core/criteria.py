@@ -8,6 +8,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.criteria.html.md"""
 from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
+import math, numbers
 import torch
 from fastcore.basics import patch
 from .granularity import Groups, _unknown
@@ -15,10 +16,10 @@ from .granularity import Groups, _unknown
 # %% auto #0
 __all__ = ['random', 'large_final', 'small_final', 'squared_final', 'large_init', 'small_init', 'large_init_large_final',
            'small_init_small_final', 'magnitude_increase', 'movement', 'movmag', 'updating_magnitude_increase',
-           'updating_movement', 'updating_movmag', 'gradient', 'grad_crit', 'wanda', 'Reducer', 'Normalizer',
-           'Criteria', 'group_scores', 'magnitude', 'neg_magnitude', 'square', 'identity', 'uniform', 'smaller',
-           'neg_larger', 'increase', 'distance', 'distance_times_magnitude', 'scaled', 'available_criterias',
-           'as_criteria']
+           'updating_movement', 'updating_movmag', 'gradient', 'grad_crit', 'fisher', 'sanh_movement', 'fpgm',
+           'Reducer', 'LnNorm', 'Normalizer', 'taylor', 'Criteria', 'group_scores', 'magnitude', 'neg_magnitude',
+           'square', 'identity', 'uniform', 'smaller', 'neg_larger', 'increase', 'distance', 'distance_times_magnitude',
+           'squared_gradient', 'away_from_zero', 'half_square_times', 'scaled', 'ln_norm', 'distances']
 
 # %% ../../nbs/01_core.criteria.ipynb #d7f96261
 class Reducer:
@@ -31,6 +32,22 @@ class Reducer:
     def max (scores, dims): return scores.amax(dims)
     @staticmethod
     def l2  (scores, dims): return scores.square().sum(dims).sqrt()
+
+# %% ../../nbs/01_core.criteria.ipynb #b20d0118
+@dataclass(frozen=True)
+class LnNorm:
+    "The Ln norm of each group, a reducer"
+    n: float|str  # a number, `inf`, `'fro'` or `'nuc'`
+
+    def __post_init__(self):
+        if self.n not in ('fro', 'nuc') and (isinstance(self.n, (bool, str)) or not isinstance(self.n, numbers.Real)):
+            raise ValueError(f"`n` of an Ln norm must be a number, inf, 'fro' or 'nuc', got {self.n!r}")
+
+    def __call__(self, scores, dims):
+        if self.n != 'nuc': return torch.linalg.vector_norm(scores, 2 if self.n == 'fro' else self.n, dims)
+        kept = [d for d in range(scores.ndim) if d not in dims]
+        m = scores.permute(*kept, *dims).reshape(-1, scores.shape[dims[0]], math.prod(scores.shape[d] for d in dims[1:]))
+        return torch.linalg.matrix_norm(m, 'nuc').reshape([scores.shape[d] for d in kept])
 
 # %% ../../nbs/01_core.criteria.ipynb #573a1e9d
 class Normalizer:
@@ -47,6 +64,10 @@ class Normalizer:
     def gaussian(scores): return (scores - scores.mean()) / scores.std()
 
 # %% ../../nbs/01_core.criteria.ipynb #2cac4591
+def taylor(w, g):
+    "|w · ∂L/∂w|: by how much the loss would change without the weight, to first order"
+    return (w * g).abs_()
+
 @dataclass(frozen=True)
 class Criteria:
     "Importance of weights: `f(weight)`, or `output_fn(f(weight), f(reference))`"
@@ -57,26 +78,42 @@ class Criteria:
     needs_update: bool = False               # the reference is the weights at the last update of the masks
     output_fn: Callable|None = None          # `(now, reference)` → scores
     return_init: bool = False                # the reference alone is the score
-    needs_grad: bool = False                 # the reference is |w·∂L/∂w|, summed over the steps since the last update
-    needs_data: bool = False                 # the reference is the L2 norm of the activations that each weight is multiplied with
+    needs_grad: bool = False                 # the reference is `step_fn(w, ∂L/∂w)`, summed over the steps since the last update
+    step_fn: Callable = taylor               # what each step adds to that
+    lasting: bool = False                    # sum since the beginning instead
+    measure: Callable|None = None            # the reference is what `measure(model, params, data, loss_func)` finds in the whole model
+    rate: float|None = None                  # measure anew whenever this share of what is left has been dropped, 0–1
+    group_fn: Callable|None = None           # scores, one row a group → one score a group, in place of `reducer`
+    structured: bool = False                 # for groups of several weights only
+    channels: bool = False                   # for groups that are whole output channels only
 
     def __post_init__(self):
-        for k in ('f', 'reducer', 'normalizer', 'output_fn'):
+        for k in ('f', 'reducer', 'normalizer', 'output_fn', 'step_fn', 'measure', 'group_fn'):
             v = getattr(self, k)
-            if not callable(v) and not (v is None and k in ('normalizer', 'output_fn')):
+            if not callable(v) and not (v is None and k in ('normalizer', 'output_fn', 'measure', 'group_fn')):
                 raise TypeError(f'Criteria: `{k}` must be a function, not {v!r}')
-        if sum((self.needs_init, self.needs_update, self.needs_grad, self.needs_data)) > 1:
-            raise ValueError('Criteria: only one of `needs_init`, `needs_update`, `needs_grad` and `needs_data` can be the reference')
+        if sum(map(bool, (self.needs_init, self.needs_update, self.needs_grad, self.measure))) > 1:
+            raise ValueError('Criteria: only one of `needs_init`, `needs_update`, `needs_grad` and `measure` can be the reference')
         if (self.return_init or self.output_fn) and not self.reference:
             raise ValueError('Criteria: `output_fn` and `return_init` need a reference: set one of `needs_init`, '
-                             '`needs_update`, `needs_grad`, `needs_data`')
+                             '`needs_update`, `needs_grad`, `measure`')
 
     @property
     def reference(self) -> str|None:
-        "What the weights are compared with: `'init'`, `'update'`, `'grad'`, `'data'` or nothing"
-        return next((k for k in ('init', 'update', 'grad', 'data') if getattr(self, f'needs_{k}')), None)
+        "What the weights are compared with: `'init'`, `'update'`, `'grad'`, `'measure'` or nothing"
+        return 'measure' if self.measure else next((k for k in ('init', 'update', 'grad') if getattr(self, f'needs_{k}')), None)
 
 # %% ../../nbs/01_core.criteria.ipynb #a3c77105
+@patch
+def _inputs(self:Criteria, w, reference):
+    "What the scores are made of"
+    return (reference,) if self.return_init else (w, reference) if self.output_fn else (w,)
+
+@patch
+def _score(self:Criteria, now, reference=None):
+    "The scores of `_inputs`, which are fp32 or fp64"
+    return self.f(now) if reference is None else self.output_fn(self.f(now), self.f(reference))
+
 @patch
 @torch.no_grad()
 def __call__(self:Criteria,
@@ -86,11 +123,8 @@ def __call__(self:Criteria,
     "A score for each weight"
     if self.reference and reference is None: raise ValueError(f'This criterion needs its reference ({self.reference!r})')
     up  = lambda t: t.detach() if t.dtype == torch.float64 else t.detach().float()
-    now = up(w)
-    if not self.reference: scores = self.f(now)
-    else:
-        ref = self.f(up(reference))
-        scores = ref if self.return_init else self.output_fn(self.f(now), ref) if self.output_fn else self.f(now)
+    scores = self._score(*map(up, self._inputs(w, reference)))
+    if self.return_init: scores = scores.expand_as(w)  # one score for a channel is one for each of its weights
     if not isinstance(scores, torch.Tensor) or scores.shape != w.shape:
         raise ValueError(f'Expected scores of the shape {tuple(w.shape)} of the weights, got '
                          f'{tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__}')
@@ -102,10 +136,17 @@ def group_scores(
     criteria: Criteria,
     w: torch.Tensor,                    # a weight
     groups: Groups,                     # how it splits into groups
-    reference: torch.Tensor|None=None   # for criteria that compare
+    reference: torch.Tensor|None=None,  # for criteria that compare
+    *others: tuple                      # `(weight, groups, reference)` of further weights that the groups lie in
 ) -> torch.Tensor:                      # of shape `groups.score_shape`
     "One score a group"
-    scores = groups.reduce(criteria(w, reference), criteria.reducer)
+    if criteria.structured and not groups.dims:
+        raise ValueError('This criterion looks at groups of several weights: choose a granularity such as "filter" or "row"')
+    if others or criteria.group_fn:
+        rows   = torch.cat([g.rows(criteria(p, ref)) for p,g,ref in ((w, groups, reference), *others)], 1)
+        scores = criteria.group_fn(rows) if criteria.group_fn else criteria.reducer(rows, (1,))
+        scores = scores.reshape(groups.score_shape)
+    else: scores = groups.reduce(criteria(w, reference), criteria.reducer)
     if criteria.normalizer: scores = criteria.normalizer(scores)
     return scores if scores.is_floating_point() else scores.float()
 
@@ -126,9 +167,9 @@ def identity(w):
     "w"
     return w
 
-def uniform(w):
-    "Uniform random numbers from torch's global generator: `torch.manual_seed` makes them repeatable"
-    return torch.rand_like(w)
+def uniform(w, generator=None):
+    "Uniform random numbers from `generator`, or torch's global one: `torch.manual_seed` makes those repeatable"
+    return torch.rand(w.shape, dtype=w.dtype, device=w.device, generator=generator)
 
 # %% ../../nbs/01_core.criteria.ipynb #46c145d6
 random        = Criteria(uniform)
@@ -172,31 +213,46 @@ updating_movement           = Criteria(identity,  needs_update=True, output_fn=d
 updating_movmag             = Criteria(identity,  needs_update=True, output_fn=distance_times_magnitude)
 
 # %% ../../nbs/01_core.criteria.ipynb #6a2454e6
+def squared_gradient(w, g):
+    "(∂L/∂w)²"
+    return g.square()
+
+def away_from_zero(w, g):
+    "−w · ∂L/∂w: positive where a step of gradient descent makes |w| larger"
+    return (w * g).neg_()
+
+def half_square_times(now, ref):
+    "½ · now² · ref"
+    return now.square().mul_(ref).mul_(0.5)
+
 def scaled(now, ref):
     "now · ref"
     return now * ref
 
-gradient = grad_crit = Criteria(identity,  needs_grad=True, return_init=True)
-wanda                = Criteria(magnitude, needs_data=True, output_fn=scaled)
+gradient = grad_crit = Criteria(identity, needs_grad=True, return_init=True)
+fisher               = Criteria(identity, needs_grad=True, step_fn=squared_gradient, output_fn=half_square_times)
+sanh_movement        = Criteria(identity, needs_grad=True, step_fn=away_from_zero, lasting=True, return_init=True)
 
-# %% ../../nbs/01_core.criteria.ipynb #0d3ea602
-def available_criterias() -> list[str]:
-    "The names of the criteria that come with the library"
-    names = {}
-    for k,v in globals().items():
-        if isinstance(v, Criteria) and v not in names.values(): names[k] = v
-    return list(names)
+# %% ../../nbs/01_core.criteria.ipynb #f2de9969
+_ELEMENTWISE = (magnitude, neg_magnitude, square, identity, smaller, neg_larger, increase, distance, distance_times_magnitude, scaled,
+                half_square_times, taylor, squared_gradient, away_from_zero)
 
-# %% ../../nbs/01_core.criteria.ipynb #35fc5739
-def as_criteria(
-    criteria: Criteria|str|Callable|dict  # a criterion, its name, a function of the weights, or scores by parameter name
-) -> Criteria|dict:
-    "What `criteria` stands for"
-    if isinstance(criteria, (Criteria, dict)): return criteria
-    if isinstance(criteria, str):
-        legal = available_criterias() + ['grad_crit']
-        if criteria not in legal: raise ValueError(_unknown('criterion', criteria, legal))
-        return globals()[criteria]
-    if callable(criteria) and not isinstance(criteria, type): return Criteria(criteria)
-    raise TypeError(f'A criterion is a `Criteria`, one of {available_criterias()}, a function of the weights, or a dict of '
-                    f'scores; got {criteria!r}')
+@patch(as_prop=True)
+def elementwise(self:Criteria) -> bool:
+    "Is the score of a weight known to be made of that weight and its reference alone?"
+    own = self.f, self.step_fn, *([self.output_fn] if self.output_fn else [])
+    return all(f in _ELEMENTWISE for f in own) and self.group_fn is None
+
+# %% ../../nbs/01_core.criteria.ipynb #de0e03b0
+def ln_norm(
+    n: float|str  # a number, `inf`, `'fro'` or `'nuc'`
+) -> Criteria:
+    "Groups by their Ln norm, as in `torch.nn.utils.prune.ln_structured`"
+    return Criteria(identity if n == 'nuc' else magnitude, reducer=LnNorm(n), structured=n == 'nuc')
+
+# %% ../../nbs/01_core.criteria.ipynb #f354d974
+def distances(rows):
+    "The sum of the distances of each row to all rows"
+    return torch.cat([torch.cdist(part, rows, compute_mode='donot_use_mm_for_euclid_dist').sum(1) for part in rows.split(1024)])
+
+fpgm = Criteria(identity, group_fn=distances, structured=True)

@@ -6,9 +6,11 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.granularity.html.md""
 
 # %% ../../nbs/00_core.granularity.ipynb #cc21d097
 from __future__ import annotations
-import math
+import math, re
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 import torch, torch.nn as nn
 from fastcore.basics import patch
 
@@ -41,6 +43,11 @@ class Groups:
         "The opposite of `reduce`: give every weight of a tensor of `shape` the value its group has in `t`"
         return t.reshape(self.score_shape).expand(self.shape).reshape(shape)
 
+    def rows(self, t):
+        "The weights of each group as a row, of shape `(n, size)`"
+        kept = [d for d in range(len(self.shape)) if d not in self.dims]
+        return t.reshape(self.shape).permute(*kept, *self.dims).reshape(self.n, self.size)
+
 # %% ../../nbs/00_core.granularity.ipynb #1845bac2
 def _conv_dims(nd, out=0, inp=1):
     "Granularity → axes, for a convolution over `nd` spatial dimensions with filter axis `out` and channel axis `inp`"
@@ -60,38 +67,82 @@ def _unknown(what, got, legal):
     "The sentence for a name that is not legal: what came, the nearest, all of them"
     near = get_close_matches(str(got), list(map(str, legal)), n=1, cutoff=0.5)
     hint = f' Did you mean {near[0]!r}?' if near else ''
-    return f'Unknown {what} {got!r}.{hint} Legal: {", ".join(map(str, legal))}'
+    legal = list(map(str, legal))
+    if len(legal) > 40: legal = [*legal[:20], f'… ({len(legal)-21} more)', legal[-1]]
+    return f'Unknown {what} {got!r}.{hint} Legal: {", ".join(legal)}'
 
 # %% ../../nbs/00_core.granularity.ipynb #9dedaef0
+def _rnn_gates(m): return dict(LSTM=4, GRU=3).get(m.mode, 1)
+
+def _heads(m, param):
+    "An attention head: its rows of the query, key and value projections, and its columns of the output projection"
+    E, H = m.embed_dim, m.num_heads
+    own = ['in_proj_weight'] if m.in_proj_weight is not None else ['q_proj_weight', 'k_proj_weight', 'v_proj_weight']
+    if param != own[0]: return None
+    sets  = 3 if len(own) == 1 else 1
+    parts = [(k, Groups((sets, H, E//H, m.get_parameter(k).shape[1]), (0, 2, 3))) for k in own]
+    parts.append(('out_proj.weight', Groups((E, H, E//H), (0, 2))))
+    return parts + [('in_proj_bias', Groups((3, H, E//H), (0, 2)))] * (m.in_proj_bias is not None)
+
+def _units(m, param):
+    "A hidden unit: its row in each gate, for the input, the hidden state and the biases"
+    if not param.startswith('weight_ih'): return None
+    gates, end = _rnn_gates(m), param.removeprefix('weight_ih')
+    size  = m.get_parameter(param).shape[0] // gates
+    parts = [(f'weight_{k}{end}', Groups((gates, size, m.get_parameter(f'weight_{k}{end}').shape[1]), (0, 2))) for k in ('ih', 'hh')]
+    return parts + [(f'bias_{k}{end}', Groups((gates, size), (0,))) for k in ('ih', 'hh') if m.bias]
+
+# %% ../../nbs/00_core.granularity.ipynb #aee9dc64
+_matrix, _vector = dict(_matrix_dims), dict(weight=(), layer=(0,))
+_linear = dict(weight=(), column=(0,), row=(1,), filter=(1,), layer=(0, 1))
+_conv1, _conv2, _conv3 = (dict(weight=_conv_dims(d), bias=_vector) for d in (1, 2, 3))
+_back1, _back2, _back3 = (dict(weight=_conv_dims(d, out=1, inp=0), bias=_vector) for d in (1, 2, 3))
+_recurrent = {'weight_*': {**_matrix, 'unit': _units}, 'bias_*': _vector}
+_attention = {'*_proj_weight': {**_matrix, 'head': _heads}, 'out_proj.weight': _matrix, '*bias': _vector}
+_layouts = {
+    nn.Conv1d: _conv1, nn.Conv2d: _conv2, nn.Conv3d: _conv3,
+    nn.ConvTranspose1d: _back1, nn.ConvTranspose2d: _back2, nn.ConvTranspose3d: _back3,
+    nn.Linear: dict(weight=_linear, bias=_vector), nn.Embedding: dict(weight=_matrix), nn.EmbeddingBag: dict(weight=_matrix),
+    nn.MultiheadAttention: _attention, nn.RNNBase: _recurrent,
+    'transformers.pytorch_utils.Conv1D': dict(weight={**_matrix, 'row': (0,), 'column': (1,), 'filter': (0,)}, bias=_vector),
+}
+
+# %% ../../nbs/00_core.granularity.ipynb #2bbf4ebc
 class Granularities:
-    "Which groups each layer type's weight can be split into"
-    _dims = {
-        nn.Conv1d: _conv_dims(1), nn.ConvTranspose1d: _conv_dims(1, out=1, inp=0),
-        nn.Conv2d: _conv_dims(2), nn.ConvTranspose2d: _conv_dims(2, out=1, inp=0),
-        nn.Conv3d: _conv_dims(3), nn.ConvTranspose3d: _conv_dims(3, out=1, inp=0),
-        nn.Linear: dict(weight=(), column=(0,), row=(1,), filter=(1,), layer=(0, 1)), nn.Embedding: _matrix_dims,
-    }
+    "Which groups each layer type's parameters can be split into"
+    _dims = _layouts  # type, or its full name → pattern of a parameter's name → granularity → axes, or a function `(module, parameter)`
+
+    @classmethod
+    def layout(cls,
+        m: nn.Module|type         # a layer, or its type
+    ) -> dict[str, dict]|None:
+        "Patterns of parameter names, each with the granularities it can have; None for an unknown type"
+        for k in (m if isinstance(m, type) else type(m)).__mro__:
+            if (found := cls._dims.get(k) or cls._dims.get(f'{k.__module__}.{k.__qualname__}')): return found
 
     @classmethod
     def available_modules(cls) -> tuple[type, ...]:
         "The layer types that can be sparsified (fit for `isinstance`)"
-        return tuple(cls._dims)
+        return tuple(k for k in cls._dims if isinstance(k, type))
 
     @classmethod
     def available_granularities(cls) -> list[str]:
         "Every granularity some layer type has"
-        return list(dict.fromkeys(g for d in cls._dims.values() for g in d))
+        return list(dict.fromkeys(g for layout in cls._dims.values() for d in layout.values() for g in d))
 
     @classmethod
     def allowed_granularities(cls,
-        m: nn.Module|type  # a layer, or its type
+        m: nn.Module|type,        # a layer, or its type
+        param: str|None = None    # name of one of its parameters; None: what any of its weights can have
     ) -> dict[str, tuple]:
-        "The granularities `m` can have, each with the axes one group spans"
-        kinds = m if isinstance(m, type) else type(m)
-        for k in kinds.__mro__:
-            if k in cls._dims: return cls._dims[k]
-        raise TypeError(f'No granularity is known for {kinds.__name__}. Known: {", ".join(k.__name__ for k in cls._dims)}. '
-                        f'`Granularities.add_granularity({kinds.__name__}, dict(weight=(), ...))` declares one')
+        "The granularities `m` can have, each with the axes one group spans, or a function that tells the groups"
+        layout, kind = cls.layout(m), (m if isinstance(m, type) else type(m)).__name__
+        if layout is None:
+            known = ', '.join(k if isinstance(k, str) else k.__name__ for k in cls._dims)
+            raise TypeError(f'No granularity is known for {kind}. Known: {known}. '
+                            f'`Granularities.add_granularity({kind}, dict(weight=(), ...))` declares one')
+        if param is None: return {g: d for p,dims in layout.items() if 'bias' not in p for g,d in dims.items()}
+        return next((d for p,d in layout.items() if fnmatchcase(param, p)), {})
 
 # %% ../../nbs/00_core.granularity.ipynb #88df5206
 def _axes(m, dims, ndim):
@@ -100,28 +151,69 @@ def _axes(m, dims, ndim):
         raise ValueError(f'Granularity {dims} of {type(m).__name__}: expected different axes between 0 and {ndim-1}')
     return tuple(sorted(d % ndim for d in dims))
 
+def _part_groups(m, shape, dims):
+    "`dims` of a weight of `shape`, inside each part of a grouped convolution"
+    parts = getattr(m, 'groups', 1)
+    if parts == 1 or len(dims) == len(shape) or len(shape) == 1: return Groups(shape, dims)
+    return Groups((parts, shape[0]//parts, *shape[1:]), tuple(d+1 for d in dims))
+
+@patch(cls_method=True)
+def parts(cls:Granularities,
+    m: nn.Module,            # a layer
+    granularity: str|tuple,  # a name from `allowed_granularities`, `'block_4x4'`, or the axes one group spans
+    param: str = 'weight'    # name of a parameter of `m`
+) -> list[tuple[str, Groups]]|None:
+    "The parameters that groups which begin in `param` lie in, with how each splits; None if another parameter leads them"
+    shape = tuple(m.get_parameter(param).shape)
+    if not isinstance(granularity, str): return [(param, Groups(shape, _axes(m, tuple(granularity), len(shape))))]
+    if _block_sizes(granularity): return [(param, _blocks(m, shape, granularity))]
+    legal = cls.allowed_granularities(m, param)
+    if granularity not in legal:
+        what = type(m).__name__ if param == 'weight' else f'{param} of {type(m).__name__}'
+        raise ValueError(_unknown(f'granularity of {what}', granularity, legal))
+    dims = legal[granularity]
+    return dims(m, param) if callable(dims) else [(param, _part_groups(m, shape, dims))]
+
 @patch(cls_method=True)
 def groups(cls:Granularities,
-    m: nn.Module,           # a layer with a `weight`
-    granularity: str|tuple  # a name from `allowed_granularities`, or the axes one group spans
+    m: nn.Module,            # a layer
+    granularity: str|tuple,  # as for `parts`
+    param: str = 'weight'    # name of a parameter of `m`
 ) -> Groups:
-    "How the weight of `m` splits into groups"
-    shape = tuple(m.weight.shape)
-    if not isinstance(granularity, str): return Groups(shape, _axes(m, tuple(granularity), len(shape)))
-    legal = cls.allowed_granularities(m)
-    if granularity not in legal: raise ValueError(_unknown(f'granularity of {type(m).__name__}', granularity, legal))
-    dims, parts = legal[granularity], getattr(m, 'groups', 1)
-    if parts == 1 or len(dims) == len(shape): return Groups(shape, dims)
-    return Groups((parts, shape[0]//parts, *shape[1:]), tuple(d+1 for d in dims))
+    "How `param` of `m` splits into groups"
+    return dict(cls.parts(m, granularity, param) or [])[param]
+
+# %% ../../nbs/00_core.granularity.ipynb #2ce83855
+def _block_sizes(granularity):
+    "The sizes in a name such as `'block_4x4'`, or None"
+    return [int(k) for k in granularity[6:].split('x')] if re.fullmatch(r'block_[1-9]\d*(x[1-9]\d*)*', granularity) else None
+
+def _blocks(m, shape, granularity):
+    "A weight of `shape` in tiles"
+    sizes, parts = _block_sizes(granularity), getattr(m, 'groups', 1)
+    if len(sizes) > len(shape):
+        raise ValueError(f'{granularity!r} has {len(sizes)} sizes, the weight of {type(m).__name__} {len(shape)} axes')
+    sizes += shape[len(sizes):]
+    for axis,(size,k) in enumerate(zip(shape, sizes)):
+        whole = size//parts if axis == 0 and parts > 1 else size  # a tile stays inside one part of a grouped convolution
+        if whole % k and not (axis == 0 and k == size):
+            fits = ', '.join(str(d) for d in range(1, whole+1) if whole % d == 0)
+            raise ValueError(f'{granularity!r} does not fit a {type(m).__name__} weight of shape {tuple(shape)}: '
+                             f'axis {axis} can be cut in {fits}')
+    view = [o for size,k in zip(shape, sizes) for o in (size//k, k)]
+    return Groups(tuple(view), tuple(range(1, len(view), 2)))
 
 # %% ../../nbs/00_core.granularity.ipynb #ae7899fb
 @patch(cls_method=True)
 def add_granularity(cls:Granularities,
-    m_type: type,           # the layer type; its subclasses have it too
-    dims: dict[str, tuple]  # granularity → the axes of the weight that one group spans
+    m_type: type|str,                # the layer type, or its full name; its subclasses have it too
+    dims: dict[str, tuple|Callable], # granularity → the axes that one group spans, or `(module, param)` → `[(param, Groups), ...]`
+    param: str = 'weight'            # name or pattern of the parameters that have it
 ) -> None:
-    "Give layers of `m_type` more granularities"
-    cls._dims[m_type] = {**cls._dims.get(m_type, {}), **{k: tuple(v) for k,v in dims.items()}}
+    "Give a parameter of layers of `m_type` more granularities"
+    layout = dict(cls._dims.get(m_type, {}))
+    layout[param] = {**layout.get(param, {}), **{k: v if callable(v) else tuple(v) for k,v in dims.items()}}
+    cls._dims = {**cls._dims, m_type: layout}
 
 # %% ../../nbs/00_core.granularity.ipynb #ba567c1a
 def _cells(shape, out, inp):
@@ -167,7 +259,7 @@ def plot_granularities(
 ):
     "Draw every granularity `m` can have, one group coloured in each; returns the figure"
     import matplotlib.pyplot as plt
-    names = list(Granularities.allowed_granularities(m))
+    names = list(Granularities.allowed_granularities(m, 'weight'))
     fig, axs = plt.subplots(-(-len(names)//cols), cols, figsize=(1.65*cols, 1.9*-(-len(names)//cols)), squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for g,ax in zip(names, axs.flat): plot_granularity(m, g, min(group, Granularities.groups(m, g).n - 1), ax)

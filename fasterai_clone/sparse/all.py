@@ -1,5 +1,6 @@
 "Everything it takes to sparsify: `from fasterai_clone.sparse.all import *`"
 from ..core.all import *
 from ..report import *
+from .targets import *
 from .sparsifier import *
 from .sparsify_callback import *
