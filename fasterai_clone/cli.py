@@ -147,7 +147,7 @@ def _quiet():
 def sparsify_demo(
     sparsity: float = 90,                            # Percent of groups to drop
     granularity: str = 'weight',                     # What one group is: weight, kernel, filter, ...
-    context: str = 'local',                          # Who competes: local (in each layer) or global (over all of them)
+    context: str = 'local',                          # Who competes: local (in each layer), global (over all of them), erk, lamp, output
     criterion: str = 'large_final',                  # The importance score: large_final, movement, gradient, ...
     schedules: str = 'one_shot,iterative,agp',       # The schedules to compare with dense training, separated by commas
     epochs: int = 10,                                # Epochs of each training

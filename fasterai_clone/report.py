@@ -39,6 +39,7 @@ class Report:
     granularity: str = 'weight'
     held: tuple[tuple[str, str, int], ...] = ()   # what is dropped with whole filters: (parameter name, type of its layer, numbers)
     why_not: tuple[tuple[str, str], ...] = ()     # (layer, why its filters may still put out something)
+    budget: tuple[str, float, float]|None = None  # with a budget: (what it counts, how much of that is zero, how much there is)
 
     def _sum(self, k): return sum(getattr(r, k) for r in self.rows)
 
@@ -69,7 +70,11 @@ def _differs(self):
     return self.granularity != 'weight'
 
 def _covers(self):
-    return f'Covers {self.params:,} of {self.total:,} parameters ({self.coverage:.2f}%)' + ('; left dense:' if self.dense else '')
+    if self.budget:
+        what, zero, total = self.budget
+        lead = f'Zero: {zero:,.0f} of {total:,.0f} {what} ({100*zero/total:.2f}%). '
+    else: lead = ''
+    return lead + f'Covers {self.params:,} of {self.total:,} parameters ({self.coverage:.2f}%)' + ('; left dense:' if self.dense else '')
 
 def _abbreviated(names, most=4):
     return ', '.join(names if len(names) <= most else [*names[:most-1], '…', names[-1]])
@@ -85,7 +90,7 @@ def _dense_lines(self):
     reasons = {}
     for layer,why in self.why_not: reasons.setdefault(why, []).append(layer)
     lines = _by_type(self.dense)
-    if self.held: lines += ['Dropped together with whole filters:', *_by_type(self.held)]
+    if self.held: lines += [f'Dropped together with whole {self.granularity}s:', *_by_type(self.held)]
     if reasons:   lines += ['Dropped filters may still put out a constant:', *[f'  {_abbreviated(v)}: {k}' for k,v in reasons.items()]]
     return lines
 
@@ -93,12 +98,12 @@ def _dense_lines(self):
 @patch
 def __str__(self:Report):
     differs, rule = _differs(self), '-' * 80
-    width = max(16, len(self.granularity) + 1)
+    width, types = max(16, len(self.granularity) + 1), max([15, *(len(r.type) for r in self.rows)])
     def line(layer, kind, params, zeros, pct, groups, name):
-        cells = f'{layer:<20} {kind:<15} {params:<10} {zeros:<10} {pct:>9}' + (f' {groups:>{width}}' if differs else '')
+        cells = f'{layer:<20} {kind:<{types}} {params:<10} {zeros:<10} {pct:>9}' + (f' {groups:>{width}}' if differs else '')
         return cells + f'  {name}'.rstrip()
-    def nums(r, g, n): return f'{r.params:,}', f'{r.zeros:,}', f'{r.sparsity:.2f}%', f'{g:,} of {n:,}'
-    head = f'{"Layer":<20} {"Type":<15} {"Params":<10} {"Zeros":<10} {"Sparsity":<9}'
+    def nums(r, g, n): return f'{r.params:,}', f'{r.zeros:,}', f'{r.sparsity:.2f}%', f'{g:,} of {n:,}' if n else ''
+    head = f'{"Layer":<20} {"Type":<{types}} {"Params":<10} {"Zeros":<10} {"Sparsity":<9}'
     if differs: head += f' {f"{self.granularity}s":>{width}}'
     rows = [line(r.layer, r.type, *nums(r, r.zero_groups, r.groups), r.name) for r in self.rows]
     last = line('Overall', 'all', *nums(self, self._sum('zero_groups'), self._sum('groups')), '')
@@ -128,7 +133,7 @@ def _repr_html_(self:Report):
     def tr(cells, pct, g, n):
         num = '<td style="text-align:right">{:,}</td>'
         tds = ''.join(num.format(o) if isinstance(o, int) else f'<td style="text-align:left">{escape(o)}</td>' for o in cells)
-        return f'<tr>{tds}{_bar(pct)}' + (f'<td style="text-align:right">{g:,} of {n:,}</td>' if differs else '') + '</tr>'
+        return f'<tr>{tds}{_bar(pct)}' + (f'<td style="text-align:right">{f"{g:,} of {n:,}" if n else ""}</td>' if differs else '') + '</tr>'
     heads = ['Layer', 'Type', 'Name', 'Params', 'Zeros', 'Sparsity'] + [f'{self.granularity.capitalize()}s'] * differs
     rows  = [tr((r.layer, r.type, r.name, r.params, r.zeros), r.sparsity, r.zero_groups, r.groups) for r in self.rows]
     rows += [tr(('Overall', 'all', '', self.params, self.zeros), self.sparsity, self._sum('zero_groups'), self._sum('groups'))]

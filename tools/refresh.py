@@ -4,7 +4,7 @@ Without names every notebook is run. `--check` runs nothing: it only exports, cl
 import base64, os, re, sys
 from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # the networks here are tiny: more threads only get in each other's way
-os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning:torch.jit._script')  # importing fastai under torch ≥ 2.13
+os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning:torch.jit._script,ignore:IProgress not found')  # of importing fastai, and timm
 
 import nbformat
 from fastcore.xtras import globtastic

@@ -673,7 +673,15 @@ def report(self:Sparsifier) -> Report:
     "The zeros of each layer, counted now"
     granularity = self.granularity if isinstance(self.granularity, str) else 'group'
     held = tuple((p.name, type(p.owner).__name__, p.tensor.numel()) for t in self.targets for p in t.held)
-    return Report(tuple(r for t in self.targets for r in self._rows(t)), self._left_dense(), granularity, held, tuple(self.why_not.items()))
+    return Report(tuple(r for t in self.targets for r in self._rows(t)), self._left_dense(), granularity, held, tuple(self.why_not.items()),
+                  self._budget_used())
+
+@patch
+def _budget_used(self:Sparsifier):
+    "What the budget counts, how much of that is zero now, and how much there is"
+    if not self.costs: return None
+    zero = sum(c * int((~self._alive(t)).count_nonzero()) for c,t in zip(self.costs, self.targets))
+    return dict(params='weights', flops='multiply-adds')[self.budget], zero, self._prices()
 
 @patch
 def _rows(self:Sparsifier, t):
