@@ -133,7 +133,8 @@ def _repr_html_(self:Report):
     def tr(cells, pct, g, n):
         num = '<td style="text-align:right">{:,}</td>'
         tds = ''.join(num.format(o) if isinstance(o, int) else f'<td style="text-align:left">{escape(o)}</td>' for o in cells)
-        return f'<tr>{tds}{_bar(pct)}' + (f'<td style="text-align:right">{f"{g:,} of {n:,}" if n else ""}</td>' if differs else '') + '</tr>'
+        groups = f'<td style="text-align:right">{f"{g:,} of {n:,}" if n else ""}</td>' if differs else ''
+        return f'<tr>{tds}{_bar(pct)}{groups}</tr>'
     heads = ['Layer', 'Type', 'Name', 'Params', 'Zeros', 'Sparsity'] + [f'{self.granularity.capitalize()}s'] * differs
     rows  = [tr((r.layer, r.type, r.name, r.params, r.zeros), r.sparsity, r.zero_groups, r.groups) for r in self.rows]
     rows += [tr(('Overall', 'all', '', self.params, self.zeros), self.sparsity, self._sum('zero_groups'), self._sum('groups'))]

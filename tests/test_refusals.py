@@ -204,7 +204,7 @@ def test_schedule_of_no_function(): refused(lambda: Schedule('agp'), 'sched_func
     (dict(start_sparsity=0.5), ['start_sparsity', 'write 50']), (dict(start_sparsity=101), ['start_sparsity', '101']),
     (dict(start_sparsity='5'), ['start_sparsity', "'5'"]), (dict(every=0), ['every', '0']), (dict(every=1.5), ['every', '1.5']),
     (dict(every=True), ['every', 'True']), (dict(round_to=0), ['round_to', '0']), (dict(round_to=2.5), ['round_to', '2.5']),
-    (dict(round_to=8, context='global'), ['round_to', 'local']), (dict(rewind_epoch=-1), ['rewind_epoch', '-1']),
+    (dict(round_to=8, context='output'), ['round_to', 'local']), (dict(rewind_epoch=-1), ['rewind_epoch', '-1']),
     (dict(start_epoch=-1), ['start_epoch', '-1']), (dict(start_epoch='2'), ['start_epoch', "'2'"]),
     (dict(end_epoch=True), ['end_epoch', 'True']), (dict(start_epoch=math.nan), ['start_epoch', 'nan']),
     (dict(start_epoch=3, end_epoch=2), ['start_epoch', 'end_epoch'])], ids=str)
@@ -227,7 +227,7 @@ def test_more_zeros_than_a_pattern_has():
 
 def test_rounding():
     for r in (0, -1, 2.5, True): refused(lambda: sparsifier().sparsify_model(50, round_to=r), 'round_to', str(r))
-    refused(lambda: sparsifier(context='global').sparsify_model(50, round_to=4), 'round_to', 'local')
+    refused(lambda: sparsifier(context='output').sparsify_model(50, round_to=4), 'round_to', 'local')
 
 def test_hold_takes_an_optimizer(): refused(lambda: sparsifier().hold(digits_net()), 'Optimizer', 'Sequential', 'apply_masks')
 

@@ -270,3 +270,21 @@ def test_percentages(ok): assert check_sparsity(ok) == float(ok) and type(check_
 def test_what_is_no_percentage(bad, error, says):
     with pytest.raises(error, match=says) as e: check_sparsity(bad, 'start')
     assert '`start`' in str(e.value) and 'percentage' in str(e.value)
+
+@pytest.mark.parametrize('criteria', ['large_final', 'small_final', 'movement'])
+@pytest.mark.parametrize('granularity', ['weight', 'row'])
+@pytest.mark.parametrize('context', ['global', 'erk'])
+def test_multiples_where_layers_share_a_sparsity(context, granularity, criteria):
+    "Each layer keeps a multiple of 8 groups, less than 8 more than without; what is dropped stays so on the way up"
+    net, gone = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 64)), {}
+    sp = Sparsifier(net, granularity, context, criteria, layer_type=nn.Linear)
+    for sparsity in (10, 45, 80):
+        with torch.no_grad():
+            for p in net.parameters(): p.add_(torch.randn_like(p))
+        sp.apply_masks()
+        sp.sparsify_model(sparsity, round_to=8)
+        kept = [t.groups.n - int((~sp._group_mask(t)).sum()) for t in sp.targets]
+        least = sum(sp.sizes) - exact(sum(sp.sizes), sparsity)
+        assert all(k % 8 == 0 for k in kept) and least <= sum(kept) < least + 16
+        assert not any((sp.masks[k] & m).any() for k,m in gone.items())
+        gone = {k: ~m for k,m in sp.masks.items()}

@@ -65,7 +65,7 @@ def _check_context(context, nm, round_to, min_sparsity, max_sparsity, budget):
     if round_to is None: return
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f'`round_to` must be a positive whole number, got {round_to!r}')
-    needs('round_to', 'counts the groups of one layer', 'local')
+    needs('round_to', 'counts the groups of a layer', 'local', 'global', 'erk', 'lamp')
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #049c284a
 def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, include=None, exclude=None, round_to=None, params=None,
@@ -149,9 +149,9 @@ def _with_held(self:Sparsifier, targets):
     self.targets, self.why_not, self.flow = targets, {}, None
     if not any(output_channels(t) for t in targets): return targets
     self.flow = trace_flow(self.model)
-    if not self.flow.norms and (self.example_inputs is not None or self.data is not None):
+    if any(v.startswith('Not traced') for v in self.flow.why_not.values()) and (self.example_inputs is not None or self.data is not None):
         self.flow = trace_flow(self.model, self._example('Tracing'))
-    unheld = {k: v for k,v in self.flow.why_not.items() if not v.startswith('No norm gets')}  # without a norm the bias is all there is to hold
+    unheld = {k: v for k,v in self.flow.why_not.items() if not v.startswith('No norm gets')}  # the bias is all there is to hold then
     self.why_not = {t.layer: unheld[t.layer] for t in targets if t.layer in unheld}
     return [hold_with(t, self.model, self.flow) for t in targets]
 
@@ -295,9 +295,9 @@ def _data(self:Sparsifier):
     return self._example('') if self.data is None and self.example_inputs is not None else self.data
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #d49e4e2a
-def _count(n, sparsity, round_to):
-    "How many of `n` groups go, if as many as stay are to be a multiple of `round_to`"
-    return n - min(n, -(-(n - n_dropped(n, sparsity)) // round_to) * round_to)
+def _rounded(n, k, round_to):
+    "How many of `n` groups go instead of `k`, if as many as stay are to be a multiple of `round_to`"
+    return n - min(n, -(-(n - k) // round_to) * round_to) if round_to else k
 
 @patch
 def _reachable(self:Sparsifier, n):
@@ -329,12 +329,14 @@ def counts_at(self:Sparsifier,
     "How many groups each pool drops, or what they may cost: one number a layer, or a single one where all layers compete"
     if self.context == 'erk':
         lows, highs = self._reachable(n_dropped(sum(self.sizes), each[0]))
-        return erk_counts([t.weight.shape for t in self.targets], self.sizes, each[0], lows, highs)
+        counts = erk_counts([t.weight.shape for t in self.targets], self.sizes, each[0], lows, highs)
+        return [_rounded(n, k, round_to) for n,k in zip(self.sizes, counts)]
     if self.context == 'output':
         rows = [t.weight.shape[self._outputs(t)] for t in self.targets]
         return [r * n_dropped(n//r, s) for r,n,s in zip(rows, self.sizes, each)]
     if self.costs: return [each[0] * self._prices() / 100]
-    return [_count(n, s, round_to or 1) for n,s in zip(self.sizes, each)]
+    if self.context in ('global', 'lamp'): round_to = None  # later, when it is known which layer gives how many
+    return [_rounded(n, n_dropped(n, s), round_to) for n,s in zip(self.sizes, each)]
 
 @patch
 def counts(self:Sparsifier,
@@ -360,7 +362,7 @@ def _check_reach(self:Sparsifier, pools, counts):
         if self.nm and k > (most := total * (self.nm[1]-self.nm[0]) // self.nm[1]):
             raise ValueError(f'A {self.nm[0]}:{self.nm[1]} pattern has {100*(1 - self.nm[0]/self.nm[1]):g} % zeros: ask for at most that '
                              f'(got {k:,} of {most:,} in {pool[0].label})')
-        if k == total and not self.costs: _warn_collapse([t.label for t in pool])
+        if k == total and not self.costs: _warn_collapse([t.label or t.name for t in pool])
 
 class LayerCollapse(UserWarning):
     "Nothing is left of a layer, or nothing gets through it"
@@ -434,22 +436,29 @@ def _lazy_scores(self:Sparsifier, t):
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #9acb2e24
 @patch
-def _choose(self:Sparsifier, pool, k, journal):
+def _choose(self:Sparsifier, pool, k, journal, round_to):
     "New masks for `pool`, by parameter name; those of single weights are updated in place"
     scores = [t.weight if self.plain else self._lazy_scores(t) if self.lazy else self._scores(t) for t in pool]
     old    = [self._group_mask(t) for t in pool]
-    reuse  = not any(m is None or t.groups.dims for t,m in zip(pool, old))
+    reuse  = not (any(m is None or t.groups.dims for t,m in zip(pool, old)) or round_to and len(pool) > 1)
     if self.context in ('global', 'lamp'): scores, k, old = self._compared(scores, k, old)
     try:
         if self.context == 'output': keep = [row_mask(scores[0], k // scores[0].shape[a := self._outputs(pool[0])], old[0], a)]
         else: keep = keep_masks(scores, k, magnitude=self.plain, pruned=old, out=old if reuse else None, journal=journal)
+        if round_to and len(pool) > 1: keep = [self._round(s, m, o, round_to) for s,m,o in zip(scores, keep, old)]
     except ValueError as e:
         ranked = ((t.name, self.criteria(t.weight, self._reference(t.parts[0])) if self.lazy else t.weight) for t in pool)
         names  = ', '.join(n for n,s in ranked if not torch.isfinite(s).all())
         raise ValueError(f'{names}: {e}. Has the training diverged?' if names else str(e)) from None
-    if k < sum(m.numel() for m in keep): _warn_collapse([t.label for t,m in zip(pool, keep) if not m.any()])
+    if k < sum(m.numel() for m in keep): _warn_collapse([t.label or t.name for t,m in zip(pool, keep) if not m.any()])
     if reuse and self.context != 'output': return {}
     return {p.name: p.groups.expand(m, p.tensor.shape).contiguous() for t,m in zip(pool, keep) for p in t.parts + t.held}
+
+@patch
+def _round(self:Sparsifier, scores, keep, old, round_to):
+    "As `keep`, but with a multiple of `round_to` kept"
+    k = _rounded(keep.numel(), keep.numel() - int(keep.count_nonzero()), round_to)
+    return keep_masks([scores], k, magnitude=self.plain, pruned=[old])[0]
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #97799569
 @patch
@@ -467,11 +476,12 @@ def _compared(self:Sparsifier, scores, k, old):
 @torch.no_grad()
 def update(self:Sparsifier,
     counts: list[int],                      # how many groups each pool drops, or what they may cost
-    pools: list[list[Target]]|None = None   # None: all
+    pools: list[list[Target]]|None = None,  # None: all
+    round_to: int|None = None               # keep a multiple of this many groups in each layer
 ) -> None:
     "Choose new masks, all of them or none, and apply them"
     pools = self.pools if pools is None else pools
-    for step in self._rounds(counts, pools): self._update(step, pools)
+    for step in self._rounds(counts, pools): self._update(step, pools, round_to)
     self.seen = []
 
 @patch
@@ -486,12 +496,12 @@ def _rounds(self:Sparsifier, counts, pools):
             for i in range(1, steps)] + [counts]
 
 @patch
-def _update(self:Sparsifier, counts, pools):
+def _update(self:Sparsifier, counts, pools, round_to):
     "Choose once"
     self._measure()
     new, journal = {}, []
     try:
-        for pool,k in zip(pools, counts): new.update(self._choose(pool, k, journal))
+        for pool,k in zip(pools, counts): new.update(self._choose(pool, k, journal, round_to))
     except BaseException:
         restore(journal)
         raise
@@ -510,7 +520,7 @@ def sparsify_model(self:Sparsifier,
     relative: bool = False                  # count from what is left: half of 12, of 6, of 3
 ) -> None:
     "Make every layer exactly as sparse as asked"
-    self.update(self._wanted(self.pools, sparsity, round_to, n, relative))
+    self.update(self._wanted(self.pools, sparsity, round_to, n, relative), round_to=round_to)
     if self.example_inputs is not None: self._check_signal()
 
 @patch
@@ -545,7 +555,7 @@ def _wanted(self:Sparsifier, pools, sparsity, round_to, n, relative):
     gone = [sum(int((~m).sum()) for t in pool if (m := self._group_mask(t)) is not None) for pool in pools] if relative else [0]*len(pools)
     if n is not None: counts = [d + k for d,k in zip(gone, _each_n(n, len(pools)))]
     elif relative: counts = [d + round((size - d) * check_sparsity(sparsity) / 100) for d,size in zip(gone, sizes)]
-    else: counts = [_count(size, check_sparsity(sparsity), round_to or 1) for size in sizes]
+    else: counts = [_rounded(size, n_dropped(size, check_sparsity(sparsity)), round_to) for size in sizes]
     for pool,k,size in zip(pools, counts, sizes):
         if k > size:
             what = pool[0].label if len(pool) == 1 else 'The model'
@@ -581,7 +591,8 @@ def is_pruned(self:Sparsifier,
 @patch
 def _check_signal(self:Sparsifier):
     "Warn if layers are cut off"
-    through = passes_signal(self.model, self._example('Looking for a path'))
+    try: through = passes_signal(self.model, self._example('Looking for a path'))
+    except Exception as e: return warnings.warn(f'Could not look for a path through the model: {type(e).__name__}: {e}', stacklevel=3)
     dead = [t.layer for t in self.targets if not through.get(t.layer, True)]
     if dead: warnings.warn(f'Layer collapse: no path is left through {", ".join(dict.fromkeys(dead))}', LayerCollapse, 3)
 

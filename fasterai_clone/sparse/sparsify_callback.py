@@ -191,7 +191,8 @@ def _some_inputs(self:SparsifyCallback):
         random.setstate(states[0])
         np.random.set_state(states[1])
         dl.rng = states[2]
-    return batch[:self.dls.n_inp] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(batch, (tuple, list)): return batch
+    return batch[:getattr(self.dls, 'n_inp', max(len(batch) - 1, 1))]
 
 # %% ../../nbs/12_sparse.sparsify_callback.ipynb #506f1931
 @patch
@@ -249,7 +250,7 @@ def _move_to(self:SparsifyCallback, progress):
     if counts == self._last: return self._keep(progress)
     self._release()
     if sp.reference == 'measure' and self.data is None: sp.observe(*self.xb, *self.yb)
-    sp.update(counts)
+    sp.update(counts, round_to=self.round_to)
     self._last, self._try_compact = counts, self.compact
     self._after_pruning()
 
