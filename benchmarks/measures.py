@@ -22,7 +22,7 @@ def choice(base, noise, contestant, context, criteria, start, end, counts, devic
     model = deepcopy(base)
     choose = contestant.call('choose', model, context, criteria)
     if start: choose(start)
-    if criteria != 'magnitude':
+    if noise:  # for magnitude too: the same memory is in use then
         for m, n in zip(layers(model), noise):
             m.weight.data.add_(n)
             m.weight.grad = n.clone()
