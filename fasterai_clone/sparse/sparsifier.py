@@ -217,8 +217,9 @@ def _check_fit(self:Sparsifier, t):
         raise ValueError(f'This criterion scores whole output channels, not {self.granularity!r} groups of {t.label}. '
                          f'Legal: {", ".join(legal) or "none"}')
     if self.criteria.structured and not t.groups.dims:
-        raise ValueError(f'This criterion compares groups of several weights, not the single weights of {t.label}: '
-                         'choose a granularity such as "filter" or "row"')
+        legal = [g for g,dims in Granularities.allowed_granularities(t.module, t.parts[0].param).items() if dims != ()]
+        raise ValueError(f'This criterion compares groups of several weights, not the single weights of {t.label}. '
+                         f'Legal: {", ".join(legal) or "none"}')
 
 @patch
 def _try_out(self:Sparsifier):
