@@ -20,7 +20,10 @@ def text_of(output):
     return ''.join(map(''.join, [output.get('text', ''), *(v for k,v in data.items() if k.startswith('text/') or k == 'image/svg+xml')]))
 
 
-def test_there_are_notebooks(): assert {'index', '00_core.granularity', '11_sparse.sparsifier', '50_cli'} <= {p.stem for p in notebooks}
+def test_there_are_notebooks():
+    "Those of folders inside too"
+    found = {p.relative_to(root/'nbs').as_posix().removesuffix('.ipynb') for p in notebooks}
+    assert {'index', '00_core.granularity', '11_sparse.sparsifier', '50_cli', 'tutorials/coming_from_torch_prune'} <= found
 
 @by_name
 def test_runs(path, monkeypatch, capfd):

@@ -6,8 +6,9 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.masks.html.md"""
 
 # %% ../../nbs/04_core.masks.ipynb #d94a475d
 from __future__ import annotations
-import numpy as np, torch
+import numpy as np, torch, torch.nn as nn
 from fastcore.basics import patch
+from torch.nn.utils import prune
 from .granularity import _unknown
 
 # %% auto #0
@@ -58,6 +59,16 @@ def sparsity(self:Masks):
     "The share of dropped weights, in percent"
     return 100 * self.n_dropped / self.n if self.n else 0.
 
+# %% ../../nbs/04_core.masks.ipynb #bd466a2c
+@patch
+def __eq__(self:Masks, other):
+    if not isinstance(other, dict): return NotImplemented
+    def same(mask, o): return isinstance(o, torch.Tensor) and torch.equal(mask.cpu(), o.cpu())
+    return self.keys() == other.keys() and all(same(m, other[k]) for k,m in self.items())
+
+@patch
+def __ne__(self:Masks, other): return not self == other
+
 # %% ../../nbs/04_core.masks.ipynb #7410b73a
 def _zero(p, mask):
     "Zero `p` where `mask` is False, in place"
@@ -75,3 +86,54 @@ def apply(self:Masks,
         p = params[k].data
         if mask.device != p.device: self._own(k, mask := mask.to(p.device))
         _zero(p, mask)
+
+# %% ../../nbs/04_core.masks.ipynb #d23ba1cc
+def _uses(model):
+    "Parameter name, without `_orig` → (the same, the parameter, its mask in `torch.nn.utils.prune` or None) for each module that has it"
+    if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
+    uses = {}
+    for path,m in model.named_modules():
+        held = {f'{h._tensor_name}_orig' for h in m._forward_pre_hooks.values() if isinstance(h, prune.BasePruningMethod)}
+        for k,p in m._parameters.items():
+            if p is None: continue
+            name = k.removesuffix('_orig') if k in held else k
+            use  = f'{path}.{name}' if path else name, p, m._buffers[f'{name}_mask'] if k in held else None
+            uses.setdefault(id(p), []).append(use)
+    return {same[0][0]: same for same in uses.values()}
+
+@patch(cls_method=True)
+def from_torch_prune(cls:Masks,
+    model: nn.Module  # pruned with `torch.nn.utils.prune`
+) -> Masks:           # parameter name, without `_orig` → mask
+    "The masks that `torch.nn.utils.prune` holds in `model`, which stays as it is"
+    masks = {}
+    for name,uses in _uses(model).items():
+        mask, *others = [m for *_,m in uses]
+        if mask is None and not any(o is not None for o in others): continue
+        if mask is None or any(o is None or not torch.equal(mask, o) for o in others):
+            raise ValueError(f'{" and ".join(repr(n) for n,*_ in uses)} are one parameter, and have not the same mask')
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f'The mask of {name!r} must be of zeros and ones, got {mask.unique().tolist()[:5]}')
+        masks[name] = mask.bool()
+    if not masks: raise ValueError(f'`torch.nn.utils.prune` holds no parameter of this {type(model).__name__}: there is no mask to take')
+    return cls(masks)
+
+# %% ../../nbs/04_core.masks.ipynb #49b3343b
+@patch
+def to_torch_prune(self:Masks,
+    model: nn.Module  # with the parameters that have a mask
+) -> nn.Module:       # `model` itself
+    "Let `torch.nn.utils.prune` hold these masks in `model`"
+    found = _uses(model)
+    for k,mask in self.items():
+        if k not in found: raise ValueError(_unknown('parameter', k, found))
+        if any(held is not None for *_,held in found[k]):
+            raise ValueError(f'{k!r} is held by `torch.nn.utils.prune` already: take that mask over with `Masks.from_torch_prune(model)`, '
+                             'then end it with `prune.remove`')
+        if tuple(mask.shape) != (shape := tuple(found[k][0][1].shape)):
+            raise ValueError(f'The mask of {k!r} must have shape {shape}, got {tuple(mask.shape)}')
+    for k,mask in self.items():
+        for name,p,_ in found[k]:  # modules that share a parameter share its mask
+            path, _, param = name.rpartition('.')
+            prune.custom_from_mask(model.get_submodule(path), param, mask.to(p.device, copy=True))
+    return model
