@@ -3,8 +3,9 @@ import math, pickle
 from copy import deepcopy
 from functools import partial
 
-import pytest, torch
+import pytest, torch, torch.nn as nn
 
+from torch.nn.utils import prune
 from fasterai_clone.digits import digits_net
 from fasterai_clone.sparse.all import *
 from helpers import same, zeros
@@ -82,3 +83,43 @@ def test_references_are_copied_only_where_needed():
     assert {k: tuple(v.shape) for k,v in sp.refs.items()} == {'0.weight': (4, 1, 3, 3), '3.weight': (8, 4, 3, 3)}
     sp.sparsify_model(50)
     assert all(m.dtype == torch.bool for m in sp.masks.values())
+
+
+# Numbers of groups, of all or of what is left
+
+def two_linears(): return nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
+
+@pytest.mark.parametrize('kwargs', [dict(n=160), dict(sparsity=80, relative=True), dict(sparsity=80)], ids=str)
+def test_numbers_of_groups_respect_limits(kwargs):
+    sp = Sparsifier(two_linears(), context='global', layer_type=nn.Linear, max_sparsity=50)
+    with pytest.raises(ValueError, match='limits of the layers allow 0 to 100'): sp.sparsify_model(**kwargs)
+    assert not sp.masks
+
+@pytest.mark.parametrize('context', ['output', 'erk'])
+def test_numbers_that_a_context_cannot_share_out_are_refused(context):
+    sp = Sparsifier(two_linears(), context=context, layer_type=nn.Linear)
+    for kwargs in (dict(n=15), dict(sparsity=50, relative=True)):
+        with pytest.raises(ValueError, match='`n` and `relative`'): sp.sparsify_model(**kwargs)
+
+@pytest.mark.parametrize('size, percent, steps', [(12, 50, [6, 3, 1]), (150, 7, [139]), (10, 25, [8, 6, 4])])
+def test_relative_amounts_are_those_of_torch(size, percent, steps):
+    m, left = nn.Linear(size, 1, bias=False), []
+    sp = Sparsifier(m, layer_type=nn.Linear)
+    for _ in steps:
+        sp.sparsify_model(percent, relative=True)
+        left.append(int(m.weight.count_nonzero()))
+    torch_m, torch_left = nn.Linear(size, 1, bias=False), []
+    for _ in steps:
+        prune.l1_unstructured(torch_m, 'weight', amount=percent/100)
+        torch_left.append(int(torch_m.weight.count_nonzero()))
+    assert left == torch_left == steps
+
+def test_what_is_pruned():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2)))
+    sp = Sparsifier(net, layer_type=nn.Linear)
+    assert not sp.is_pruned()
+    sp.sparsify_model({'1.0': 50})
+    assert sp.is_pruned() and sp.is_pruned('1') and sp.is_pruned(net[1][0]) and sp.is_pruned('1.0.weight') and sp.is_pruned(net[1][0].weight)
+    assert not any(map(sp.is_pruned, ('0', '0.weight', '1.0.bias', net[0])))
+    with pytest.raises(ValueError, match="'1.0.bais'.*mean '1.0.bias'"): sp.is_pruned('1.0.bais')
+    with pytest.raises(TypeError, match='module, a parameter'): sp.is_pruned(3)

@@ -551,16 +551,17 @@ def _wanted(self:Sparsifier, pools, sparsity, round_to, n, relative):
         raise ValueError(f'Give either `sparsity`, a percentage, or `n`, a number of groups; got {sparsity!r} and {n!r}')
     if n is None and not relative and pools is self.pools: return self.counts(sparsity, round_to)
     sizes = [sum(t.groups.n for t in pool) for pool in pools]
-    if self.costs or self.context == 'erk' and pools is self.pools:
-        raise ValueError('`n` and `relative` count the groups of each layer: they need context="local" or "global", without a budget')
+    if self.costs or (n is not None or relative) and (self.context == 'output' or self.context == 'erk' and pools is self.pools):
+        raise ValueError('`n` and `relative` count groups: they need context="local", "global" or "lamp", without a budget')
     gone = [sum(int((~m).sum()) for t in pool if (m := self._group_mask(t)) is not None) for pool in pools] if relative else [0]*len(pools)
     if n is not None: counts = [d + k for d,k in zip(gone, _each_n(n, len(pools)))]
-    elif relative: counts = [d + round((size - d) * check_sparsity(sparsity) / 100) for d,size in zip(gone, sizes)]
+    elif relative: counts = [d + round(check_sparsity(sparsity)/100 * (size - d)) for d,size in zip(gone, sizes)]
     else: counts = [_rounded(size, n_dropped(size, check_sparsity(sparsity)), round_to) for size in sizes]
     for pool,k,size in zip(pools, counts, sizes):
         if k > size:
             what = pool[0].label if len(pool) == 1 else 'The model'
             raise ValueError(f'{what} has {size:,} groups, and {k:,} were to be dropped')
+    if self.limits: check_limits(counts[0], *self.limits, [t.groups.n for t in self.targets])
     self._check_reach(pools, counts)
     return counts
 
@@ -574,19 +575,15 @@ def _each_n(n, pools):
 # %% ../../nbs/11_sparse.sparsifier.ipynb #9a82aed4
 @patch
 def is_pruned(self:Sparsifier,
-    what: nn.Module|str|None = None  # a module, the name of one or of a parameter; None: the model
+    what: nn.Module|nn.Parameter|str|None = None  # a module, a parameter, or the name of one; None: the model
 ) -> bool:
     "Has anything been dropped in the model, a module, or a single parameter?"
-    if isinstance(what, str) and what in self.masks.shapes: names = [what]
-    else:
-        module = self.model if what is None else what
-        if isinstance(what, str):
-            if what not in (known := dict(self.model.named_modules())): raise ValueError(_unknown('module or parameter', what, known))
-            module = known[what]
-        if not isinstance(module, nn.Module): raise TypeError(f'Expected a module or a name, got {what!r}')
-        mine  = {id(p) for p in module.parameters()}
-        names = [k for k,p in self._params().items() if id(p) in mine]
-    return any(not self.masks[k].all() for k in names if k in self.masks)
+    known = {k: o for o in (self.model.named_modules(), self.model.named_parameters()) for k,o in o if k}
+    if isinstance(what, str) and what not in known: raise ValueError(_unknown('module or parameter', what, known))
+    found = self.model if what is None else known[what] if isinstance(what, str) else what
+    if not isinstance(found, (nn.Module, nn.Parameter)): raise TypeError(f'Expected a module, a parameter or the name of one, got {what!r}')
+    mine = {id(p) for p in (found.parameters() if isinstance(found, nn.Module) else [found])}
+    return any(id(p) in mine and not self.masks[k].all() for k,p in self._params().items() if k in self.masks)
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #5c5fe678
 @patch
