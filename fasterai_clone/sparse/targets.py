@@ -85,9 +85,10 @@ def _is_layer(m, types):
 # %% ../../nbs/10_sparse.targets.ipynb #c6918454
 def _computed(m):
     "Names of weights of `m` that are computed from other parameters"
-    made  = ['weight', *getattr(m, 'parametrizations', ())]
+    made  = ['weight', *getattr(m, '_flat_weights_names', ()), *getattr(m, 'parametrizations', ())]  # the former of recurrent layers
     made += [k.rpartition('_')[0] for k in m._parameters if k.endswith(('_g', '_v', '_orig'))]
-    return [k for k in dict.fromkeys(made) if k not in m._parameters and isinstance(getattr(m, k, None), torch.Tensor)]
+    inner = [f'{n}.{k}' for n,c in m.named_children() if n != 'parametrizations' for k in _computed(c)]  # attention's output projection
+    return [k for k in dict.fromkeys(made) if k not in m._parameters and isinstance(getattr(m, k, None), torch.Tensor)] + inner
 
 def _layer_params(m, wanted=None):
     "Names of the parameters of `m` that are wanted, as patterns; None: all its weights"
@@ -100,7 +101,7 @@ def _check(layer, m, k):
     "Refuse a parameter that cannot be masked"
     where = f'The {k} of {layer or "the model"} ({type(m).__name__})'
     if k in _computed(m):
-        if f'{k}_orig' in m._parameters:
+        if m.get_submodule(k.rpartition('.')[0])._buffers.get(f'{k.rpartition(".")[2]}_mask') is not None:
             raise ValueError(f'{where} is held by `torch.nn.utils.prune`: take its masks over with `Masks.from_torch_prune(model)`, '
                              f'then end that with `prune.remove(module, {k!r})`')
         raise ValueError(f'{where} is computed by a parametrization or hook: zeros put there would not last. Remove that first '
