@@ -123,10 +123,11 @@ def _matches(pattern, layer, module, name):
 def _patterns(what, patterns, found=None):
     "`patterns` as a list; each must match one of the `found` (layer, module, name), if those are known"
     if patterns is None: return []
-    patterns = [patterns] if isinstance(patterns, (str, re.Pattern, type)) or callable(patterns) else patterns
-    if not isinstance(patterns, Iterable) or not all(isinstance(p, (str, re.Pattern, type)) or callable(p) for p in patterns):
+    def legal(p): return isinstance(p, (str, re.Pattern, type)) or callable(p) and not isinstance(p, nn.Module)
+    patterns = [patterns] if legal(patterns) or isinstance(patterns, nn.Module) else patterns
+    if not isinstance(patterns, Iterable) or not all(map(legal, patterns)):
         raise TypeError(f'`{what}` takes layer names or patterns like "body.*", regular expressions, types of layers or functions of '
-                        f'(name, module); got {patterns!r}')
+                        f'(name, module); got {patterns!r}. For the layers inside a module there is `part`')
     patterns = list(patterns)
     for p in patterns:
         if found is None or any(_matches(p, *f) for f in found): continue
