@@ -204,10 +204,13 @@ def output_channels(
 ) -> Groups|None:
     "How a vector with one number for each output channel splits, if the groups of `target` are whole filters or the whole layer"
     t, m = target, target.module
-    if len(t.parts) > 1 or 'filter' not in (Granularities.layout(m) or {}).get(t.parts[0].param, {}): return None
+    if len(t.parts) > 1 or not t.groups.dims or 'filter' not in (Granularities.layout(m) or {}).get(t.parts[0].param, {}): return None
     filters = Granularities.groups(m, 'filter', t.parts[0].param)
     if t.groups.n == 1: return Groups((filters.n,), (0,))
-    return Groups((filters.n,), ()) if t.groups == filters else None
+    shape = tuple(t.weight.shape)
+    axes  = Groups(shape, tuple(range(1, len(shape))))  # what a tuple of axes says of a grouped convolution
+    whole = t.groups == filters or t.groups == axes and getattr(m, 'groups', 1) > 1 and not m.transposed
+    return Groups((filters.n,), ()) if whole else None
 
 def hold_with(
     target: Target,
