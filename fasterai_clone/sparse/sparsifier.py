@@ -438,7 +438,7 @@ def _choose(self:Sparsifier, pool, k, journal):
     "New masks for `pool`, by parameter name; those of single weights are updated in place"
     scores = [t.weight if self.plain else self._lazy_scores(t) if self.lazy else self._scores(t) for t in pool]
     old    = [self._group_mask(t) for t in pool]
-    reuse  = not any(m is None or t.groups.dims for t,m in zip(pool, old))
+    reuse  = not (self.limits or any(m is None or t.groups.dims for t,m in zip(pool, old)))  # limits may put other masks in place of `old`
     if self.context in ('global', 'lamp'): scores, k, old = self._compared(scores, k, old)
     try:
         if self.context == 'output': keep = [row_mask(scores[0], k // scores[0].shape[a := self._outputs(pool[0])], old[0], a)]
