@@ -165,6 +165,9 @@ def _share_out(self:Sparsifier, min_sparsity, max_sparsity):
     if not (min_sparsity is max_sparsity is None):
         self.limits = limits([t.groups.n for t in self.targets], min_sparsity, max_sparsity, [t.label for t in self.targets])
     self.costs  = None if self.budget == 'groups' else [self._cost(t) for t in self.targets]
+    if self.costs and (free := [t.label for t,c in zip(self.targets, self.costs) if not c]):
+        raise ValueError(f'Of {", ".join(free)} no multiply-adds are counted: dropping all of it would cost nothing. Leave it out with `exclude`, '
+                         'or choose budget="params"')
     if self.context == 'output':
         for t in self.targets: self._outputs(t)
 
