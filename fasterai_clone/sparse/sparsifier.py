@@ -184,6 +184,8 @@ def _cost(self:Sparsifier, t):
 def _outputs(self:Sparsifier, t):
     "The axis of the scores of `t` that runs over outputs"
     axis, w = 1 - _input_axis(t.parts[0]), t.weight
+    if axis == 1 and getattr(t.module, 'groups', 1) > 1:
+        raise ValueError(f'context="output" knows no grouped transposed convolutions, as {t.label}: leave it out with `exclude={t.label!r}`')
     if t.groups.shape != tuple(w.shape) or axis in t.groups.dims or w.ndim < 2:
         raise ValueError(f'context="output" compares inside each output, which {self.granularity!r} groups of {t.label} do not allow')
     return axis
@@ -211,7 +213,9 @@ def _check_fit(self:Sparsifier, t):
     "Refuse a target that the pattern or the criterion is not made for"
     if self.nm and t.weight.ndim < 2:
         raise ValueError(f'{t.name} has no input axis for an n:m pattern: leave it out with `exclude={t.name!r}`')
-    if self.nm and (size := t.weight.shape[_input_axis(t.parts[0])]) % self.nm[1]:
+    axis  = _input_axis(t.parts[0]) if self.nm else 0
+    parts = getattr(t.module, 'groups', 1) if axis == 0 else 1  # a grouped transposed convolution has the inputs of all parts along its axis
+    if self.nm and (size := t.weight.shape[axis] // parts) % self.nm[1]:
         raise ValueError(f'{t.label} has {size} inputs, not a multiple of {self.nm[1]}: leave it out with `exclude={t.label!r}`')
     if isinstance(self.criteria, dict): return
     if self.criteria.channels and output_channels(t) is None:
