@@ -546,6 +546,10 @@ def _wanted(self:Sparsifier, pools, sparsity, round_to, n, relative):
     if (sparsity is None) == (n is None):
         raise ValueError(f'Give either `sparsity`, a percentage, or `n`, a number of groups; got {sparsity!r} and {n!r}')
     if n is None and not relative and pools is self.pools: return self.counts(sparsity, round_to)
+    if round_to is not None and (n is not None or relative):
+        raise ValueError('`round_to` is for a sparsity of all groups: leave it out with `n` and `relative`')
+    if n is not None and self.context == 'output':
+        raise ValueError('`n` counts the groups of a layer, which context="output" drops in equal shares: give a `sparsity`')
     sizes = [sum(t.groups.n for t in pool) for pool in pools]
     if self.costs or self.context == 'erk' and pools is self.pools:
         raise ValueError('`n` and `relative` count the groups of each layer: they need context="local" or "global", without a budget')
