@@ -577,15 +577,15 @@ def is_pruned(self:Sparsifier,
     what: nn.Module|str|None = None  # a module, the name of one or of a parameter; None: the model
 ) -> bool:
     "Has anything been dropped in the model, a module, or a single parameter?"
-    if isinstance(what, str) and what in self.masks.shapes: names = [what]
-    else:
-        module = self.model if what is None else what
-        if isinstance(what, str):
-            if what not in (known := dict(self.model.named_modules())): raise ValueError(_unknown('module or parameter', what, known))
-            module = known[what]
-        if not isinstance(module, nn.Module): raise TypeError(f'Expected a module or a name, got {what!r}')
-        mine  = {id(p) for p in module.parameters()}
-        names = [k for k,p in self._params().items() if id(p) in mine]
+    if isinstance(what, str):
+        known = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_modules(remove_duplicate=False))}
+        known = {k.replace('_orig_mod.', ''): v for k,v in known.items()}
+        if what not in known: raise ValueError(_unknown('module or parameter', what, known))
+        what = known[what]
+    elif what is None: what = self.model
+    if not isinstance(what, (nn.Module, nn.Parameter)): raise TypeError(f'Expected a module or a name, got {what!r}')
+    mine  = {id(p) for p in (what.parameters() if isinstance(what, nn.Module) else [what])}
+    names = [k for k,p in self._params().items() if id(p) in mine]
     return any(not self.masks[k].all() for k in names if k in self.masks)
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #5c5fe678
