@@ -235,7 +235,8 @@ def _try_out(self:Sparsifier):
     self.plain, self.lazy = self._plain_magnitude(), self._elementwise()
     if self.reference in ('grad', 'measure') or self.plain: return
     with torch.random.fork_rng(devices={t.weight.device for t in self.targets if t.weight.is_cuda}):
-        for t in self.targets: self._scores(t)
+        scores = [self._scores(t) for t in self.targets]
+    if self.context == 'lamp': lamp(scores)
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #f9c782d2
 @patch(as_prop=True)
@@ -291,9 +292,10 @@ def _measure(self:Sparsifier):
     "See what the criterion needs to see"
     if self.reference == 'measure':
         self.refs = self.criteria.measure(self.model, {p.name: p.tensor for p in self._parts()}, self._data(), self.loss_func)
-    elif self.reference == 'grad' and self.data is not None and not self.refs and all(p.tensor.grad is None for p in self._parts()):
+    elif self.reference == 'grad' and self.data is not None and self.refs.keys() <= self.used and all(p.tensor.grad is None for p in self._parts()):
         params = {p.name: p.tensor for p in self._parts()}
         self.refs = accumulated(self.model, params, self.data, self.loss_func, self.criteria.step_fn)
+        self.used.clear()
 
 @patch
 def _data(self:Sparsifier):
