@@ -166,8 +166,8 @@ def _share_out(self:Sparsifier, min_sparsity, max_sparsity):
         self.limits = limits([t.groups.n for t in self.targets], min_sparsity, max_sparsity, [t.label for t in self.targets])
     self.costs  = None if self.budget == 'groups' else [self._cost(t) for t in self.targets]
     if self.costs and (free := [t.label for t,c in zip(self.targets, self.costs) if not c]):
-        raise ValueError(f'Of {", ".join(free)} no multiply-adds are counted: dropping all of it would cost nothing. Leave it out with `exclude`, '
-                         'or choose budget="params"')
+        raise ValueError(f'Of {", ".join(free)} no multiply-adds are counted: dropping all of it would cost nothing. Leave it out with '
+                         '`exclude`, or choose budget="params"')
     if self.context == 'output':
         for t in self.targets: self._outputs(t)
 
@@ -214,7 +214,7 @@ def _check_fit(self:Sparsifier, t):
     if self.nm and t.weight.ndim < 2:
         raise ValueError(f'{t.name} has no input axis for an n:m pattern: leave it out with `exclude={t.name!r}`')
     axis  = _input_axis(t.parts[0]) if self.nm else 0
-    parts = getattr(t.module, 'groups', 1) if axis == 0 else 1  # a grouped transposed convolution has the inputs of all parts along its axis
+    parts = getattr(t.module, 'groups', 1) if axis == 0 else 1  # a transposed convolution has the inputs of all parts there
     if self.nm and (size := t.weight.shape[axis] // parts) % self.nm[1]:
         raise ValueError(f'{t.label} has {size} inputs, not a multiple of {self.nm[1]}: leave it out with `exclude={t.label!r}`')
     if isinstance(self.criteria, dict): return
@@ -292,8 +292,10 @@ def _measure(self:Sparsifier):
     "See what the criterion needs to see"
     if self.reference == 'measure':
         self.refs = self.criteria.measure(self.model, {p.name: p.tensor for p in self._parts()}, self._data(), self.loss_func)
-    elif self.reference == 'grad' and self.data is not None and self.refs.keys() <= self.used and all(p.tensor.grad is None for p in self._parts()):
-        params = {p.name: p.tensor for p in self._parts()}
+        return
+    if self.reference != 'grad' or self.data is None or not self.refs.keys() <= self.used: return  # sums of steps go first
+    params = {p.name: p.tensor for p in self._parts()}
+    if all(p.grad is None for p in params.values()):
         self.refs = accumulated(self.model, params, self.data, self.loss_func, self.criteria.step_fn)
         self.used.clear()
 
