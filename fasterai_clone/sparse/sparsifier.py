@@ -21,7 +21,7 @@ from ..core.measure import accumulated, as_criteria, batches, passes_signal
 from ..core.selection import LazyScores, check_sparsity, keep_masks, n_dropped, restore
 from ..report import Report, Row
 from .compact import CompactStep, _inner, why_not_compact
-from .targets import Target, _patterns, _types, find_targets, hold_with, layer_sparsities, output_channels, unwrapped
+from .targets import Target, _patterns, _plainly, _types, find_targets, hold_with, layer_sparsities, output_channels, unwrapped
 
 # %% auto #0
 __all__ = ['available_contexts', 'check_arguments', 'Sparsifier', 'LayerCollapse', 'Hold']
@@ -148,9 +148,10 @@ def _with_held(self:Sparsifier, targets):
     "`targets` with what is held with their filters"
     self.targets, self.why_not, self.flow = targets, {}, None
     if not any(output_channels(t) for t in targets): return targets
-    self.flow = trace_flow(self.model)
-    if not self.flow.norms and (self.example_inputs is not None or self.data is not None):
-        self.flow = trace_flow(self.model, self._example('Tracing'))
+    with _plainly(self.model):
+        self.flow = trace_flow(self.model)
+        if not self.flow.norms and (self.example_inputs is not None or self.data is not None):
+            self.flow = trace_flow(self.model, self._example('Tracing'))
     unheld = {k: v for k,v in self.flow.why_not.items() if not v.startswith('No norm gets')}  # without a norm the bias is all there is to hold
     self.why_not = {t.layer: unheld[t.layer] for t in targets if t.layer in unheld}
     return [hold_with(t, self.model, self.flow) for t in targets]
@@ -176,7 +177,8 @@ def _cost(self:Sparsifier, t):
     "What a group of `t` costs, in weights or multiply-adds"
     weights = sum(p.groups.size for p in t.parts)
     if self.budget == 'params': return weights
-    if not hasattr(self, '_macs'): self._macs = multiply_adds(self.model, self._example('A budget of multiply-adds'))
+    with _plainly(self.model):
+        if not hasattr(self, '_macs'): self._macs = multiply_adds(self.model, self._example('A budget of multiply-adds'))
     layer = sum(p.numel() for k,p in t.module.named_parameters() if 'bias' not in k)
     return self._macs.get(t.layer, 0) * weights / layer
 
@@ -499,7 +501,7 @@ def _rounds(self:Sparsifier, counts, pools):
 @patch
 def _update(self:Sparsifier, counts, pools):
     "Choose once"
-    self._measure()
+    with _plainly(self.model): self._measure()
     new, journal = {}, []
     try:
         for pool,k in zip(pools, counts): new.update(self._choose(pool, k, journal))
@@ -596,7 +598,7 @@ def is_pruned(self:Sparsifier,
 @patch
 def _check_signal(self:Sparsifier):
     "Warn if layers are cut off"
-    through = passes_signal(self.model, self._example('Looking for a path'))
+    with _plainly(self.model): through = passes_signal(self.model, self._example('Looking for a path'))
     dead = [t.layer for t in self.targets if not through.get(t.layer, True)]
     if dead: warnings.warn(f'Layer collapse: no path is left through {", ".join(dict.fromkeys(dead))}', LayerCollapse, 3)
 

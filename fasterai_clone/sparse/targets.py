@@ -8,6 +8,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.targets.html.md"""
 from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 import torch, torch.nn as nn
@@ -67,6 +68,16 @@ def unwrapped(
         if isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
         elif '_orig_mod' in model._modules: model = model._orig_mod
         else: return model
+
+@contextmanager
+def _plainly(model):
+    "`model` without the `torch.compile` of its parts, and so with plain names inside"
+    wrapped = [(m, k, c) for m in model.modules() for k,c in m._modules.items() if c is not None and '_orig_mod' in c._modules]
+    try:
+        for m,k,c in wrapped: m._modules[k] = c._orig_mod
+        yield
+    finally:
+        for m,k,c in wrapped: m._modules[k] = c
 
 def _full(layer, param): return f'{layer}.{param}' if layer else param
 
