@@ -154,7 +154,7 @@ def _axes(m, dims, ndim):
 def _part_groups(m, shape, dims):
     "`dims` of a weight of `shape`, inside each part of a grouped convolution"
     parts = getattr(m, 'groups', 1)
-    if parts == 1 or len(dims) == len(shape) or len(shape) == 1: return Groups(shape, dims)
+    if parts == 1 or not dims or len(dims) == len(shape) or len(shape) == 1: return Groups(shape, dims)
     return Groups((parts, shape[0]//parts, *shape[1:]), tuple(d+1 for d in dims))
 
 @patch(cls_method=True)
@@ -166,7 +166,7 @@ def parts(cls:Granularities,
     "The parameters that groups which begin in `param` lie in, with how each splits; None if another parameter leads them"
     shape = tuple(m.get_parameter(param).shape)
     if not isinstance(granularity, str): return [(param, Groups(shape, _axes(m, tuple(granularity), len(shape))))]
-    if _block_sizes(granularity): return [(param, _blocks(m, shape, granularity))]
+    if _block_sizes(granularity): return [(param, _blocks(m, shape, granularity, param))]
     legal = cls.allowed_granularities(m, param)
     if granularity not in legal:
         what = type(m).__name__ if param == 'weight' else f'{param} of {type(m).__name__}'
@@ -188,17 +188,17 @@ def _block_sizes(granularity):
     "The sizes in a name such as `'block_4x4'`, or None"
     return [int(k) for k in granularity[6:].split('x')] if re.fullmatch(r'block_[1-9]\d*(x[1-9]\d*)*', granularity) else None
 
-def _blocks(m, shape, granularity):
+def _blocks(m, shape, granularity, param):
     "A weight of `shape` in tiles"
     sizes, parts = _block_sizes(granularity), getattr(m, 'groups', 1)
     if len(sizes) > len(shape):
-        raise ValueError(f'{granularity!r} has {len(sizes)} sizes, the weight of {type(m).__name__} {len(shape)} axes')
+        raise ValueError(f'{granularity!r} has {len(sizes)} sizes, the {param} of {type(m).__name__} {len(shape)} axes')
     sizes += shape[len(sizes):]
     for axis,(size,k) in enumerate(zip(shape, sizes)):
         whole = size//parts if axis == 0 and parts > 1 else size  # a tile stays inside one part of a grouped convolution
         if whole % k and not (axis == 0 and k == size):
             fits = ', '.join(str(d) for d in range(1, whole+1) if whole % d == 0)
-            raise ValueError(f'{granularity!r} does not fit a {type(m).__name__} weight of shape {tuple(shape)}: '
+            raise ValueError(f'{granularity!r} does not fit the {param} of {type(m).__name__} of shape {tuple(shape)}: '
                              f'axis {axis} can be cut in {fits}')
     view = [o for size,k in zip(shape, sizes) for o in (size//k, k)]
     return Groups(tuple(view), tuple(range(1, len(view), 2)))

@@ -21,7 +21,7 @@ from ..core.measure import accumulated, as_criteria, batches, passes_signal
 from ..core.selection import LazyScores, check_sparsity, keep_masks, n_dropped, restore
 from ..report import Report, Row
 from .compact import CompactStep, _inner, why_not_compact
-from .targets import Target, _patterns, _types, find_targets, hold_with, layer_sparsities, output_channels, unwrapped
+from .targets import Target, _patterns, _plainly, _types, find_targets, hold_with, layer_sparsities, output_channels, unwrapped
 
 # %% auto #0
 __all__ = ['available_contexts', 'check_arguments', 'Sparsifier', 'LayerCollapse', 'Hold']
@@ -148,9 +148,11 @@ def _with_held(self:Sparsifier, targets):
     "`targets` with what is held with their filters"
     self.targets, self.why_not, self.flow = targets, {}, None
     if not any(output_channels(t) for t in targets): return targets
-    self.flow = trace_flow(self.model)
-    if any(v.startswith('Not traced') for v in self.flow.why_not.values()) and (self.example_inputs is not None or self.data is not None):
-        self.flow = trace_flow(self.model, self._example('Tracing'))
+    with _plainly(self.model):
+        self.flow = trace_flow(self.model)
+        untraced  = any(v.startswith('Not traced') for v in self.flow.why_not.values())
+        if untraced and (self.example_inputs is not None or self.data is not None):
+            self.flow = trace_flow(self.model, self._example('Tracing'))
     unheld = {k: v for k,v in self.flow.why_not.items() if not v.startswith('No norm gets')}  # the bias is all there is to hold then
     self.why_not = {t.layer: unheld[t.layer] for t in targets if t.layer in unheld}
     return [hold_with(t, self.model, self.flow) for t in targets]
@@ -165,6 +167,9 @@ def _share_out(self:Sparsifier, min_sparsity, max_sparsity):
     if not (min_sparsity is max_sparsity is None):
         self.limits = limits([t.groups.n for t in self.targets], min_sparsity, max_sparsity, [t.label for t in self.targets])
     self.costs  = None if self.budget == 'groups' else [self._cost(t) for t in self.targets]
+    if self.costs and (free := [t.label for t,c in zip(self.targets, self.costs) if not c]):
+        raise ValueError(f'Of {", ".join(free)} no multiply-adds are counted: dropping all of it would cost nothing. Leave it out with '
+                         '`exclude`, or choose budget="params"')
     if self.context == 'output':
         for t in self.targets: self._outputs(t)
 
@@ -173,7 +178,8 @@ def _cost(self:Sparsifier, t):
     "What a group of `t` costs, in weights or multiply-adds"
     weights = sum(p.groups.size for p in t.parts)
     if self.budget == 'params': return weights
-    if not hasattr(self, '_macs'): self._macs = multiply_adds(self.model, self._example('A budget of multiply-adds'))
+    with _plainly(self.model):
+        if not hasattr(self, '_macs'): self._macs = multiply_adds(self.model, self._example('A budget of multiply-adds'))
     layer = sum(p.numel() for k,p in t.module.named_parameters() if 'bias' not in k)
     return self._macs.get(t.layer, 0) * weights / layer
 
@@ -181,6 +187,8 @@ def _cost(self:Sparsifier, t):
 def _outputs(self:Sparsifier, t):
     "The axis of the scores of `t` that runs over outputs"
     axis, w = 1 - _input_axis(t.parts[0]), t.weight
+    if axis == 1 and getattr(t.module, 'groups', 1) > 1:
+        raise ValueError(f'context="output" knows no grouped transposed convolutions, as {t.label}: leave it out with `exclude={t.label!r}`')
     if t.groups.shape != tuple(w.shape) or axis in t.groups.dims or w.ndim < 2:
         raise ValueError(f'context="output" compares inside each output, which {self.granularity!r} groups of {t.label} do not allow')
     return axis
@@ -208,7 +216,9 @@ def _check_fit(self:Sparsifier, t):
     "Refuse a target that the pattern or the criterion is not made for"
     if self.nm and t.weight.ndim < 2:
         raise ValueError(f'{t.name} has no input axis for an n:m pattern: leave it out with `exclude={t.name!r}`')
-    if self.nm and (size := t.weight.shape[_input_axis(t.parts[0])]) % self.nm[1]:
+    axis  = _input_axis(t.parts[0]) if self.nm else 0
+    parts = getattr(t.module, 'groups', 1) if axis == 0 else 1  # a transposed convolution has the inputs of all parts there
+    if self.nm and (size := t.weight.shape[axis] // parts) % self.nm[1]:
         raise ValueError(f'{t.label} has {size} inputs, not a multiple of {self.nm[1]}: leave it out with `exclude={t.label!r}`')
     if isinstance(self.criteria, dict): return
     if self.criteria.channels and output_channels(t) is None:
@@ -229,7 +239,8 @@ def _try_out(self:Sparsifier):
     self.plain, self.lazy = self._plain_magnitude(), self._elementwise()
     if self.reference in ('grad', 'measure') or self.plain: return
     with torch.random.fork_rng(devices={t.weight.device for t in self.targets if t.weight.is_cuda}):
-        for t in self.targets: self._scores(t)
+        scores = [self._scores(t) for t in self.targets]
+    if self.context == 'lamp': lamp(scores)
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #f9c782d2
 @patch(as_prop=True)
@@ -285,9 +296,12 @@ def _measure(self:Sparsifier):
     "See what the criterion needs to see"
     if self.reference == 'measure':
         self.refs = self.criteria.measure(self.model, {p.name: p.tensor for p in self._parts()}, self._data(), self.loss_func)
-    elif self.reference == 'grad' and self.data is not None and not self.refs and all(p.tensor.grad is None for p in self._parts()):
-        params = {p.name: p.tensor for p in self._parts()}
+        return
+    if self.reference != 'grad' or self.data is None or not self.refs.keys() <= self.used: return  # sums of steps go first
+    params = {p.name: p.tensor for p in self._parts()}
+    if all(p.grad is None for p in params.values()):
         self.refs = accumulated(self.model, params, self.data, self.loss_func, self.criteria.step_fn)
+        self.used.clear()
 
 @patch
 def _data(self:Sparsifier):
@@ -441,7 +455,8 @@ def _choose(self:Sparsifier, pool, k, journal, round_to):
     "New masks for `pool`, by parameter name; those of single weights are updated in place"
     scores = [t.weight if self.plain else self._lazy_scores(t) if self.lazy else self._scores(t) for t in pool]
     old    = [self._group_mask(t) for t in pool]
-    reuse  = not (any(m is None or t.groups.dims for t,m in zip(pool, old)) or round_to and len(pool) > 1)
+    free   = self.limits or round_to and len(pool) > 1  # limits may put other masks in place of `old`
+    reuse  = not (free or any(m is None or t.groups.dims for t,m in zip(pool, old)))
     if self.context in ('global', 'lamp'): scores, k, old = self._compared(scores, k, old)
     try:
         if self.context == 'output': keep = [row_mask(scores[0], k // scores[0].shape[a := self._outputs(pool[0])], old[0], a)]
@@ -499,7 +514,7 @@ def _rounds(self:Sparsifier, counts, pools):
 @patch
 def _update(self:Sparsifier, counts, pools, round_to):
     "Choose once"
-    self._measure()
+    with _plainly(self.model): self._measure()
     new, journal = {}, []
     try:
         for pool,k in zip(pools, counts): new.update(self._choose(pool, k, journal, round_to))
@@ -550,6 +565,8 @@ def _wanted(self:Sparsifier, pools, sparsity, round_to, n, relative):
     if (sparsity is None) == (n is None):
         raise ValueError(f'Give either `sparsity`, a percentage, or `n`, a number of groups; got {sparsity!r} and {n!r}')
     if n is None and not relative and pools is self.pools: return self.counts(sparsity, round_to)
+    if round_to is not None and (n is not None or relative):
+        raise ValueError('`round_to` is for a sparsity of all groups: leave it out with `n` and `relative`')
     sizes = [sum(t.groups.n for t in pool) for pool in pools]
     if self.costs or (n is not None or relative) and (self.context == 'output' or self.context == 'erk' and pools is self.pools):
         raise ValueError('`n` and `relative` count groups: they need context="local", "global" or "lamp", without a budget')
@@ -578,18 +595,23 @@ def is_pruned(self:Sparsifier,
     what: nn.Module|nn.Parameter|str|None = None  # a module, a parameter, or the name of one; None: the model
 ) -> bool:
     "Has anything been dropped in the model, a module, or a single parameter?"
-    known = {k: o for o in (self.model.named_modules(), self.model.named_parameters()) for k,o in o if k}
-    if isinstance(what, str) and what not in known: raise ValueError(_unknown('module or parameter', what, known))
-    found = self.model if what is None else known[what] if isinstance(what, str) else what
-    if not isinstance(found, (nn.Module, nn.Parameter)): raise TypeError(f'Expected a module, a parameter or the name of one, got {what!r}')
-    mine = {id(p) for p in (found.parameters() if isinstance(found, nn.Module) else [found])}
-    return any(id(p) in mine and not self.masks[k].all() for k,p in self._params().items() if k in self.masks)
+    if isinstance(what, str):
+        known = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_modules(remove_duplicate=False))}
+        known = {k.replace('_orig_mod.', ''): v for k,v in known.items()}
+        if what not in known: raise ValueError(_unknown('module or parameter', what, known))
+        what = known[what]
+    elif what is None: what = self.model
+    if not isinstance(what, (nn.Module, nn.Parameter)): raise TypeError(f'Expected a module, a parameter or the name of one, got {what!r}')
+    mine  = {id(p) for p in (what.parameters() if isinstance(what, nn.Module) else [what])}
+    names = [k for k,p in self._params().items() if id(p) in mine]
+    return any(not self.masks[k].all() for k in names if k in self.masks)
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #5c5fe678
 @patch
 def _check_signal(self:Sparsifier):
     "Warn if layers are cut off"
-    try: through = passes_signal(self.model, self._example('Looking for a path'))
+    try:
+        with _plainly(self.model): through = passes_signal(self.model, self._example('Looking for a path'))
     except Exception as e: return warnings.warn(f'Could not look for a path through the model: {type(e).__name__}: {e}', stacklevel=3)
     dead = [t.layer for t in self.targets if not through.get(t.layer, True)]
     if dead: warnings.warn(f'Layer collapse: no path is left through {", ".join(dict.fromkeys(dead))}', LayerCollapse, 3)

@@ -8,6 +8,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.targets.html.md"""
 from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 import torch, torch.nn as nn
@@ -68,6 +69,16 @@ def unwrapped(
         elif '_orig_mod' in model._modules: model = model._orig_mod
         else: return model
 
+@contextmanager
+def _plainly(model):
+    "`model` without the `torch.compile` of its parts, and so with plain names inside"
+    wrapped = [(m, k, c) for m in model.modules() for k,c in m._modules.items() if c is not None and '_orig_mod' in c._modules]
+    try:
+        for m,k,c in wrapped: m._modules[k] = c._orig_mod
+        yield
+    finally:
+        for m,k,c in wrapped: m._modules[k] = c
+
 def _full(layer, param): return f'{layer}.{param}' if layer else param
 
 def _types(layer_type):
@@ -85,9 +96,10 @@ def _is_layer(m, types):
 # %% ../../nbs/10_sparse.targets.ipynb #c6918454
 def _computed(m):
     "Names of weights of `m` that are computed from other parameters"
-    made  = ['weight', *getattr(m, 'parametrizations', ())]
+    made  = ['weight', *getattr(m, '_flat_weights_names', ()), *getattr(m, 'parametrizations', ())]  # the former of recurrent layers
     made += [k.rpartition('_')[0] for k in m._parameters if k.endswith(('_g', '_v', '_orig'))]
-    return [k for k in dict.fromkeys(made) if k not in m._parameters and isinstance(getattr(m, k, None), torch.Tensor)]
+    inner = [f'{n}.{k}' for n,c in m.named_children() if n != 'parametrizations' for k in _computed(c)]  # attention's output projection
+    return [k for k in dict.fromkeys(made) if k not in m._parameters and isinstance(getattr(m, k, None), torch.Tensor)] + inner
 
 def _layer_params(m, wanted=None):
     "Names of the parameters of `m` that are wanted, as patterns; None: all its weights"
@@ -100,7 +112,7 @@ def _check(layer, m, k):
     "Refuse a parameter that cannot be masked"
     where = f'The {k} of {layer or "the model"} ({type(m).__name__})'
     if k in _computed(m):
-        if f'{k}_orig' in m._parameters:
+        if m.get_submodule(k.rpartition('.')[0])._buffers.get(f'{k.rpartition(".")[2]}_mask') is not None:
             raise ValueError(f'{where} is held by `torch.nn.utils.prune`: take its masks over with `Masks.from_torch_prune(model)`, '
                              f'then end that with `prune.remove(module, {k!r})`')
         raise ValueError(f'{where} is computed by a parametrization or hook: zeros put there would not last. Remove that first '
@@ -122,10 +134,11 @@ def _matches(pattern, layer, module, name):
 def _patterns(what, patterns, found=None):
     "`patterns` as a list; each must match one of the `found` (layer, module, name), if those are known"
     if patterns is None: return []
-    patterns = [patterns] if isinstance(patterns, (str, re.Pattern, type)) or callable(patterns) else patterns
-    if not isinstance(patterns, Iterable) or not all(isinstance(p, (str, re.Pattern, type)) or callable(p) for p in patterns):
+    def legal(p): return isinstance(p, (str, re.Pattern, type)) or callable(p) and not isinstance(p, nn.Module)
+    patterns = [patterns] if legal(patterns) or isinstance(patterns, nn.Module) else patterns
+    if not isinstance(patterns, Iterable) or not all(map(legal, patterns)):
         raise TypeError(f'`{what}` takes layer names or patterns like "body.*", regular expressions, types of layers or functions of '
-                        f'(name, module); got {patterns!r}')
+                        f'(name, module); got {patterns!r}. For the layers inside a module there is `part`')
     patterns = list(patterns)
     for p in patterns:
         if found is None or any(_matches(p, *f) for f in found): continue
@@ -202,10 +215,13 @@ def output_channels(
 ) -> Groups|None:
     "How a vector with one number for each output channel splits, if the groups of `target` are whole filters or the whole layer"
     t, m = target, target.module
-    if len(t.parts) > 1 or 'filter' not in (Granularities.layout(m) or {}).get(t.parts[0].param, {}): return None
+    if len(t.parts) > 1 or not t.groups.dims or 'filter' not in (Granularities.layout(m) or {}).get(t.parts[0].param, {}): return None
     filters = Granularities.groups(m, 'filter', t.parts[0].param)
     if t.groups.n == 1: return Groups((filters.n,), (0,))
-    return Groups((filters.n,), ()) if t.groups == filters else None
+    shape = tuple(t.weight.shape)
+    axes  = Groups(shape, tuple(range(1, len(shape))))  # what a tuple of axes says of a grouped convolution
+    whole = t.groups == filters or t.groups == axes and getattr(m, 'groups', 1) > 1 and not m.transposed
+    return Groups((filters.n,), ()) if whole else None
 
 def hold_with(
     target: Target,
