@@ -163,7 +163,7 @@ def test_every_word_is_here():
 def refused_when_built(m, granularity, criterion, biases):
     "What the error has to say, or None"
     if criterion in channels and (biases or not whole_filters(m, granularity)): return 'whole output channels.*Legal: '
-    if criterion == 'fpgm' and granularity == 'weight': return 'groups of several weights.*choose'
+    if criterion == 'fpgm' and granularity == 'weight': return 'groups of several weights.*Legal'
 
 def refused_when_measured(m, criterion, biases):
     "Wanda has to see what a weight is multiplied with"
