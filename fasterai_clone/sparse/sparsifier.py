@@ -21,7 +21,8 @@ from ..core.measure import accumulated, as_criteria, batches, passes_signal
 from ..core.selection import LazyScores, check_sparsity, keep_masks, n_dropped, restore
 from ..report import Report, Row
 from .compact import CompactStep, _inner, why_not_compact
-from .targets import Target, _patterns, _plainly, _types, find_targets, hold_with, layer_sparsities, output_channels, unwrapped
+from .targets import (Target, _patterns, _plainly, _types, find_targets, hold_with, layer_sparsities,
+                                           output_channels, unwrapped)
 
 # %% auto #0
 __all__ = ['available_contexts', 'check_arguments', 'Sparsifier', 'LayerCollapse', 'Hold']
@@ -188,7 +189,8 @@ def _outputs(self:Sparsifier, t):
     "The axis of the scores of `t` that runs over outputs"
     axis, w = 1 - _input_axis(t.parts[0]), t.weight
     if axis == 1 and getattr(t.module, 'groups', 1) > 1:
-        raise ValueError(f'context="output" knows no grouped transposed convolutions, as {t.label}: leave it out with `exclude={t.label!r}`')
+        raise ValueError(f'context="output" knows no grouped transposed convolutions, as {t.label}: '
+                         f'leave it out with `exclude={t.label!r}`')
     if t.groups.shape != tuple(w.shape) or axis in t.groups.dims or w.ndim < 2:
         raise ValueError(f'context="output" compares inside each output, which {self.granularity!r} groups of {t.label} do not allow')
     return axis
@@ -211,6 +213,7 @@ def _check_scores(scores, parts):
     missing = [k for k in shapes if k not in scores]
     if missing: raise ValueError(f'`criteria` has no scores for {", ".join(missing)}: give them, or leave those layers out with `exclude`')
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #4bd2411c
 @patch
 def _check_fit(self:Sparsifier, t):
     "Refuse a target that the pattern or the criterion is not made for"
@@ -239,8 +242,9 @@ def _try_out(self:Sparsifier):
     self.plain, self.lazy = self._plain_magnitude(), self._elementwise()
     if self.reference in ('grad', 'measure') or self.plain: return
     with torch.random.fork_rng(devices={t.weight.device for t in self.targets if t.weight.is_cuda}):
-        scores = [self._scores(t) for t in self.targets]
-    if self.context == 'lamp': lamp(scores)
+        for t in self.targets:
+            scores = self._scores(t)
+            if self.context == 'lamp': lamp([scores])
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #f9c782d2
 @patch(as_prop=True)
