@@ -184,6 +184,7 @@ def _cost(self:Sparsifier, t):
     layer = sum(p.numel() for k,p in t.module.named_parameters() if 'bias' not in k)
     return self._macs.get(t.layer, 0) * weights / layer
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #cc4948d9
 @patch
 def _outputs(self:Sparsifier, t):
     "The axis of the scores of `t` that runs over outputs"
