@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest, torch, torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.prune
 
 from fasterai_clone.core.flow import multiply_adds
 from fasterai_clone.core.measure import grasp_scores, input_norms, synflow_scores
@@ -129,7 +130,8 @@ def whole_filters(m, granularity):
 def held_names(m, granularity, norm):
     "What is dropped along: the bias and norm of a filter, the biases of heads and hidden units"
     if whole_filters(m, granularity): return {'layer.bias'} | {f'norm.{k}' for k,_ in norm.named_parameters()}
-    return {f'layer.{k}' for k,_ in m.named_parameters() if k.startswith(('in_proj_bias', 'bias_'))} if granularity in ('head', 'unit') else set()
+    if granularity not in ('head', 'unit'): return set()
+    return {f'layer.{k}' for k,_ in m.named_parameters() if k.startswith(('in_proj_bias', 'bias_'))}
 
 
 # What is legal
@@ -167,7 +169,8 @@ def refused_when_built(m, granularity, criterion, biases):
 
 def refused_when_measured(m, criterion, biases):
     "Wanda has to see what a weight is multiplied with"
-    if criterion == 'wanda' and (biases or not (is_conv(m) or isinstance(m, (nn.Linear, nn.Embedding)))): return 'multiplied with cannot be seen'
+    seen = not biases and (is_conv(m) or isinstance(m, (nn.Linear, nn.Embedding)))
+    if criterion == 'wanda' and not seen: return 'multiplied with cannot be seen'
     if criterion == 'grasp' and isinstance(m, nn.EmbeddingBag): return 'not implemented'  # PyTorch has no second derivative of it
 
 def build(net, name, granularity, criterion, biases=False, **kwargs):
@@ -323,3 +326,525 @@ def test_laws_for_every_criterion(name, granularity, biases):
         c.train(1)
         if criterion not in grads: set_whole(c.params.values(), 2)
         c.sparsify(57.5)
+
+
+# What is dropped is really gone
+
+def zero_groups(masks, ids, n):
+    "How many groups are dropped whole"
+    return n - len({i for k,number in ids.items() for i in number[masks[k]].tolist()})
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('kdim, vdim', [(None, None), (5, 3)])
+def test_a_dropped_head_is_no_head(kdim, vdim, bias):
+    "Attention by hand, without the heads that are gone"
+    B, T, E, H = 2, 4, 12, 4
+    d = E//H
+    m = nn.MultiheadAttention(E, H, batch_first=True, kdim=kdim, vdim=vdim, bias=bias)
+    if bias: nn.init.normal_(m.in_proj_bias)
+    q, k, v = torch.randn(B, T, E), torch.randn(B, T, kdim or E), torch.randn(B, T, vdim or E)
+    w = [p.detach().clone() for p in (m.in_proj_weight.chunk(3) if kdim is None else (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight))]
+    b = [p.detach().clone() for p in m.in_proj_bias.chunk(3)] if bias else [0., 0., 0.]
+    out, out_bias = m.out_proj.weight.detach().clone(), m.out_proj.bias if bias else 0.
+    sp = Sparsifier(m, 'head', layer_type=nn.MultiheadAttention)
+    sp.sparsify_model(50)
+    lead = m.in_proj_weight if kdim is None else m.q_proj_weight
+    gone = [h for h in range(H) if not lead[h*d:(h+1)*d].any()]
+    assert len(gone) == 2
+    want = torch.zeros(B, T, E) + out_bias
+    Q, K, V = (x @ p.T + o for x,p,o in zip((q, k, v), w, b))
+    for h in set(range(H)) - set(gone):
+        s = slice(h*d, (h+1)*d)
+        want = want + (Q[..., s] @ K[..., s].transpose(1, 2) / math.sqrt(d)).softmax(-1) @ V[..., s] @ out[:, s].T
+    assert torch.allclose(m(q, k, v)[0], want, atol=1e-5)
+
+@pytest.mark.parametrize('name', ['lstm', 'bilstm', 'gru', 'bigru', 'rnn', 'nobias', 'tanh'])
+def test_a_dropped_unit_puts_out_zero(name):
+    torch.manual_seed(0)
+    m = nn.RNN(3, 4, 2, batch_first=True) if name == 'tanh' else make(name)
+    for k,p in m.named_parameters(): nn.init.normal_(p)
+    sp, x = Sparsifier(m, 'unit', layer_type=type(m)), torch.randn(2, 9, m.input_size)
+    sp.sparsify_model(50)
+    last, H = m.num_layers - 1, m.hidden_size
+    gates = m.weight_ih_l0.shape[0] // H
+    for direction,end in enumerate(['', '_reverse'][:1 + m.bidirectional]):
+        gone = [u for u in range(H) if not getattr(m, f'weight_ih_l{last}{end}')[u::H].any()]
+        assert len(gone) == H//2
+        for u in gone:
+            if m.bias: assert not getattr(m, f'bias_ih_l{last}{end}')[u::H].any() and not getattr(m, f'bias_hh_l{last}{end}')[u::H].any()
+            assert not m(x)[0][..., direction*H + u].any()
+    assert (m(x)[0] != 0).any() and gates == dict(LSTM=4, GRU=3).get(type(m).__name__, 1)
+
+def test_a_dropped_unit_with_a_projection_changes_nothing():
+    "What it keeps in the cell is zero, so its column of the projection meets zeros"
+    m, x = make('projected'), torch.randn(2, 5, 3)
+    Sparsifier(m, 'unit', layer_type=nn.LSTM).sparsify_model(50)
+    gone, out = [u for u in range(4) if not m.weight_ih_l0[u::4].any()], m(x)[0]
+    assert len(gone) == 2 and not m(x)[1][1][..., gone].any()
+    with torch.no_grad(): m.weight_hr_l0[:, gone] = 9.
+    assert torch.equal(m(x)[0], out)
+
+followed = dict(
+    batch   = lambda: (nn.Conv2d(3, 6, 3),                  nn.BatchNorm2d(6)),
+    group   = lambda: (nn.Conv2d(3, 6, 3),                  nn.GroupNorm(2, 6)),
+    one     = lambda: (nn.Conv2d(3, 6, 3),                  nn.GroupNorm(1, 6)),
+    inst    = lambda: (nn.Conv2d(3, 6, 3),                  nn.InstanceNorm2d(6, affine=True)),
+    grouped = lambda: (nn.Conv2d(3, 6, 3, groups=3),        nn.BatchNorm2d(6)),
+    trans   = lambda: (nn.ConvTranspose2d(3, 6, 3, groups=3), nn.BatchNorm2d(6)),
+    layer   = lambda: (nn.Linear(8, 6),                     nn.LayerNorm(6)))
+
+@pytest.mark.parametrize('name', followed)
+def test_a_dropped_filter_puts_out_zero(name):
+    layer, norm = followed[name]()
+    body = nn.Sequential(layer, norm, nn.SiLU())
+    x    = torch.randn(8, 3, 8, 8)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    net  = nn.Sequential(body, nn.AdaptiveAvgPool2d(1) if name != 'layer' else nn.Identity(), nn.Flatten(), nn.LazyLinear(3))
+    net(x)
+    sp = Sparsifier(net, 'filter', layer_type=type(layer), include='0.0')
+    sp.sparsify_model(50)
+    gone = (~sp.masks['0.1.bias']).nonzero().flatten().tolist()
+    assert len(gone) == 3 and not sp.report().why_not
+    axis = -1 if name == 'layer' else 1
+    def check():
+        for mode in (True, False):
+            out = body.train(mode)(x).movedim(axis, 0)
+            assert all(bool(out[c].any()) != (c in gone) for c in range(6))
+    check()
+    opt = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
+    with sp.hold(opt):
+        for _ in range(4):
+            opt.zero_grad()
+            F.cross_entropy(net.train()(x), torch.arange(8) % 3).backward()
+            opt.step()
+            check()
+
+
+# Contexts: how many go, in all and of each
+
+def mlp(seed=0, sizes=(12, 10, 8, 5)):
+    torch.manual_seed(seed)
+    return nn.Sequential(*[nn.Linear(a, b) for a,b in zip(sizes, sizes[1:])])
+
+def convnet(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 9, 3, groups=3, stride=2), nn.ReLU(),
+                         nn.Conv2d(9, 4, (1, 2)))
+
+every = dict(layer_type=(nn.Linear, nn.Conv2d))
+
+def gone(sp):
+    "Groups dropped of each target, counted in the masks"
+    return [t.groups.n - int(t.groups.reduce(sp.masks[t.name], torch.any).count_nonzero()) for t in sp.targets]
+
+@pytest.mark.parametrize('sparsities', [(1, 29, 57.5, 99), (7, 50, 90.5, 100)])
+@pytest.mark.parametrize('granularity', ['weight', 'filter', 'row'])
+@pytest.mark.parametrize('context', ['local', 'global', 'lamp', 'erk', 'output'])
+@pytest.mark.parametrize('make', [mlp, convnet])
+@pytest.mark.filterwarnings('ignore::fasterai_clone.sparse.sparsifier.LayerCollapse')
+def test_totals_are_exact(make, context, granularity, sparsities):
+    if context == 'output' and granularity != 'weight': return
+    sp = Sparsifier(make(), granularity, context, **every)
+    sizes, old = [t.groups.n for t in sp.targets], {}
+    for s in sparsities:
+        with torch.no_grad():
+            for p in sp.model.parameters(): p.add_(torch.randn_like(p) * 0.1)
+        sp.sparsify_model(s)
+        if   context == 'local':  assert gone(sp) == [exact(n, s) for n in sizes]
+        elif context == 'output':  # the weights of each output by themselves
+            for t in sp.targets: assert {int((~r).sum()) for r in sp.masks[t.name].flatten(1)} == {exact(t.weight[0].numel(), s)}
+        else: assert sum(gone(sp)) == exact(sum(sizes), s)
+        for k,m in sp.masks.items(): assert not (m & ~old.get(k, m)).any() and not sp.model.get_parameter(k)[~m].any()
+        old = {k: m.clone() for k,m in sp.masks.items()}
+
+def test_each_output_of_a_grouped_convolution_is_compared_by_itself():
+    m = nn.Conv2d(4, 6, 3, groups=2)
+    w = m.weight.detach().clone()
+    Sparsifier(m, context='output').sparsify_model(50)
+    for before,after in zip(w.flatten(1), m.weight.flatten(1)): assert torch.equal(after != 0, naive_keep(before.abs(), 9))
+
+def test_outputs_of_a_transposed_convolution():
+    m = nn.ConvTranspose2d(4, 6, 3)
+    w = m.weight.detach().clone()
+    Sparsifier(m, context='output', layer_type=nn.ConvTranspose2d).sparsify_model(50)
+    for o in range(6): assert torch.equal(m.weight[:, o] != 0, naive_keep(w[:, o].abs(), 18))
+    with pytest.raises(ValueError, match='context="output".*grouped'):  # one index along an axis is an output of each part
+        Sparsifier(nn.ConvTranspose2d(4, 6, 3, groups=2), context='output', layer_type=nn.ConvTranspose2d)
+
+def test_a_number_of_groups_is_one_that_each_output_can_give():
+    sp = Sparsifier(nn.Linear(3, 5), context='output', layer_type=nn.Linear)
+    with pytest.raises(ValueError, match='`n`.*"output"|"output".*`n`'): sp.sparsify_model(n=7)
+
+@pytest.mark.parametrize('context', ['lamp', 'local'])
+def test_lamp_takes_scores_from_zero(context):
+    def f(): return Sparsifier(mlp(), 'weight', context, 'small_final', layer_type=nn.Linear)
+    if context == 'local': return f().sparsify_model(50)
+    with pytest.raises(ValueError, match='LAMP.*at least 0'): f()
+
+
+# Limits
+
+@pytest.mark.parametrize('context', ['global', 'lamp', 'erk'])
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+def test_limits_hold_all_the_way(context, granularity):
+    net = mlp(sizes=(10, 20, 20, 20))
+    with torch.no_grad(): net[0].weight.mul_(100), net[1].weight.div_(100)
+    sp  = Sparsifier(net, granularity, context, layer_type=nn.Linear, min_sparsity={'0': 20, '2': 10}, max_sparsity={'1': 60, '*': 90})
+    sizes, old = [t.groups.n for t in sp.targets], {}
+    for s in (5, 12, 20, 33, 50, 75):
+        with torch.no_grad():
+            for p in net.parameters(): p.add_(torch.randn_like(p) * p.std() / 4)
+        sp.update(sp.counts_at([s]*3))  # as a schedule goes through them
+        got = gone(sp)
+        assert sum(got) == exact(sum(sizes), s), s
+        if s >= 20: assert all(math.ceil(n*lo/100) <= k <= n*hi/100 for n,k,lo,hi in zip(sizes, got, (20, 0, 10), (90, 60, 90))), s
+        for k,m in sp.masks.items(): assert not (m & ~old.get(k, m)).any() and not net.get_parameter(k)[~m].any(), (s, k)
+        old = {k: m.clone() for k,m in sp.masks.items()}
+
+def test_limits_refuse_what_cannot_be():
+    sp = Sparsifier(mlp(), 'weight', 'global', layer_type=nn.Linear, min_sparsity=30, max_sparsity=60)
+    for s in (10, 75):
+        with pytest.raises(ValueError, match='allow 72 to 144.*30.*60'): sp.sparsify_model(s)
+    for context in ('local', 'output'):
+        with pytest.raises(ValueError, match='`min_sparsity` and `max_sparsity`.*global'):
+            Sparsifier(mlp(), 'weight', context, min_sparsity=3, **every)
+    with pytest.raises(ValueError, match='Did you mean .2'): Sparsifier(mlp(), 'weight', 'global', min_sparsity={'22': 3}, **every)
+
+
+# Budgets
+
+def naive_budget(layers, s, costs):
+    "Scores of each layer's groups: the lowest of all go while their costs are within `s` percent"
+    order = sorted((v, l, i) for l,scores in enumerate(layers) for i,v in enumerate(scores))
+    left, out = s/100 * sum(len(x)*c for x,c in zip(layers, costs)), [0]*len(layers)
+    for _,l,i in order:
+        if costs[l] > left + 1e-9: break
+        left -= costs[l]
+        out[l] += 1
+    return out
+
+@pytest.mark.parametrize('s', [10, 37.5, 60, 92])
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+@pytest.mark.parametrize('budget', ['params', 'flops'])
+def test_budgets_are_those_of_a_loop(budget, granularity, s):
+    net, x = convnet(), torch.randn(2, 3, 8, 8)
+    sp = Sparsifier(net, granularity, 'global', budget=budget, example_inputs=x, **every)
+    shapes, pixels = [net[i].weight.shape for i in (0, 2, 4)], (8*8, 3*3, 3*2)
+    size   = [1 if granularity == 'weight' else math.prod(w[1:]) for w in shapes]
+    costs  = [k * (p if budget == 'flops' else 1) for k,p in zip(size, pixels)]
+    scores = [net[i].weight.detach().abs() for i in (0, 2, 4)]
+    scores = [v.flatten(1).mean(1) if granularity == 'filter' else v.flatten() for v in scores]
+    want   = naive_budget([v.tolist() for v in scores], s, costs)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', LayerCollapse)
+        sp.sparsify_model(s)
+    assert gone(sp) == want and sp.costs == costs
+    spent, total = sum(g*c for g,c in zip(gone(sp), costs)), sum(len(v)*c for v,c in zip(scores, costs))
+    assert total*s/100 - max(costs) < spent <= total*s/100
+
+class Tagger(nn.Module):
+    def __init__(self, cell=nn.LSTM):
+        super().__init__()
+        self.embed, self.cell, self.out = nn.Embedding(6, 4), cell(4, 5, batch_first=True), nn.Linear(5, 8)
+        with torch.no_grad(): self.out.weight.add_(100)
+    def forward(self, x): return self.out(self.cell(self.embed(x))[0])
+
+@pytest.mark.parametrize('cell', [nn.LSTM, nn.GRU, nn.RNN])
+def test_what_costs_nothing_is_not_sold(cell):
+    "Looking up a row is no multiplication: it would be free to drop, even at 0 %"
+    x = torch.randint(0, 6, (2, 3))
+    with pytest.raises(ValueError, match='embed.*no multiply-adds.*exclude'):
+        Sparsifier(Tagger(cell), 'weight', 'global', layer_type=nn.Module, budget='flops', example_inputs=x)
+    def build(): return Sparsifier(Tagger(cell), context='global', layer_type=nn.Module, exclude='embed', budget='flops', example_inputs=x)
+    if cell is nn.LSTM:  # PyTorch does not count its fused kernel on a CPU
+        try: sp = build()
+        except ValueError as e: return re.search('cell.*no multiply-adds', str(e)) or pytest.fail(str(e))
+    else: sp = build()
+    sp.sparsify_model(0)
+    assert sp.sparsity == 0
+
+def test_budgets_need_layers_that_share():
+    for context in ('local', 'erk', 'output'):
+        with pytest.raises(ValueError, match='`budget`.*global.*lamp'): Sparsifier(mlp(), 'weight', context, budget='params', **every)
+    with pytest.raises(ValueError, match='example_inputs'): Sparsifier(mlp(), 'weight', 'global', budget='flops', **every)
+    with pytest.raises(ValueError, match="Did you mean 'flops'"): Sparsifier(mlp(), 'weight', 'global', budget='flop', **every)
+
+
+# n:m patterns
+
+patterned = dict(linear=(lambda: nn.Linear(24, 5), {'weight': 1}), conv=(lambda: nn.Conv2d(24, 4, 3), {'weight': 1}),
+                 trans=(lambda: nn.ConvTranspose2d(24, 4, 3), {'weight': 0}),
+                 grouped=(lambda: nn.Conv2d(48, 4, 3, groups=2), {'weight': 1}),
+                 attention=(lambda: nn.MultiheadAttention(24, 3), {'in_proj_weight': 1, 'out_proj.weight': 1}),
+                 separate=(lambda: nn.MultiheadAttention(24, 3, kdim=48, vdim=72),
+                           dict.fromkeys(['q_proj_weight', 'k_proj_weight', 'v_proj_weight', 'out_proj.weight'], 1)),
+                 lstm=(lambda: nn.LSTM(48, 24), {'weight_ih_l0': 1, 'weight_hh_l0': 1}))
+
+@pytest.mark.parametrize('nm', [(1, 2), (2, 4), (4, 8), (1, 3), True])
+@pytest.mark.parametrize('name', patterned)
+def test_patterns_along_the_inputs(name, nm):
+    f, axes = patterned[name]
+    m = f()
+    before, (n, k) = {o: m.get_parameter(o).detach().clone() for o in axes}, (2, 4) if nm is True else nm
+    sp = Sparsifier(m, nm=nm, layer_type=type(m))
+    sp.sparsify_model(30)
+    assert [int((~v).sum()) for v in sp.masks.values()] == [exact(v.numel(), 30) for v in sp.masks.values()]
+    sp.sparsify_model(100*(k-n)/k)
+    assert sp.masks.keys() == axes.keys()
+    for o,axis in axes.items():
+        kept, w = (t.movedim(axis, -1).reshape(-1, k) for t in (sp.masks[o], before[o].abs()))
+        for a,b in zip(kept, w): assert torch.equal(a, naive_keep(b, k-n))
+
+def test_patterns_stay_inside_a_part_of_a_grouped_convolution():
+    "Four inputs of one output, not two each of two"
+    for m in (nn.Conv2d(8, 8, 3, groups=4), nn.ConvTranspose2d(8, 8, 3, groups=4)):
+        with pytest.raises(ValueError, match='2 inputs.*multiple of 4'): Sparsifier(m, nm=True, layer_type=type(m))
+    m = nn.ConvTranspose2d(8, 8, 3, groups=2)
+    sp = Sparsifier(m, nm=True, layer_type=nn.ConvTranspose2d)
+    sp.sparsify_model(50)
+    assert (sp.masks['weight'].movedim(0, -1).reshape(-1, 4).sum(1) == 2).all()
+
+
+# Which layers
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embed.weight
+    def forward(self, x): return self.head(self.body(self.embed(x)))
+
+@pytest.mark.parametrize('granularity', ['weight', 'row', 'column'])
+def test_tied_weights_are_counted_once(granularity):
+    net = Tied()
+    sp  = Sparsifier(net, granularity, 'global', layer_type=nn.Module)
+    assert [t.name for t in sp.targets] == ['embed.weight', 'body.weight']
+    sp.sparsify_model(50)
+    n = dict(weight=56, row=14, column=8)[granularity]
+    assert sum(gone(sp)) == n//2 and net.head.weight is net.embed.weight and torch.equal(net.head.weight == 0, ~sp.masks['embed.weight'])
+    assert sp.report().total == 40 + 16 + 4
+    only = Sparsifier(Tied(), granularity, layer_type=nn.Linear)
+    assert [t.name for t in only.targets] == ['body.weight', 'head.weight']
+
+def two_blocks():
+    torch.manual_seed(0)
+    def mlp(): return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    def block(): return nn.ModuleDict(dict(attn=nn.MultiheadAttention(4, 2), mlp=mlp()))
+    return nn.ModuleDict(dict(stem=nn.Conv2d(3, 4, 3), blocks=nn.ModuleList([block(), block()]), head=nn.Linear(4, 2)))
+
+mlps = ['blocks.0.mlp.0', 'blocks.0.mlp.2', 'blocks.1.mlp.0', 'blocks.1.mlp.2']
+def is_narrow(name, m): return isinstance(m, nn.Linear) and m.in_features == 4
+
+@pytest.mark.parametrize('kwargs, want', [
+    (dict(include='head'),                             ['head.weight']),
+    (dict(include='head.weight'),                      ['head.weight']),
+    (dict(include='*.mlp.*', layer_type=nn.Linear),    [f'{k}.weight' for k in mlps]),
+    (dict(include=['*.0.mlp.0', 'stem']),              ['stem.weight', 'blocks.0.mlp.0.weight']),
+    (dict(include=re.compile(r'blocks\.\d\.mlp\.0$'), layer_type=nn.Linear), ['blocks.0.mlp.0.weight', 'blocks.1.mlp.0.weight']),
+    (dict(include=nn.Conv2d),                          ['stem.weight']),
+    (dict(include=is_narrow, exclude='*.out_proj*'),   ['blocks.0.mlp.0.weight', 'blocks.1.mlp.0.weight', 'head.weight']),
+    (dict(include=[nn.Conv2d, 'head']),                ['stem.weight', 'head.weight']),
+    (dict(include=nn.MultiheadAttention, exclude='*.out_proj.weight'), ['blocks.0.attn.in_proj_weight', 'blocks.1.attn.in_proj_weight']),
+    (dict(exclude=['blocks.*', nn.Conv2d]),            ['head.weight']),
+    (dict(layer_type='Conv2d'),                        ['stem.weight']),
+    (dict(layer_type=('Conv2d', nn.Linear), exclude=re.compile('blocks')), ['stem.weight', 'head.weight'])], ids=str)
+def test_layers_are_chosen(kwargs, want):
+    sp = Sparsifier(two_blocks(), **{'layer_type': nn.Module, **kwargs})
+    assert [t.name for t in sp.targets if not t.name.endswith('attn.out_proj.weight') or t.name in want] == want
+
+@pytest.mark.parametrize('kwargs, error, says', [
+    (dict(include='heat'),              ValueError, "`include` 'heat'. Did you mean 'head'"),
+    (dict(exclude='blocks.0.mpl.0'),    ValueError, "`exclude` 'blocks.0.mpl.0'. Did you mean 'blocks.0.mlp.0'"),
+    (dict(include=re.compile('^zzz')),  ValueError, "`include` '^zzz'"),
+    (dict(include=nn.LSTM),             ValueError, "`include` 'LSTM'"),
+    (dict(include=5),                   TypeError,  '`include` takes layer names'),
+    (dict(exclude=['head', 5]),         TypeError,  '`exclude` takes layer names'),
+    (dict(exclude='*'),                 ValueError, '`include` and `exclude` leave no layer'),
+    (dict(layer_type=nn.LSTM),          ValueError, 'no layer of type LSTM. Layers with weights it has: Conv2d (1)'),
+    (dict(layer_type='linear'),         ValueError, 'no layer of type linear'),
+    (dict(layer_type=5),                TypeError,  '`layer_type` must be a type')], ids=str)
+def test_layers_that_are_not_there(kwargs, error, says):
+    with pytest.raises(error, match=re.escape(says)): Sparsifier(two_blocks(), **{'layer_type': nn.Module, **kwargs})
+
+def test_a_module_is_no_pattern():
+    "It is callable like a function of (name, module)"
+    net = two_blocks()
+    with pytest.raises(TypeError, match='`include` takes layer names.*part'): Sparsifier(net, include=net['stem'])
+    assert [t.name for t in Sparsifier(net, layer_type=nn.Linear, part=net['blocks'][1]).targets][-2:] == [f"{k}.weight" for k in mlps[2:]]
+
+
+# Amounts
+
+def test_amounts_count_groups():
+    sp = Sparsifier(mlp(), 'row', layer_type=nn.Linear)           # 10, 8, 5 rows
+    sp.sparsify_model(n=2)
+    assert gone(sp) == [2, 2, 2]
+    sp.sparsify_model(n=[3, 1, 0], relative=True)
+    assert gone(sp) == [5, 3, 2]
+    sp.sparsify_model(40, relative=True)                          # of 5, 5, 3 left: 2, 2, round(1.2)
+    assert gone(sp) == [7, 5, 3]
+    sp.sparsify_layer('1', n=7)
+    sp.sparsify_layer('0', 100/3, relative=True)
+    assert gone(sp) == [8, 7, 3]
+    sp = Sparsifier(mlp(), 'row', 'global', layer_type=nn.Linear)
+    sp.sparsify_model(n=4)
+    sp.sparsify_model(n=4, relative=True)
+    assert sum(gone(sp)) == 8
+    sp.sparsify_model(20, relative=True)                          # of 15
+    assert sum(gone(sp)) == 11
+
+@pytest.mark.parametrize('kwargs, says', [
+    (dict(n=6), 'has 5 groups, and 6'), (dict(n=-1), '`n`'), (dict(n=1.5), '`n`'), (dict(n=True), '`n`'), (dict(n=[1, 2]), 'each of 3'),
+    (dict(), 'Give either'), (dict(sparsity=5, n=5), 'Give either'), (dict(n=3, round_to=4), '`round_to`'),
+    (dict(sparsity=50, relative=True, round_to=4), '`round_to`')], ids=str)
+def test_amounts_that_make_no_sense(kwargs, says):
+    sp = Sparsifier(mlp(), 'row', layer_type=nn.Linear)
+    with pytest.raises(ValueError, match=says): sp.sparsify_model(**kwargs)
+    assert not sp.masks
+    if kwargs.get('n') != [1, 2]:
+        with pytest.raises(ValueError): sp.sparsify_layer('2', **kwargs)
+
+@pytest.mark.parametrize('kwargs', [dict(context='erk'), dict(context='lamp', budget='params')], ids=str)
+def test_amounts_need_layers_that_count(kwargs):
+    sp = Sparsifier(mlp(), 'row', layer_type=nn.Linear, **kwargs)
+    for amount in (dict(n=3), dict(sparsity=10, relative=True)):
+        with pytest.raises(ValueError, match='`n` and `relative`'): sp.sparsify_model(**amount)
+
+def test_is_pruned():
+    net = two_blocks()
+    sp  = Sparsifier(net, 'filter', layer_type=nn.Linear, include='*.mlp.*')
+    for k in (None, net, 'head', 'blocks.0.mlp.0', 'blocks.0.mlp.0.weight', 'blocks.0.mlp.0.bias', 'head.bias'): assert not sp.is_pruned(k)
+    sp.sparsify_layer('blocks.0.mlp.0', 50)
+    for k in (None, net, net['blocks'], 'blocks.0', 'blocks.0.mlp.0', 'blocks.0.mlp.0.weight', 'blocks.0.mlp.0.bias'):
+        assert sp.is_pruned(k), k
+    for k in ('head', 'head.weight', 'head.bias', net['stem'], 'blocks.1', 'blocks.0.mlp.2', 'blocks.0.mlp.2.bias'):
+        assert not sp.is_pruned(k), k
+    with pytest.raises(ValueError, match="Did you mean 'head'"): sp.is_pruned('heat')
+    with pytest.raises(TypeError, match='5'): sp.is_pruned(5)
+    tied = Sparsifier(Tied(), layer_type=nn.Module)
+    tied.sparsify_model(50)
+    assert tied.is_pruned('head') and tied.is_pruned('head.weight') and tied.is_pruned(tied.model.head)
+
+
+# Collapse
+
+def warned(f):
+    "What `f` warns of"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        f()
+    return [str(w.message) for w in seen if issubclass(w.category, LayerCollapse)]
+
+def test_a_layer_of_which_nothing_is_left():
+    assert warned(lambda: Sparsifier(mlp(), layer_type=nn.Linear).sparsify_model(99)) == []
+    assert warned(lambda: Sparsifier(mlp(), layer_type=nn.Linear).sparsify_model([50, 100, 0])) == \
+        ['Layer collapse: no weight is left in 1, so nothing gets through']
+    net = mlp()
+    with torch.no_grad(): net[1].weight.div_(1000)
+    for granularity in ('weight', 'row', 'filter'):
+        said = warned(lambda: Sparsifier(deepcopy(net), granularity, 'global', layer_type=nn.Linear).sparsify_model(60))
+        assert len(said) == 1 and 'no weight is left in 1,' in said[0], granularity
+    assert warned(lambda: Sparsifier(deepcopy(net), 'weight', 'lamp', layer_type=nn.Linear).sparsify_model(60)) == []
+
+def test_a_path_of_which_nothing_is_left():
+    "Something is left in each layer, but what one puts out the next does not take"
+    def build(**kwargs):
+        net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        net[0].weight.data, net[1].weight.data = torch.tensor([[1., 1], [9, 9]]), torch.tensor([[9., 1], [9, 1]])
+        return Sparsifier(net, layer_type=nn.Linear, **kwargs)
+    said = warned(lambda: build(example_inputs=torch.randn(1, 2)).sparsify_model(50))
+    assert len(said) == 1 and 'no path is left through 0, 1' in said[0]
+    assert warned(lambda: build().sparsify_model(50)) == [] == warned(lambda: build(example_inputs=torch.randn(1, 2)).sparsify_model(25))
+
+
+# Wrapped models
+
+def bn_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(4, 2))
+
+@pytest.mark.parametrize('wrap', [torch.compile, nn.DataParallel, lambda m: torch.compile(nn.DataParallel(m)),
+                                  lambda m: nn.DataParallel(torch.compile(m))], ids=['compile', 'parallel', 'both', 'both2'])
+@pytest.mark.parametrize('criterion', ['large_final', 'snip', 'gradient'])
+def test_wrapped_models_have_plain_names(wrap, criterion):
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4) % 2
+    def build(m): return Sparsifier(m, 'filter', criteria=criterion, data=(x, y), loss_func=F.cross_entropy)
+    plain, sp = build(bn_net()), build(wrap(bn_net()))
+    for o in (plain, sp): o.sparsify_model(50)
+    assert list(sp.masks) == list(plain.masks) == ['0.weight', '0.bias', '1.weight', '1.bias', '3.weight', '3.bias']
+    assert all(torch.equal(sp.masks[k], m) for k,m in plain.masks.items()) and str(sp.report()) == str(plain.report())
+    assert sp.is_pruned('0') and [t.layer for t in Sparsifier(wrap(bn_net()), include='3').targets] == ['3']
+
+@pytest.mark.parametrize('criterion', ['large_final', 'snip', 'bn_scale'])
+def test_a_compiled_part_has_plain_names(criterion):
+    "Where only a part is compiled, as `net.body = torch.compile(net.body)` does"
+    def whole(wrap): return nn.Sequential(wrap(bn_net()[:3]), bn_net()[3:])
+    x, y, masks = torch.randn(4, 3, 8, 8), torch.arange(4) % 2, []
+    for wrap in (lambda m: m, torch.compile):
+        sp = Sparsifier(whole(wrap), 'filter', criteria=criterion, include='0.0', data=(x, y), loss_func=F.cross_entropy)
+        sp.sparsify_model(50)
+        masks.append(dict(sp.masks))
+    assert list(masks[0]) == list(masks[1]) == ['0.0.weight', '0.0.bias', '0.1.weight', '0.1.bias']
+    assert all(torch.equal(masks[0][k], masks[1][k]) for k in masks[0])
+
+
+# Weights that are computed from others
+
+def weight_dropped():
+    from fastai.text.models.awdlstm import WeightDropout
+    return WeightDropout(nn.LSTM(3, 4), 0.5)
+
+def normed_projection():
+    m = nn.MultiheadAttention(8, 2)
+    nn.utils.parametrizations.weight_norm(m.out_proj)
+    return m
+
+old_norm, new_norm = nn.utils.weight_norm, nn.utils.parametrizations.weight_norm
+computed = dict(
+    old=lambda: old_norm(nn.Conv2d(3, 4, 3)), new=lambda: new_norm(nn.Conv2d(3, 4, 3)), linear=lambda: old_norm(nn.Linear(3, 4)),
+    lstm=lambda: old_norm(nn.LSTM(3, 4), 'weight_hh_l0'), lstm_new=lambda: new_norm(nn.LSTM(3, 4), 'weight_hh_l0'),
+    attention=lambda: new_norm(nn.MultiheadAttention(8, 2), 'in_proj_weight'), projection=normed_projection,
+    spectral=lambda: nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)),
+    spectral_new=lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)),
+    dropped=weight_dropped)
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
+@pytest.mark.parametrize('granularity', ['weight', 'head', 'unit', 'filter'])
+@pytest.mark.parametrize('name', computed)
+def test_computed_weights_are_refused_with_what_to_do(name, granularity):
+    net  = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(3, 4), computed[name]())
+    kind = next(k for k in (nn.Conv2d, nn.Linear, nn.LSTM, nn.MultiheadAttention) if any(isinstance(m, k) for m in net[2].modules()))
+    if name in ('projection', 'attention'): kind = nn.MultiheadAttention
+    if granularity not in {**Granularities.allowed_granularities(kind), 'weight': ()}: return
+    with pytest.raises(ValueError, match='computed by a parametrization or hook.*remove.*exclude'):
+        Sparsifier(net, granularity, layer_type=kind, include='2*')
+
+def test_pruned_by_torch_is_said_so():
+    m = nn.utils.prune.l1_unstructured(nn.Conv2d(3, 4, 3), 'weight', 0.5)
+    with pytest.raises(ValueError, match='torch.nn.utils.prune.*from_torch_prune'): Sparsifier(m)
+
+
+# Small things
+
+def test_axes_of_a_filter_hold_what_a_filter_holds():
+    for m in (nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2)):
+        for granularity in ((1, 2, 3), 'filter'): assert [p.name for p in Sparsifier(m, granularity).targets[0].held] == ['bias']
+
+def test_a_single_weight_is_no_filter():
+    assert not Sparsifier(nn.Linear(1, 1), layer_type=nn.Linear).targets[0].held
+
+def test_gradients_are_taken_anew_for_each_update():
+    "As everything else that `data` is for"
+    m, (x, y) = nn.Linear(3, 2, bias=False), (torch.randn(4, 3), torch.randn(4, 2))
+    sp = Sparsifier(m, criteria='gradient', layer_type=nn.Linear, data=(x, y), loss_func=F.mse_loss)
+    sp.sparsify_model(20)
+    with torch.no_grad(): m.weight.copy_(torch.randn(2, 3)).mul_(sp.masks['weight'])
+    want = (m.weight * torch.autograd.grad(F.mse_loss(m(x), y), m.weight)[0]).abs().detach()
+    old  = sp.masks['weight'].clone()
+    sp.sparsify_model(50)
+    assert torch.equal(sp.masks['weight'], naive_keep(want.masked_fill(~old, -1.), 3))
+
+def test_blocks_of_a_bias_are_refused_by_its_name():
+    with pytest.raises(ValueError, match='bias of Linear'):
+        Sparsifier(nn.Linear(4, 4), 'block_2x2', layer_type=nn.Linear, params=['weight', 'bias'])
