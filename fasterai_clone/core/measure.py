@@ -248,7 +248,9 @@ def _shares(model, params, inputs, scale):
     state = {k: _positive(k, p, True) for k,p in model.named_parameters()}
     state.update({k: _positive(k, b, False) for k,b in model.named_buffers()})
     ws = [state[k].requires_grad_() for k in params]
-    with _Linearized(): out = functional_call(model, state, tuple(_ones(x, scale) for x in inputs))
+    args, kwargs = inputs
+    with _Linearized():
+        out = functional_call(model, state, tuple(_ones(x, scale) for x in args), {k: _ones(x, scale) for k,x in kwargs.items()})
     R = sum(t.sum() for t in _tensors(out)) * scale
     if not isinstance(R, Tensor): raise ValueError(f'synflow needs a tensor among the outputs, got {type(out).__name__}')
     grads = _grads(R, ws)
@@ -261,7 +263,8 @@ def _synflow(what, model, params, data):
     if data is None: raise ValueError(f'{what} needs to know the shape of an input: give a batch as `data`; its values do not matter')
     _layers(model, params)
     with _running(model, False), torch.enable_grad():
-        inputs, _ = next(iter(_batches(what, model, data)))
+        if isinstance(data, Mapping): inputs = (), _to(data, _device(model))  # arguments by name
+        else: inputs = next(iter(_batches(what, model, data)))[0], {}
         for scale in (1., 1e-150):
             shares = _shares(model, params, inputs, scale)
             if all(torch.isfinite(s).all() for s in shares.values()): break
@@ -280,7 +283,7 @@ def synflow_scores(
 # %% ../../nbs/08_core.measure.ipynb #ce9cfb2c
 def passes_signal(
     model: nn.Module,
-    example              # a batch, for the shape of one example
+    example              # a batch, for the shape of one example; or a dict of arguments
 ) -> dict[str, bool]:    # layer name → does it lie on a path from input to output along which no weight is zero?
     "Which layers with weights still carry signal"
     params = {k: p for k,p in model.named_parameters() if 'bias' not in k.rpartition('.')[2] and p.is_floating_point()}

@@ -7,7 +7,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsifier.html.md"
 # %% ../../nbs/11_sparse.sparsifier.ipynb #0d66ba6a
 from __future__ import annotations
 import math, warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 import torch, torch.nn as nn
@@ -307,7 +307,11 @@ def _measure(self:Sparsifier):
 def _data(self:Sparsifier):
     "The data to measure with, or example inputs for a criterion that only needs their shape"
     if self.seen: return self.seen
-    return self._example('') if self.data is None and self.example_inputs is not None else self.data
+    return _as_batch(self._example('')) if self.data is None and self.example_inputs is not None else self.data
+
+def _as_batch(x):
+    "Inputs as a batch, of which the last part is the target"
+    return x if isinstance(x, Mapping) else (*(x if isinstance(x, (tuple, list)) else [x]), None)
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #d49e4e2a
 def _rounded(n, k, round_to):
@@ -611,7 +615,7 @@ def is_pruned(self:Sparsifier,
 def _check_signal(self:Sparsifier):
     "Warn if layers are cut off"
     try:
-        with _plainly(self.model): through = passes_signal(self.model, self._example('Looking for a path'))
+        with _plainly(self.model): through = passes_signal(self.model, _as_batch(self._example('Looking for a path')))
     except Exception as e: return warnings.warn(f'Could not look for a path through the model: {type(e).__name__}: {e}', stacklevel=3)
     dead = [t.layer for t in self.targets if not through.get(t.layer, True)]
     if dead: warnings.warn(f'Layer collapse: no path is left through {", ".join(dict.fromkeys(dead))}', LayerCollapse, 3)
