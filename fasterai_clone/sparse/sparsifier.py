@@ -734,7 +734,7 @@ def _rows(self:Sparsifier, t):
 def _left_dense(self:Sparsifier):
     "(name, type of its module, size) of each parameter that no mask is for"
     covered = {id(p) for p in self._params().values()}
-    kinds = {id(p): type(m).__name__ for m in self.model.modules() for p in m._parameters.values() if p is not None}
+    kinds = {id(p): type(m).__name__ for m in reversed([*self.model.modules()]) for p in m._parameters.values() if p is not None}
     return tuple((n, kinds[id(p)], p.numel()) for n,p in self.model.named_parameters() if id(p) not in covered)
 
 @patch
