@@ -21,7 +21,8 @@ from ..core.measure import accumulated, as_criteria, batches, passes_signal
 from ..core.selection import LazyScores, check_sparsity, keep_masks, n_dropped, restore
 from ..report import Report, Row
 from .compact import CompactStep, _inner, why_not_compact
-from .targets import Target, _patterns, _plainly, _types, find_targets, hold_with, layer_sparsities, output_channels, unwrapped
+from .targets import Target, _patterns, _plainly, _types, find_targets, hold_with, layer_sparsities
+from .targets import output_channels, unwrapped
 
 # %% auto #0
 __all__ = ['available_contexts', 'check_arguments', 'Sparsifier', 'LayerCollapse', 'Hold']
@@ -188,7 +189,7 @@ def _outputs(self:Sparsifier, t):
     "The axis of the scores of `t` that runs over outputs"
     axis, w = 1 - _input_axis(t.parts[0]), t.weight
     if axis == 1 and getattr(t.module, 'groups', 1) > 1:
-        raise ValueError(f'context="output" knows no grouped transposed convolutions, as {t.label}: leave it out with `exclude={t.label!r}`')
+        raise ValueError(f'context="output" knows no grouped transposed convolutions: leave {t.label} out with `exclude`')
     if t.groups.shape != tuple(w.shape) or axis in t.groups.dims or w.ndim < 2:
         raise ValueError(f'context="output" compares inside each output, which {self.granularity!r} groups of {t.label} do not allow')
     return axis
