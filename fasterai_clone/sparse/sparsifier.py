@@ -232,6 +232,7 @@ def _check_fit(self:Sparsifier, t):
         raise ValueError(f'This criterion compares groups of several weights, not the single weights of {t.label}. '
                          f'Legal: {", ".join(legal) or "none"}')
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #71b7d2c7
 @patch
 def _try_out(self:Sparsifier):
     "Score each layer once, so that a criterion that cannot is found now"
