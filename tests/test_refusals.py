@@ -250,3 +250,9 @@ def test_weights_that_cannot_be_masked():
     refused(lambda: Sparsifier(nn.Conv2d(2, 2, 3, dtype=torch.complex64)), 'complex64')
     refused(lambda: Sparsifier(nn.Bilinear(2, 2, 2), layer_type=nn.Bilinear), 'Bilinear')
     refused(lambda: Sparsifier(nn.utils.parametrizations.weight_norm(nn.LSTM(2, 2), 'weight_hh_l0'), layer_type=nn.LSTM), 'weight_hh_l0', 'parametrization')
+
+@pytest.mark.parametrize('budget', ['params', 'flops'])
+def test_a_budget_promises_no_least_sparsity(budget):
+    kwargs = dict(context='global', budget=budget, min_sparsity=50)
+    refused(lambda: Sparsifier(nn.Linear(3, 3), layer_type=nn.Linear, **kwargs), '`min_sparsity`', budget)
+    refused(lambda: SparsifyCallback(50, **kwargs), '`min_sparsity`', budget)

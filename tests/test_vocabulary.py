@@ -473,7 +473,7 @@ def test_outputs_of_a_transposed_convolution():
 
 def test_a_number_of_groups_is_one_that_each_output_can_give():
     sp = Sparsifier(nn.Linear(3, 5), context='output', layer_type=nn.Linear)
-    with pytest.raises(ValueError, match='`n`.*"output"|"output".*`n`'): sp.sparsify_model(n=7)
+    with pytest.raises(ValueError, match='`n`.*count groups.*context='): sp.sparsify_model(n=7)
 
 @pytest.mark.parametrize('context', ['lamp', 'local'])
 def test_lamp_takes_scores_from_zero(context):

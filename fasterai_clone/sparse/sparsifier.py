@@ -63,6 +63,8 @@ def _check_context(context, nm, round_to, min_sparsity, max_sparsity, budget):
         needs('min_sparsity` and `max_sparsity', 'are for layers that share a sparsity', 'global', 'lamp', 'erk')
         if nm: raise ValueError('`nm` limits each layer already: leave `min_sparsity` and `max_sparsity` out')
     if budget != 'groups': needs('budget', 'is shared by all layers', 'global', 'lamp')
+    if budget != 'groups' and min_sparsity is not None:
+        raise ValueError(f'`min_sparsity` counts groups, and a budget of {budget} may be spent before it is met: leave one of them out')
     if round_to is None: return
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f'`round_to` must be a positive whole number, got {round_to!r}')
@@ -235,6 +237,7 @@ def _check_fit(self:Sparsifier, t):
         raise ValueError(f'This criterion compares groups of several weights, not the single weights of {t.label}. '
                          f'Legal: {", ".join(legal) or "none"}')
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #71b7d2c7
 @patch
 def _try_out(self:Sparsifier):
     "Score each layer once, so that a criterion that cannot is found now"
