@@ -35,6 +35,7 @@ def available_contexts() -> list[str]:
     "The names of the contexts"
     return list(_contexts)
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #e3b67e53
 def _parse_nm(nm, granularity):
     "`nm` as `(n, m)` or None"
     if nm is False or nm is None: return None
@@ -52,6 +53,7 @@ def _check_granularity(granularity):
     elif not isinstance(granularity, (tuple, list)):
         raise TypeError(f'`granularity` must be a name or the axes one group spans, got {granularity!r}')
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #e5a98b8e
 def _check_context(context, nm, round_to, min_sparsity, max_sparsity, budget):
     "Refuse what the context cannot do"
     if context not in _contexts: raise ValueError(_unknown('context', context, _contexts))
