@@ -6,8 +6,14 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.masks.html.md"""
 
 # %% ../../nbs/04_core.masks.ipynb #d94a475d
 from __future__ import annotations
+import json, math, os, threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 import numpy as np, torch, torch.nn as nn
 from fastcore.basics import patch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn.utils import prune
 from .granularity import _unknown
 
@@ -86,6 +92,53 @@ def apply(self:Masks,
         p = params[k].data
         if mask.device != p.device: self._own(k, mask := mask.to(p.device))
         _zero(p, mask)
+
+# %% ../../nbs/04_core.masks.ipynb #c9e5475e
+@contextmanager
+def _whole_file(path) -> Iterator[Path]:
+    "Where to write what is to be the file `path` as soon as it is complete"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{path.name}.{os.getpid()}-{threading.get_ident()}.tmp')
+    try:
+        yield part
+        with open(part, 'rb+') as f: os.fsync(f.fileno())
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+
+# %% ../../nbs/04_core.masks.ipynb #41e5adf5
+def _packed(mask):
+    "A mask as bytes of eight, the last one filled up with zeros"
+    return torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy()))
+
+def _unpacked(packed, shape):
+    "The mask of that `shape` again"
+    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=math.prod(shape)).view(bool)).reshape(shape)
+
+_FORMAT = 'fasterai_clone.masks'
+
+@patch
+def save(self:Masks,
+    file: str|Path  # `.safetensors` is added if it has no extension
+) -> Path:          # where it is
+    "Write the masks to `file`, a bit a weight"
+    file  = Path(file) if Path(file).suffix else Path(f'{file}.safetensors')
+    about = dict(format=_FORMAT, shapes=json.dumps({k: list(v.shape) for k,v in self.items()}))
+    with _whole_file(file) as part: save_file({k: _packed(v) for k,v in self.items()}, part, metadata=about)
+    return file
+
+@patch(cls_method=True)
+def load(cls:Masks,
+    file: str|Path,             # from `save`
+    model: nn.Module|None=None  # that must have parameters of these names and shapes; None: any
+) -> Masks:
+    "The masks in `file`"
+    file  = Path(file) if Path(file).suffix else Path(f'{file}.safetensors')
+    with safe_open(file, 'pt') as f:
+        about = f.metadata() or {}
+        if about.get('format') != _FORMAT: raise ValueError(f'{file.name} has no masks that `Masks.save` wrote')
+        masks = {k: _unpacked(f.get_tensor(k), shape) for k,shape in json.loads(about['shapes']).items()}
+    return cls(masks, shapes=None if model is None else {k: p.shape for k,p in model.named_parameters(remove_duplicate=False)})
 
 # %% ../../nbs/04_core.masks.ipynb #d23ba1cc
 def _uses(model):
