@@ -74,6 +74,8 @@ class _Lean(Callback):
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #52ed9b73
 class SparsifyCallback(_Lean):
     "Sparsify the model during `fit`, following `schedule`"
+    _active = _stepping = _midway = False
+    _due = _rewind_to = _compact = _loaded = _random = None
     order = 15  # after `MixedPrecision` (10) and `GradientClip` (11) have seen to the gradients, before the metrics and what saves
     def __init__(self,
         sparsity: float|list|dict,                # percent: one for all layers, a list with one for each, or by layer name or pattern
@@ -111,8 +113,6 @@ class SparsifyCallback(_Lean):
         if start_sparsity is not None: schedule = schedule(start_sparsity=check_sparsity(start_sparsity, 'start_sparsity'))
         store_attr()
         self.sparsifier, self.report, self.history = None, None, []
-        self._active, self._stepping, self._due, self._rewind_to, self._compact = False, False, None, None, None
-        self._loaded, self._random, self._done, self._midway = None, None, 0, False
         self._closing = SparsifyClosing(self)
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #efe1738b
@@ -425,7 +425,8 @@ def state_dict(self:SparsifyCallback) -> dict:
     sp['masks'] = {k: (list(m.shape), _packed(m)) for k,m in sp['masks'].items()}
     due = [] if self._due is None else [self._record()]  # of an epoch that is not printed yet
     return dict(sparsifier=sp, asked=self._asked_for(), epoch=self._done, midway=self._midway, led=self._led, floor=self._floor, last=self._last,
-                history=self.history + due, rewind_to=self._rewind_to, random=random_state(self.dls.loaders if self.learn else []))
+                history=self.history + due, rewind_to=self._rewind_to,
+                random=random_state(self.dls.loaders if self.learn else []))
 
 @patch
 def load_state_dict(self:SparsifyCallback,
@@ -523,5 +524,7 @@ class SaveSparseModelCallback(SaveModelCallback):
         if all(cb._due is not None and cb._is_final(cb._done / cb.n_epoch) for cb in ours): super().after_epoch()
 
     def after_fit(self):
-        if self.at_end or self.last_saved_path: return super().after_fit()
-        print('No epoch was as sparse as the schedule ends: nothing was saved. Let the schedule end earlier, with `end_epoch`')
+        if self.at_end or self.every_epoch or self.last_saved_path: return super().after_fit()
+        self._say('No epoch was as sparse as the schedule ends: nothing was saved. Let the schedule end earlier, with `end_epoch`')
+
+    def _say(self, s): print(s)

@@ -7,32 +7,38 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.state.html.md"""
 # %% ../../nbs/12_sparse.state.ipynb #9b4ee4f8
 from __future__ import annotations
 import io, random, zipfile
-from collections.abc import Iterable, Iterator
-from copy import deepcopy
+from collections.abc import Iterable, Iterator, Mapping
 from functools import wraps
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn
 from fastai.learner import Learner, join_path_file, save_model
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch_to
+from fastcore.foundation import L
 from ..core.masks import _whole_file
 
 # %% auto #0
 __all__ = ['optimizer_state', 'set_optimizer_state', 'random_state', 'set_random_state', 'read_state']
 
 # %% ../../nbs/12_sparse.state.ipynb #1095fe14
+def _plain(x):
+    "A copy of `x` in which all lists are lists of Python's, as `weights_only` wants it"
+    if isinstance(x, torch.Tensor): return x.detach().clone()
+    if isinstance(x, Mapping): return {k: _plain(v) for k,v in x.items()}
+    return [_plain(v) for v in x] if isinstance(x, (list, tuple, L)) else x
+
 def optimizer_state(
     optimizer  # of torch or fastai
 ) -> dict:     # as `optimizer.state_dict()`, less what it is set to
     "A copy of what `optimizer` knows of its parameters"
-    return deepcopy({k: v for k,v in optimizer.state_dict().items() if k not in ('hypers', 'param_groups')})
+    return {k: _plain(v) for k,v in optimizer.state_dict().items() if k not in ('hypers', 'param_groups')}
 
 def set_optimizer_state(
     optimizer,   # of torch or fastai
     saved: dict  # from `optimizer_state`
 ) -> None:
     "Give `optimizer` back what it knew"
-    optimizer.load_state_dict({**optimizer.state_dict(), **deepcopy(saved)})
+    optimizer.load_state_dict({**optimizer.state_dict(), **_plain(saved)})
 
 # %% ../../nbs/12_sparse.state.ipynb #1379efee
 def _loaders(loaders):
@@ -102,7 +108,7 @@ def _ours(learn): return [cb for cb in learn.cbs if hasattr(cb, '_state_to_save'
 @wraps(_save)
 def save(self, file, **kwargs):
     if not _ours(self) or not isinstance(file, (str, Path)) or rank_distrib(): return _save(self, file, **kwargs)
-    states = [s for cb in _ours(self) if (s := cb._state_to_save()) is not None]  # before the optimizer's: compact steps have taken that apart
+    states = [s for cb in _ours(self) if (s := cb._state_to_save()) is not None]  # first: compact steps have taken the optimizer's apart
     file   = join_path_file(file, self.path/self.model_dir, ext='.pth')
     with _whole_file(file) as part:
         save_model(part, self.model, getattr(self, 'opt', None), **kwargs)
