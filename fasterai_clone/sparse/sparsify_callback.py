@@ -353,7 +353,7 @@ def _check_rounds(self:SparsifyCallback, first):
     p = [self._curve.progress((i+1)/n) for i in range(n) if (i+1) % self.every == 0 or (i+1) % per_epoch == 0]
     if any(a != b != c for a,b,c in zip(p, p[1:], p[2:])) and (self.every < per_epoch or n == len(p)):
         raise ValueError('`lth` and `save_tickets` act after each pruning, and this `schedule` prunes at every step: use one '
-                         'with few steps, as `one_shot` or `iterative`')
+                         'with few steps, as `one_shot` or `iterative`, or prune once an epoch, with `every` as many as its steps')
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #25070a64
 def _tensors(model):
