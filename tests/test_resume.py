@@ -205,11 +205,11 @@ def test_what_a_resume_says(capsys):
         cb = SparsifyCallback(sparsity)
         again.fit(n_epoch, 1e-2, cbs=cb, start_epoch=start)
         return capsys.readouterr().out, cb
-    assert 'Resuming from before epoch 2\n' in said('e1', 2)[0]
-    assert 'Resuming from before epoch 2, with another target, schedule or number of epochs' in said('e1', 2, 90)[0]
-    assert 'Resuming from before epoch 2, with another' in said('e1', 2, n_epoch=6)[0]
+    assert 'Resuming at epoch 2\n' in said('e1', 2)[0]
+    assert 'Resuming at epoch 2, with another target, schedule or number of epochs' in said('e1', 2, 90)[0]
+    assert 'Resuming at epoch 2, with another' in said('e1', 2, n_epoch=6)[0]
     out, cb = said('e3', 2)
-    assert 'one from before epoch 4, and this fit begins with epoch 2' in out and cb.report.zeros == sum(exact(n, 80) for n in sizes(learn.model))
+    assert 'goes on at epoch 4, and this fit at epoch 2' in out and cb.report.zeros == sum(exact(n, 80) for n in sizes(learn.model))
     out, cb = said('e2', 0)
     assert 'Resuming' not in out and 'are zero already' in out  # a new training
 

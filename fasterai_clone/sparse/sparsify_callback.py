@@ -467,13 +467,14 @@ def _resume(self:SparsifyCallback, first):
     sp.load_state_dict({**saved, 'masks': masks})
     self._rewind_to, self._floor = state['rewind_to'], sp.dropped()
     self._last = self._floor
-    when = f'{"in the middle of" if state["midway"] else "before"} epoch {state["epoch"]}'
+    midway = ', from the middle of it' if state['midway'] else ''
     if state['epoch'] != first:
-        return self._say(f'The state is one from {when}, and this fit begins with epoch {first}: masks are taken over, progress is not')
+        return self._say(f'The state that was loaded goes on at epoch {state["epoch"]}{midway}, and this fit at epoch {first}: '
+                         'masks are taken over, progress is not')
     self._led, self._floor, self._last = state['led'], state['floor'], state['last']
     self.history, self._random = list(state['history']), state['random']
     same = len(state['asked']) == len(asked := self._asked_for()) and all(abs(a - b) < 1e-6 for a,b in zip(asked, state['asked']))
-    self._say(f'Resuming from {when}' + ('' if same else ', with another target, schedule or number of epochs'))
+    self._say(f'Resuming at epoch {first}{midway}' + ('' if same else ', with another target, schedule or number of epochs'))
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #5898fe42
 @patch
