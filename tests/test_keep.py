@@ -371,7 +371,8 @@ def test_refused_before_the_first_batch(model, kwargs, says):
     assert not batches and same(before, weights(learn.model)) and not any('Keep' in type(c).__name__ for c in learn.cbs)
 
 @pytest.mark.parametrize('kwargs, says', [(dict(masks=digits_net(4)), 'got Sequential'), (dict(masks='file'), 'got str'),
-                                          (dict(masks={'0.weight': torch.ones(2)}), 'must be a bool tensor'), (dict(include=1), '`include`')])
+                                          (dict(masks={'0.weight': torch.ones(2)}), 'must be a bool tensor'),
+                                          (dict(include=1), '`include`')])
 def test_refused_when_made(kwargs, says):
     with pytest.raises(TypeError, match=says): KeepSparsity(**kwargs)
 
@@ -515,7 +516,8 @@ def test_nothing_of_ours_is_left():
     assert inside(learn.model) == before == inner[3] and list(learn.cbs) == cbs and list(learn.metrics) == metrics
     assert set(vars(learn)) == set(vars(plain))
 
-EVENTS = ['before_fit', 'before_epoch', 'before_batch', 'before_step', 'after_step', 'after_train', 'before_validate', 'after_epoch', 'after_fit']
+EVENTS = ['before_fit', 'before_epoch', 'before_batch', 'before_step', 'after_step', 'after_train', 'before_validate', 'after_epoch',
+          'after_fit']
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize('event', EVENTS)

@@ -39,7 +39,7 @@ def _chosen(model, include, exclude):
 @patch(cls_method=True)
 def of(cls:Masks,
     model: nn.Module,  # wrapped or not
-    include = None,    # only these: names of layers or parameters, patterns, regular expressions, types, functions of (name, module)
+    include = None,    # only these: names or patterns of layers or parameters, types, functions of (name, module)
     exclude = None     # none of these
 ) -> Masks:            # one for each parameter that is zero in part
     "The zeros that `model` has"
@@ -81,7 +81,7 @@ class KeepSparsity(_Lean):
     order = 14  # before `SparsifyCallback` (15)
     def __init__(self,
         masks: dict|None = None,  # what to keep, as from `Masks.load`; None: the zeros the model has when `fit` begins
-        include = None,           # only these: names of layers or parameters, patterns, regular expressions, types, functions of (name, module)
+        include = None,           # only these: names or patterns of layers or parameters, types, functions of (name, module)
         exclude = None,           # none of these
         verbose: bool = True      # print what is kept
     ):
