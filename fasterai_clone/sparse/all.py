@@ -4,3 +4,5 @@ from ..report import *
 from .targets import *
 from .sparsifier import *
 from .sparsify_callback import *
+from .ticket_files import *
+from .tickets import *
