@@ -3,14 +3,14 @@ import random as python_random
 from functools import partial
 
 import numpy as np, pytest, torch, torch.nn as nn
-from fastai.basics import Adam, CancelFitException, DataLoader, DataLoaders, Learner, OptimWrapper, SGD, TfmdLists, noop
+from fastai.basics import Adam, CancelFitException, DataLoaders, Learner, OptimWrapper, SGD
 from fastai.callback.all import GradientAccumulation
 import fastai.callback.schedule  # of `fit_one_cycle`
 from safetensors.torch import load_file
 from fasterai_clone.sparse.all import *
-from fasterai_clone.sparse.ticket_files import _restore, _snapshot, load_ticket, save_ticket, ticket_info
-from fasterai_clone.sparse.tickets import find_ticket, reset_all
-from helpers import exact, learner, loaders, same, sizes, spy, zeros
+from fasterai_clone.sparse.ticket_files import _snapshot, load_ticket, save_ticket, ticket_info
+from fasterai_clone.sparse.tickets import _reset_all, find_ticket
+from helpers import exact, learner, same, spy, zeros
 
 n_conv = (36, 288, 1152)
 
@@ -74,7 +74,9 @@ def test_each_round_drops_what_the_ticket_of_the_last_one_has_lowest():
 
 # Rewinding
 
-@pytest.mark.parametrize('opt_func', [Adam, partial(SGD, mom=.9), partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['Adam', 'SGD', 'torch'])
+optimizers = dict(Adam=Adam, SGD=partial(SGD, mom=.9), torch=partial(OptimWrapper, opt=torch.optim.AdamW))
+
+@pytest.mark.parametrize('opt_func', optimizers.values(), ids=optimizers)
 def test_every_training_starts_where_the_first_did(opt_func):
     learn = learner(opt_func=opt_func)
     first, seen = _snapshot(learn.model), starts(learn)
@@ -143,9 +145,8 @@ def test_what_is_random_goes_on_where_it_was():
 
 @pytest.mark.parametrize('kw', [{}, dict(context='global'), dict(granularity='filter'), dict(granularity='row')], ids=str)
 def test_controls_have_the_same_zeros_in_each_layer(kw):
-    learn, seen = learner(), []
-    first = _snapshot(learn.model)
-    learn.add_cb(spy('before_batch', lambda: seen.append(_snapshot(learn.model)) if learn.training and (learn.epoch, learn.iter) == (0, 0) else None))
+    learn = learner()
+    first, seen = _snapshot(learn.model), starts(learn)
     _, found = search(learn, sparsity=50, **kw)
     begun = {(r.round, r.kind): s for r,s in zip(found.runs, seen)}
     def counts(s): return [int((s[k] == 0).sum()) for k in found.masks[0]]
@@ -163,19 +164,19 @@ def test_controls_have_the_same_zeros_in_each_layer(kw):
     assert not torch.equal(begun[1, 'reinit']['11.weight'], begun[2, 'reinit']['11.weight'])  # drawn anew in each round
 
 def test_held_norms_and_biases_go_with_shuffled_filters():
-    learn, seen = learner(), []
-    learn.add_cb(spy('before_batch', lambda: seen.append(_snapshot(learn.model)) if learn.training and (learn.epoch, learn.iter) == (0, 0) else None))
+    learn = learner()
+    seen  = starts(learn)
     _, found = search(learn, granularity='filter', controls='random', rounds=1, sparsity=50)
     ticket, mixed = seen[1:]
     for s in (ticket, mixed):
         for conv,norm in ('0', '1'), ('3', '4'), ('6', '7'):
             assert torch.equal((s[f'{conv}.weight'] != 0).flatten(1).any(1), s[f'{norm}.weight'] != 0)
 
-def test_reset_all_reaches_every_kind_of_layer():
+def test_resetting_reaches_every_kind_of_layer():
     net = nn.Sequential(nn.Embedding(5, 8), nn.RMSNorm(8), nn.LayerNorm(8), nn.MultiheadAttention(8, 2), nn.LSTM(8, 8), nn.Linear(8, 2))
     with torch.no_grad():
         for p in net.parameters(): p.fill_(7)
-    reset_all(net)
+    _reset_all(net)
     assert not any((p == 7).any() for p in net.parameters())
     assert (net[1].weight == 1).all() and (net[3].out_proj.bias == 0).all()
 
@@ -183,7 +184,7 @@ def test_frozen_modules_keep_their_weights():
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     net[0].requires_grad_(False)
     before = _snapshot(net)
-    reset_all(net)
+    _reset_all(net)
     assert torch.equal(net[0].weight, before['0.weight']) and not torch.equal(net[1].weight, before['1.weight'])
 
 def test_a_reinit_of_ones_own():
@@ -257,10 +258,12 @@ def test_nothing_stays_after_a_search():
 
 @pytest.mark.parametrize('kw, words', [
     (dict(sparsity=.9), ['90']), (dict(sparsity=0), ['above 0']), (dict(sparsity=100), ['below 100']), (dict(rounds=0), ['rounds', '0']),
-    (dict(n_epoch=0), ['n_epoch', '0']), (dict(rewind_epoch=2), ['rewind_epoch', '2 epochs of 8 steps']), (dict(rewind_step=16), ['rewind_step', '16']),
-    (dict(rewind_epoch=1, rewind_step=3), ['not both']), (dict(controls='reinitt'), ["Did you mean 'reinit'"]), (dict(controls=3), ['controls', '3']),
+    (dict(n_epoch=0), ['n_epoch', '0']), (dict(rewind_epoch=2), ['rewind_epoch', '2 epochs of 8 steps']),
+    (dict(rewind_step=16), ['rewind_step', '16']), (dict(rewind_epoch=1, rewind_step=3), ['not both']),
+    (dict(controls='reinitt'), ["Did you mean 'reinit'"]), (dict(controls=3), ['controls', '3']),
     (dict(granularity='filters'), ["Did you mean 'filter'"]), (dict(context='locale'), ["Did you mean 'local'"]),
-    (dict(criteria='large_finl'), ["Did you mean 'large_final'"]), (dict(layer_type=nn.Conv3d), ['Conv2d (3)']), (dict(fit='fit'), ['fit_one_cycle']),
+    (dict(criteria='large_finl'), ["Did you mean 'large_final'"]), (dict(layer_type=nn.Conv3d), ['Conv2d (3)']),
+    (dict(fit='fit'), ['fit_one_cycle']),
     (dict(reinit=3), ['reinit', '3']), (dict(reinit=nn.Module.eval), ['in place', '0.weight']), (dict(seed=-1), ['seed', '-1']),
     (dict(save=3), ['folder', '3']), (dict(exclude='7x'), ['exclude', '7x'])], ids=str)
 def test_wrong_arguments_are_refused_before_the_first_batch(kw, words):
@@ -283,6 +286,11 @@ def test_what_cannot_be_reset_is_named():
     with pytest.raises(ValueError, match=r'12 \(Scale\)') as e: search(learn)
     assert '(Conv2d)' not in str(e.value)
     search(learn, controls='random', n_epoch=1, rounds=1)
+
+def test_gradients_of_frozen_layers():
+    learn = learner()
+    learn.model[3].requires_grad_(False)
+    with pytest.raises(ValueError, match='frozen'): search(learn, criteria='gradient')
 
 def test_learners_that_cannot_be_searched():
     with pytest.raises(TypeError, match='Learner'): find_ticket(nn.Linear(2, 2), 1)
@@ -342,15 +350,16 @@ def test_a_ticket_there_and_back(dtype, shared, tmp_path):
     masks = some_masks(net)
     state = net.state_dict() if shared else _snapshot(net)
     file  = save_ticket(tmp_path/'ticket_70.12', state, masks, step=3, names=['a', 'b'])
-    assert file.name == 'ticket_70.12.safetensors' and ticket_info(file) == dict(version=1, sparsity=Masks(masks).sparsity, step=3, names=['a', 'b'])
+    assert file.name == 'ticket_70.12.safetensors'
+    assert ticket_info(file) == dict(version=1, sparsity=Masks(masks).sparsity, step=3, names=['a', 'b'])
     masks_of_write = {**masks, 'write.weight': masks['read.weight']}
-    plain = load_file(file)
-    for k in net.state_dict(): assert torch.equal(plain[k], under(net.state_dict(), masks_of_write)[k]) and plain[k].dtype == net.state_dict()[k].dtype, k
+    plain, expected = load_file(file), under(net.state_dict(), masks_of_write)
+    for k,v in expected.items(): assert torch.equal(plain[k], v) and plain[k].dtype == v.dtype, k
     other = words(1, dtype)
     other.count.fill_(0)
     ids = {k: id(p) for k,p in other.named_parameters(remove_duplicate=False)}
     assert load_ticket(file, other) == masks
-    assert same(other.state_dict(), under(net.state_dict(), masks_of_write)) and int(other.count) == 5
+    assert same(other.state_dict(), expected) and int(other.count) == 5
     assert {k: id(p) for k,p in other.named_parameters(remove_duplicate=False)} == ids and other.read.weight is other.write.weight
 
 def test_saving_leaves_the_state_as_it_is(tmp_path):
@@ -389,7 +398,8 @@ def wrong_models():
         return net
     less = words(1)
     del less.mix
-    return dict(shape=(other(mix=nn.Linear(8, 4)), ["'mix.bias'", '(8,)', '(4,)']), more=(other(more=nn.Linear(2, 2)), ['more.bias, more.weight', 'no ']),
+    return dict(shape=(other(mix=nn.Linear(8, 4)), ["'mix.bias'", '(8,)', '(4,)']),
+                more=(other(more=nn.Linear(2, 2)), ['more.bias, more.weight', 'no ']),
                 less=(less, ['mix.bias, mix.weight']), dtype=(words(1).double(), ['float32', 'float64']))
 
 @pytest.mark.parametrize('which', wrong_models())
@@ -408,7 +418,8 @@ def test_files_that_are_no_tickets(tmp_path):
 def test_states_that_cannot_be_saved(tmp_path):
     net = words()
     masks = some_masks(net)
-    for e,kw in ((ValueError, dict(masks={'rea.weight': masks['read.weight']})), (TypeError, dict(state={'a': 1})), (TypeError, dict(about=net)),
+    for e,kw in ((ValueError, dict(masks={'rea.weight': masks['read.weight']})), (TypeError, dict(state={'a': 1})),
+                 (TypeError, dict(about=net)),
                  (ValueError, dict(masks={'mix.bias': masks['read.weight']})), (TypeError, dict(masks={'mix.bias': torch.ones(8)})),
                  (ValueError, dict(state={'.mask.a': torch.ones(1)}, masks={}))):
         with pytest.raises(e): save_ticket(tmp_path/'t', **{'state': net.state_dict(), 'masks': masks, **kw})

@@ -7,7 +7,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.tickets.html.md"""
 # %% ../../nbs/15_sparse.tickets.ipynb #f23f2d7d
 from __future__ import annotations
 import math, random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn as nn
 from fastai.callback.core import CancelBatchException, CancelEpochException
 from fastai.learner import Learner
+from fastai.torch_core import default_device
 from fastcore.basics import patch
 from ..core.criteria import Criteria, large_final
 from ..core.granularity import _unknown
@@ -25,7 +26,7 @@ from .sparsify_callback import SparsifyCallback, _Lean, _check_whole
 from .ticket_files import _restore, _snapshot, save_ticket
 
 # %% auto #0
-__all__ = ['TicketRun', 'reset_all', 'Tickets', 'find_ticket']
+__all__ = ['TicketRun', 'Tickets', 'find_ticket']
 
 # %% ../../nbs/15_sparse.tickets.ipynb #8f949708
 def _path(goals, rounds):
@@ -154,9 +155,7 @@ def put(self:_Search, state, masks):
 def _own(m): return [p for p in m._parameters.values() if p is not None and p.requires_grad]
 def _resets(m): return getattr(m, 'reset_parameters', None) or getattr(m, '_reset_parameters', None)  # the latter of attention
 
-def reset_all(
-    model: nn.Module  # of modules that can be reset
-) -> None:
+def _reset_all(model):
     "Draw new initial weights for all modules of `model` with parameters that train"
     stuck = [f'{n or "the model"} ({type(m).__name__})' for n,m in model.named_modules() if _own(m) and not callable(_resets(m))]
     if stuck:
@@ -271,12 +270,13 @@ def _step(learn, n_epoch, rewind_epoch, rewind_step):
 def _check_rest(rounds, controls, fit, reinit, seed, save):
     "Refuse what is wrong with any learner"
     _check_whole('rounds', rounds, 1)
-    if not isinstance(controls, Iterable): raise TypeError(f'`controls` takes some of {_controls}, got {controls!r}')
+    if not isinstance(controls, (tuple, list)): raise TypeError(f'`controls` takes some of {_controls}, got {controls!r}')
     for c in controls:
         if c not in _controls: raise ValueError(_unknown('control', c, _controls))
     if fit is not None and not callable(fit):
         raise TypeError(f'`fit` must be a function of (learn, n_epoch, lr), as `Learner.fit_one_cycle`; got {fit!r}')
-    if not callable(reinit): raise TypeError(f'`reinit` must be a function that draws new weights for a model, got {reinit!r}')
+    if reinit is not None and not callable(reinit):
+        raise TypeError(f'`reinit` must be a function that draws new weights for a model, got {reinit!r}')
     if seed is not None: _check_whole('seed', seed, 0)
     if not isinstance(save, (str, Path, type(None))): raise TypeError(f'`save` must be a folder, got {save!r}')
 
@@ -311,6 +311,9 @@ def _goals(sp, sparsity):
     goals = sp.sparsities(sparsity)
     if not 0 < max(goals) < 100:
         raise ValueError(f'A ticket has a sparsity above 0 and below 100 %: nothing dropped, or nothing left, is none; got {sparsity!r}')
+    frozen = [t.layer for t in sp.targets if not t.weight.requires_grad]
+    if sp.reference == 'grad' and frozen:
+        raise ValueError(f'This criterion scores by gradients, and {", ".join(frozen)} are frozen: call `learn.unfreeze()` first')
     sp.counts(sparsity)  # refuses what this model cannot have
     return goals
 
@@ -365,7 +368,7 @@ def find_ticket(
     rewind_step: int|None = None,            # a step instead, counted from 0 through all epochs
     controls: tuple = ('reinit', 'random'),  # what else to train at each sparsity; `()`: nothing
     fit: Callable|None = None,               # `(learn, n_epoch, lr)`: trains; None: `Learner.fit`
-    reinit: Callable = reset_all,            # draws new initial weights for a model, in place
+    reinit: Callable|None = None,            # draws new initial weights for a model, in place; None: `reset_parameters` of its modules
     seed: int|None = None,                   # of all that is random; None: drawn
     save: str|Path|None = None,              # folder for the ticket of each round; None: they are not saved
     data = None,                             # for criteria that measure; None: the learner's training data
@@ -379,6 +382,7 @@ def find_ticket(
     kwargs = dict(layer_type=layer_type, include=include, exclude=exclude, params=params, loss_func=learn.loss_func)
     seed, train = _drawn(seed), partial(fit or Learner.fit, learn, n_epoch, lr)
     with _undone(learn), _random_state(learn), _quiet(learn):
+        learn.model.to(getattr(learn.dls, 'device', default_device()))  # as `fit` will
         sp     = Sparsifier(learn.model, granularity, context, criteria, data=learn.dls if data is None else data, **kwargs)
-        search = _Search(learn, sp, train, step, seed, reinit, verbose)
+        search = _Search(learn, sp, train, step, seed, reinit or _reset_all, verbose)
         return search.run(_path(_goals(sp, sparsity), rounds), tuple(controls), save)
