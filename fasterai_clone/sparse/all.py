@@ -4,4 +4,6 @@ from ..report import *
 from .targets import *
 from .sparsifier import *
 from .sparsify_callback import *
+from .ticket_files import *
 from .keep import *
+from .tickets import *
