@@ -10,7 +10,7 @@ import math, warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-import torch, torch.nn as nn
+import torch, torch.distributed as dist, torch.nn as nn
 from fastcore.basics import patch
 from ..core.budget import affordable, bounded, check_limits, erk_counts, lamp, limits, row_mask
 from ..core.criteria import Criteria, group_scores, identity, large_final, magnitude
@@ -21,7 +21,7 @@ from ..core.measure import accumulated, as_criteria, batches, passes_signal
 from ..core.selection import LazyScores, check_sparsity, keep_masks, n_dropped, restore
 from ..report import Report, Row
 from .compact import CompactStep, _inner, why_not_compact
-from .targets import (Target, _patterns, _plainly, _types, find_targets, hold_with, layer_sparsities,
+from .targets import (Target, _patterns, _plainly, _processes, _types, find_targets, hold_with, layer_sparsities,
                                            output_channels, unwrapped)
 
 # %% auto #0
@@ -110,6 +110,7 @@ class Sparsifier:
         if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
         check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget)
         self.model, self.granularity, self.context, self.budget = unwrapped(model), granularity, context, budget
+        self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen = data, loss_func, example_inputs, []
         self.criteria, self.nm = as_criteria(criteria), _parse_nm(nm, granularity)
         self.targets = self._with_held(find_targets(self.model, granularity, layer_type, include, exclude, part, params))
@@ -119,6 +120,8 @@ class Sparsifier:
         self.refs, self.used = {}, set()  # what the criterion compares with, and whose sums an update has used
         if self.reference in ('init', 'update'): self.refs = {p.name: p.tensor.detach().clone() for p in self._parts()}
         self._try_out()
+
+    def __getstate__(self): return {**vars(self), 'processes': None}  # a process group cannot be pickled
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #c5f54078
 @patch
@@ -310,14 +313,22 @@ def _measure(self:Sparsifier):
     if self.reference != 'grad' or self.data is None or not self.refs.keys() <= self.used: return  # sums of steps go first
     params = {p.name: p.tensor for p in self._parts()}
     if all(p.grad is None for p in params.values()):
-        self.refs = accumulated(self.model, params, self.data, self.loss_func, self.criteria.step_fn)
+        self.refs = accumulated(self.model, params, self._own_data(), self.loss_func, self.criteria.step_fn)
         self.used.clear()
 
 @patch
 def _data(self:Sparsifier):
     "The data to measure with, or example inputs for a criterion that only needs their shape"
     if self.seen: return self.seen
-    return _as_batch(self._example('')) if self.data is None and self.example_inputs is not None else self.data
+    return _as_batch(self._example('')) if self.data is None and self.example_inputs is not None else self._own_data()
+
+@patch
+def _own_data(self:Sparsifier):
+    "`data` as one process can read it: fastai's `DistributedDL` waits for the others at the start"
+    data = self.data
+    if self.processes is None or data is None or isinstance(data, nn.Module): return data
+    if hasattr(type(data), 'train'): data = data.train
+    return data.dl if type(data).__name__ == 'DistributedDL' else data
 
 def _as_batch(x):
     "Inputs as a batch, of which the last part is the target"
@@ -511,7 +522,11 @@ def update(self:Sparsifier,
 ) -> None:
     "Choose new masks, all of them or none, and apply them"
     pools = self.pools if pools is None else pools
-    for step in self._rounds(counts, pools): self._update(step, pools, round_to)
+    rounds, names = self._rounds(counts, pools), {t.name for pool in pools for t in pool}
+    def choose():
+        for step in rounds: self._update(step, pools, round_to)
+    if self.processes is None: choose()
+    else: self._follow(choose, names)
     self.seen = []
 
 @patch
@@ -712,6 +727,34 @@ def hold(self:Sparsifier,
     self.apply_masks()
     return Hold(self, opt, compact)
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #403c0f35
+@patch
+def _follow(self:Sparsifier, choose, names):
+    "Let the first process `choose` for targets of these `names`, and take its masks over in all of them"
+    first, refs, error = dist.get_rank(self.processes) == 0, self.refs, None
+    if first:
+        try: choose()
+        except BaseException as e: error = e  # the others are waiting
+    failed, measured, self.updates = self._heard(error, self.refs is not refs)
+    if measured: self.refs, self.used = {}, set()
+    if error: raise error
+    if first: return
+    self.apply_masks()
+    if failed: raise dict(TypeError=TypeError, ValueError=ValueError).get(failed[0], RuntimeError)(failed[1])
+    if not measured: self._renew_refs(names)
+
+@patch
+def _heard(self:Sparsifier, error, measured):
+    "Take over the masks of the first process; what failed there, whether it has measured, and its `updates`"
+    first, src = dist.get_rank(self.processes) == 0, dist.get_global_rank(self.processes, 0)
+    params, said = self._params(), [error and (type(error).__name__, str(error)), measured, self.updates, list(self.masks)]
+    dist.broadcast_object_list(said, src, self.processes, device=self.targets[0].weight.device)
+    for k in said.pop():
+        mask = self.masks[k].to(params[k].device).contiguous() if first else torch.empty_like(params[k], dtype=torch.bool).contiguous()
+        dist.broadcast(mask.view(torch.uint8), src, self.processes)  # gloo knows no bool
+        self.masks._own(k, mask)
+    return said
+
 # %% ../../nbs/11_sparse.sparsifier.ipynb #a3b9b80e
 @patch
 def report(self:Sparsifier) -> Report:
@@ -749,8 +792,8 @@ def _left_dense(self:Sparsifier):
 
 @patch
 def print_sparsity(self:Sparsifier) -> None:
-    "Print the report"
-    print(self.report())
+    "Print the report, of several processes only the first"
+    if self.processes is None or dist.get_rank(self.processes) == 0: print(self.report())
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #79f66218
 @patch

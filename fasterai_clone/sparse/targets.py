@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-import torch, torch.nn as nn
+from types import MethodType
+import torch, torch.distributed as dist, torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from ..core.flow import Flow
@@ -60,25 +62,43 @@ class Target:
         return self.layer if self.name in ('weight', f'{self.layer}.weight') else self.name
 
 # %% ../../nbs/10_sparse.targets.ipynb #6f07a0d5
+def _layers_of_wrapping(model):
+    "`model`, and what is inside of it, wrapper by wrapper"
+    while True:
+        yield model
+        if isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
+        elif '_orig_mod' in model._modules: model = model._orig_mod
+        else: return
+
 def unwrapped(
     model: nn.Module
 ) -> nn.Module:
     "The model inside of `torch.compile`, `DataParallel` and `DistributedDataParallel`"
-    while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
-        elif '_orig_mod' in model._modules: model = model._orig_mod
-        else: return model
+    return [*_layers_of_wrapping(model)][-1]
 
 @contextmanager
 def _plainly(model):
-    "`model` without the `torch.compile` of its parts, and so with plain names inside"
+    "`model` without the `torch.compile` of its parts, and so with plain names inside; its `SyncBatchNorm`s ask no other process"
     wrapped = [(m, k, c) for m in model.modules() for k,c in m._modules.items() if c is not None and '_orig_mod' in c._modules]
+    synced  = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and 'forward' not in vars(m)]
     try:
+        for m in synced: m.forward = MethodType(_BatchNorm.forward, m)
         for m,k,c in wrapped: m._modules[k] = c._orig_mod
         yield
     finally:
         for m,k,c in wrapped: m._modules[k] = c
+        for m in synced: vars(m).pop('forward', None)
 
+# %% ../../nbs/10_sparse.targets.ipynb #2f1d1323
+def _processes(model):
+    "The process group of the `DistributedDataParallel` around `model`, or None"
+    return next((m.process_group for m in _layers_of_wrapping(model) if isinstance(m, DistributedDataParallel)), None)
+
+def _rank():
+    "The number of this process, 0 if it is the only one"
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+# %% ../../nbs/10_sparse.targets.ipynb #4842ab53
 def _full(layer, param): return f'{layer}.{param}' if layer else param
 
 def _types(layer_type):
@@ -158,7 +178,8 @@ def _no_layer(model, types):
 def _layers(model, types, part):
     "(index, name, layer) of the layers of one of the `types`, inside `part`"
     inside = set((model if part is None else part).modules())
-    found  = [(i, n.replace('_orig_mod.', ''), m) for i,(n,m) in enumerate(model.named_modules()) if m in inside and _is_layer(m, types)]
+    found  = [(i, f'{n}.'.replace('_orig_mod.', '')[:-1], m) for i,(n,m) in enumerate(model.named_modules())
+              if m in inside and _is_layer(m, types)]
     if not found: raise ValueError(_no_layer(model, types))
     return found
 
