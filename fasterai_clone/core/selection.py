@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['check_sparsity', 'n_dropped', 'LazyScores', 'restore', 'keep_masks', 'keep_mask']
+__all__ = ['check_sparsity', 'n_dropped', 'LazyScores', 'restore', 'keep_masks', 'keep_mask', 'Piece', 'keep_masks_sharded']
 
 # %% ../../nbs/03_core.selection.ipynb #af8afd80
 def check_sparsity(
@@ -462,3 +462,101 @@ def keep_mask(
 ) -> Tensor:                  # bool, True = kept
     "`keep_masks` for one tensor"
     return keep_masks([scores], n_drop, magnitude, None if pruned is None else [pruned], None if out is None else [out], sampler)[0]
+
+# %% ../../nbs/03_core.selection.ipynb #281ebc84
+_DIGIT = 16  # bits counted in one go
+
+def _sort_key(t, magnitude=False, dtype=torch.float32):
+    "The elements of `t`, flat, as whole numbers that order the same way"
+    flat = t.detach().reshape(-1).to(dtype)
+    bits = (flat.abs() if magnitude else flat + 0.).view(_BITS[dtype])
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
+
+def _kth(keys, rank, bits, reduce):
+    "The `rank`-th lowest (from 1) of the whole `keys` of all processes, how many are lower, and how many are the same"
+    low, below = -(1 << _DIGIT-1), 0  # of the first digit, which has the sign
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        counts = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=keys[0].device)
+        for k in keys:
+            digit = (k >> shift) - low
+            counts += torch.bincount(digit[(digit >= 0) & (digit < 1 << _DIGIT)], minlength=1 << _DIGIT)
+        upto  = reduce(counts).cumsum(0)
+        i     = int(torch.searchsorted(upto, rank - below))
+        same  = int(upto[i]) - (int(upto[i-1]) if i else 0)
+        value, below = low + i, below + int(upto[i]) - same
+        low = value << _DIGIT
+    return value, below, same
+
+# %% ../../nbs/03_core.selection.ipynb #d3ee1597
+class Piece(NamedTuple):
+    "Where in a whole tensor a piece lies"
+    shape: tuple          # of the whole
+    start: tuple          # index of the first element of the piece, on each axis
+    counted: bool = True  # False for all copies but one
+
+def _whole_index(piece, shape, flat):
+    "The flat indices in the whole of the elements `flat` of a piece of `shape`"
+    index, whole = torch.zeros_like(flat), 1
+    for axis in reversed(range(len(shape))):
+        index = index + (flat % shape[axis] + piece.start[axis]) * whole
+        flat, whole = flat // shape[axis], whole * piece.shape[axis]
+    return index
+
+# %% ../../nbs/03_core.selection.ipynb #0bb1f198
+class _Share(NamedTuple):
+    "What this process has of one tensor, flat"
+    key: Tensor      # whole numbers in the order of the scores
+    open_to: Tensor  # which of them there is to choose from
+    piece: Piece     # where it lies
+    shape: tuple
+    before: int      # elements of the whole tensors before this one
+
+def _at_most(keys, chosen, shares, rank, bits, reduce):
+    "The `rank`-th lowest of the `chosen` keys of all processes, how many are lower, and how many are the same"
+    return _kth([k[c] if s.piece.counted else k[:0] for k,c,s in zip(keys, chosen, shares)], rank, bits, reduce)
+
+def _lowest_shared(shares, n, bits, reduce):
+    "Flags of the `n` lowest, ties by their index in the whole"
+    keys  = [s.key for s in shares]
+    value, below, same = _at_most(keys, [s.open_to for s in shares], shares, n, bits, reduce)
+    lower = [s.open_to & (s.key < value) for s in shares]
+    tied  = [(s.open_to & (s.key == value)).nonzero()[:, 0] for s in shares]
+    index = [s.before + _whole_index(s.piece, s.shape, t) for s,t in zip(shares, tied)]
+    total = shares[-1].before + math.prod(shares[-1].piece.shape)
+    last  = total if n == below + same else \
+            _at_most(index, [slice(None)]*len(index), shares, n - below, 32 if total < 1 << 31 else 64, reduce)[0]
+    for l,t,i in zip(lower, tied, index): l[t[i <= last]] = True
+    return lower
+
+# %% ../../nbs/03_core.selection.ipynb #38f8af57
+def _sums(tensors, pieces, magnitude, pruned, reduce):
+    "How many elements the processes have in all, how many of them the earlier masks dropped; raises in all of them if one has NaN"
+    counted = [(t.numel(), 0 if m is None else m.numel() - int(m.count_nonzero())) for t,p,m in zip(tensors, pieces, pruned) if p.counted]
+    n_bad   = sum(not (t.isfinite() if magnitude else ~t.isnan()).all() for t in tensors)
+    mine    = torch.tensor([sum(n for n,_ in counted), sum(gone for _,gone in counted), n_bad], device=tensors[0].device)
+    total, gone, n_bad = reduce(mine).tolist()
+    if n_bad: raise ValueError('NaN or infinite numbers among the weights' if magnitude else 'NaN among the scores')
+    return total, gone
+
+def keep_masks_sharded(
+    tensors: list[Tensor],    # what this process has of each: scores, the higher the more worth; or weights, with `magnitude`
+    pieces: list[Piece],      # where it lies in the whole
+    n_drop: int,              # how many elements to drop, over all processes
+    reduce,                   # a vector of counts → its sum over all processes; called equally often in each
+    magnitude: bool = False,  # rank by |w| instead of by the value
+    pruned: list|None=None    # earlier masks of the pieces, as for `keep_masks`
+) -> list[Tensor]:            # bool, True = kept
+    "The pieces of the masks that `keep_masks` would find for the whole"
+    pruned = [None] * len(tensors) if pruned is None else pruned
+    n_drop, (total, gone) = operator.index(n_drop), _sums(tensors, pieces, magnitude, pruned, reduce)
+    if not 0 <= n_drop <= total: raise ValueError(f'`n_drop` must be from 0 to {total}, got {n_drop}')
+    old = [torch.ones_like(t, dtype=torch.bool).reshape(-1) if m is None else m.reshape(-1) for t,m in zip(tensors, pruned)]
+    up  = n_drop >= gone  # what was dropped goes first; going down, what was kept stays
+    open_to, rank, most = (old, n_drop - gone, total - gone) if up else ([~o for o in old], n_drop, gone)
+    if rank in (0, most): drop = [o if rank else torch.zeros_like(o) for o in open_to]
+    else:
+        dtype  = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        before = np.cumsum([0, *[math.prod(p.shape) for p in pieces]]).tolist()
+        shares = [_Share(_sort_key(t, magnitude, dtype), o, p, t.shape, b) for t,o,p,b in zip(tensors, open_to, pieces, before)]
+        drop   = _lowest_shared(shares, rank, 8 * dtype.itemsize, reduce)
+    return [(o & ~d if up else ~d).view(t.shape) for t,o,d in zip(tensors, old, drop)]

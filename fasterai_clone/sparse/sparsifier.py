@@ -10,7 +10,7 @@ import math, warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-import torch, torch.nn as nn
+import torch, torch.distributed as dist, torch.nn as nn
 from fastcore.basics import patch
 from ..core.budget import affordable, bounded, check_limits, erk_counts, lamp, limits, row_mask
 from ..core.criteria import Criteria, group_scores, identity, large_final, magnitude
@@ -18,11 +18,11 @@ from ..core.flow import multiply_adds, trace_flow
 from ..core.granularity import Granularities, _block_sizes, _unknown
 from ..core.masks import Masks
 from ..core.measure import accumulated, as_criteria, batches, passes_signal
-from ..core.selection import LazyScores, check_sparsity, keep_masks, n_dropped, restore
+from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped, restore
 from ..report import Report, Row
 from .compact import CompactStep, _inner, why_not_compact
-from .targets import (Target, _patterns, _plainly, _types, find_targets, hold_with, layer_sparsities,
-                                           output_channels, unwrapped, _plain_name)
+from .targets import (Target, _local_target, _mesh, _patterns, _plain_name, _plainly, _processes, _summed, _types,
+                                           find_targets, hold_with, layer_sparsities, output_channels, unwrapped)
 
 # %% auto #0
 __all__ = ['available_contexts', 'check_arguments', 'Sparsifier', 'LayerCollapse', 'Hold']
@@ -110,9 +110,14 @@ class Sparsifier:
         if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
         check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget)
         self.model, self.granularity, self.context, self.budget = unwrapped(model), granularity, context, budget
+        self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen = data, loss_func, example_inputs, []
         self.criteria, self.nm = as_criteria(criteria), _parse_nm(nm, granularity)
-        self.targets = self._with_held(find_targets(self.model, granularity, layer_type, include, exclude, part, params))
+        found = find_targets(self.model, granularity, layer_type, include, exclude, part, params)
+        self.mesh = _mesh(found)  # the processes that share the weights out among them
+        if self.mesh is not None: self._check_sharded(min_sparsity is max_sparsity is None)
+        self.targets = self._with_held(found)
+        if self.mesh is not None: self.targets = [_local_target(t) for t in self.targets]
         self._share_out(min_sparsity, max_sparsity)
         self.masks = Masks(shapes={p.name: p.tensor.shape for t in self.targets for p in t.parts + t.held})
         self.updates = 0  # how often the masks have changed
@@ -132,12 +137,25 @@ def _params(self:Sparsifier): return {p.name: p.tensor for t in self.targets for
 @patch(as_prop=True)
 def sparsity(self:Sparsifier) -> float:
     "Zero weights in percent of all weights of the targets, counted now"
-    weights = [p.tensor.detach() for p in self._parts()]
-    return 100 * sum(w.numel() - int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
+    return 100 * sum(self._zeros(self._parts())) / sum(p.whole.numel() for p in self._parts())
+
+@patch
+def _zeros(self:Sparsifier, parts):
+    "How many zeros each of `parts` has"
+    weights = [p.tensor.detach() for p in parts]
+    return self._total(parts, [w.numel() - int(w.count_nonzero()) for w in weights])
+
+@patch
+def _total(self:Sparsifier, parts, numbers):
+    "`numbers`, one for each of `parts`, with those of the other processes that have a piece of it"
+    if self.mesh is None or not parts: return numbers
+    mine = [n if p.groups.piece.counted else 0 for p,n in zip(parts, numbers)]
+    return _summed(torch.tensor(mine, device=parts[0].tensor.device), self.mesh).tolist()
 
 @patch
 def __repr__(self:Sparsifier):
-    return f'{type(self).__name__}({len(self.targets)} layers, {self.granularity!r}, {self.context!r}, {self.sparsity:.2f}% zero)'
+    zero = 'sharded' if self.mesh is not None else f'{self.sparsity:.2f}% zero'  # no message for a look
+    return f'{type(self).__name__}({len(self.targets)} layers, {self.granularity!r}, {self.context!r}, {zero})'
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #8105312c
 @patch
@@ -246,7 +264,7 @@ def _try_out(self:Sparsifier):
     if isinstance(self.criteria, dict): _check_scores(self.criteria, self._parts())
     for t in self.targets: self._check_fit(t)
     self.plain, self.lazy = self._plain_magnitude(), self._elementwise()
-    if self.reference in ('grad', 'measure') or self.plain: return
+    if self.reference in ('grad', 'measure') or self.plain or self.mesh is not None: return
     with torch.random.fork_rng(devices={t.weight.device for t in self.targets if t.weight.is_cuda}):
         for t in self.targets:
             scores = self._scores(t)
@@ -263,7 +281,7 @@ def reference(self:Sparsifier) -> str|None:
 def accumulate_gradients(self:Sparsifier) -> None:
     "Add the gradients of this step to what the criterion scores by: call it between `backward` and `optimizer.step()` (`hold` does)"
     for p in self._parts():
-        w, g = p.tensor, p.tensor.grad  # no gradient: the loss does not depend on it
+        w, g = p.tensor, p.grad  # no gradient: the loss does not depend on it
         now  = torch.zeros_like(w, dtype=torch.float32) if g is None else self.criteria.step_fn(w.float(), g.float())
         if p.name in self.refs and p.name not in self.used: self.refs[p.name].add_(now)
         else: self.refs[p.name] = now
@@ -277,11 +295,11 @@ def _reference(self:Sparsifier, p):
     kind, w = self.reference, p.tensor
     if kind is None: return None
     if kind == 'grad' and p.name not in self.refs:
-        if w.grad is None:
-            hint = 'run a backward pass first, or give `data` and `loss_func`' if w.requires_grad else \
+        if (grad := p.grad) is None:
+            hint = 'run a backward pass first, or give `data` and `loss_func`' if p.whole.requires_grad else \
                    'it is frozen: unfreeze it, then run a backward pass'
             raise ValueError(f'This criterion needs the gradient of {p.name}, which has none: {hint}')
-        return self.criteria.step_fn(w.detach().float(), w.grad.float())
+        return self.criteria.step_fn(w.detach().float(), grad.float())
     return self.refs[p.name].to(w.device)
 
 @patch
@@ -307,17 +325,26 @@ def _measure(self:Sparsifier):
     if self.reference == 'measure':
         self.refs = self.criteria.measure(self.model, {p.name: p.tensor for p in self._parts()}, self._data(), self.loss_func)
         return
-    if self.reference != 'grad' or self.data is None and not self.seen or not self.refs.keys() <= self.used: return  # sums of steps go first
+    if self.reference != 'grad' or self.data is None and not self.seen: return
+    if not self.refs.keys() <= self.used: return  # sums of steps go first
     params = {p.name: p.tensor for p in self._parts()}
     if self.seen or all(p.grad is None for p in params.values()):
-        self.refs = accumulated(self.model, params, self.seen or self.data, self.loss_func, self.criteria.step_fn)
+        self.refs = accumulated(self.model, params, self.seen or self._own_data(), self.loss_func, self.criteria.step_fn)
         self.used.clear()
 
 @patch
 def _data(self:Sparsifier):
     "The data to measure with, or example inputs for a criterion that only needs their shape"
     if self.seen: return self.seen
-    return _as_batch(self._example('')) if self.data is None and self.example_inputs is not None else self.data
+    return _as_batch(self._example('')) if self.data is None and self.example_inputs is not None else self._own_data()
+
+@patch
+def _own_data(self:Sparsifier):
+    "`data` as one process can read it: fastai's `DistributedDL` waits for the others at the start"
+    data = self.data
+    if self.processes is None or data is None or isinstance(data, nn.Module): return data
+    if hasattr(type(data), 'train'): data = data.train
+    return data.dl if type(data).__name__ == 'DistributedDL' else data
 
 def _as_batch(x):
     "Inputs as a batch, of which the last part is the target"
@@ -358,7 +385,7 @@ def counts_at(self:Sparsifier,
     "How many groups each pool drops, or what they may cost: one number a layer, or a single one where all layers compete"
     if self.context == 'erk':
         lows, highs = self._reachable(n_dropped(sum(self.sizes), each[0]))
-        counts = erk_counts([t.weight.shape for t in self.targets], self.sizes, each[0], lows, highs)
+        counts = erk_counts([t.parts[0].whole.shape for t in self.targets], self.sizes, each[0], lows, highs)
         return [_rounded(n, k, round_to) for n,k in zip(self.sizes, counts)]
     if self.context == 'output':
         rows = [t.weight.shape[self._outputs(t)] for t in self.targets]
@@ -410,8 +437,14 @@ def _group_mask(self:Sparsifier, t):
 def dropped(self:Sparsifier) -> list[int]:
     "How many groups each pool has dropped by now, or what they cost"
     price = dict(zip((t.name for t in self.targets), self.costs or [1]*len(self.targets)))
-    gone  = {t.name: m.numel() - int(m.count_nonzero()) for t in self.targets if (m := self._group_mask(t)) is not None}
-    return [sum(price[t.name] * gone.get(t.name, 0) for t in pool) for pool in self.pools]
+    gone  = dict(zip(price, self._gone(self.targets)))
+    return [sum(price[t.name] * gone[t.name] for t in pool) for pool in self.pools]
+
+@patch
+def _gone(self:Sparsifier, targets):
+    "How many groups each of `targets` has dropped"
+    masks = [self._group_mask(t) for t in targets]
+    return self._total([t.parts[0] for t in targets], [0 if m is None else m.numel() - int(m.count_nonzero()) for m in masks])
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #014cf176
 _as_they_are = Criteria(identity)
@@ -450,7 +483,7 @@ def _plain_magnitude(self:Sparsifier):
 def _elementwise(self:Sparsifier):
     "Are single weights to be chosen by scores of which each is made of one weight and its reference?"
     c = self.criteria
-    return (isinstance(c, Criteria) and c.elementwise and self.context in ('local', 'global', 'erk') and
+    return (self.mesh is None and isinstance(c, Criteria) and c.elementwise and self.context in ('local', 'global', 'erk') and
             not (c.normalizer or self.nm or self.limits or self.costs or any(t.groups.dims for t in self.targets)))
 
 @patch
@@ -467,6 +500,7 @@ def _lazy_scores(self:Sparsifier, t):
 @patch
 def _choose(self:Sparsifier, pool, k, journal, round_to):
     "New masks for `pool`, by parameter name; those of single weights are updated in place"
+    if self.mesh is not None: return self._choose_sharded(pool, k, round_to)
     scores = [t.weight if self.plain else self._lazy_scores(t) if self.lazy else self._scores(t) for t in pool]
     old    = [self._group_mask(t) for t in pool]
     free   = self.limits or round_to and len(pool) > 1  # limits may put other masks in place of `old`
@@ -515,7 +549,11 @@ def update(self:Sparsifier,
 ) -> None:
     "Choose new masks, all of them or none, and apply them"
     pools = self.pools if pools is None else pools
-    for step in self._rounds(counts, pools): self._update(step, pools, round_to)
+    rounds, names = self._rounds(counts, pools), {t.name for pool in pools for t in pool}
+    def choose():
+        for step in rounds: self._update(step, pools, round_to)
+    if self.processes is None: choose()
+    else: self._follow(choose, names)
     self.seen = []
 
 @patch
@@ -588,7 +626,7 @@ def _wanted(self:Sparsifier, pools, sparsity, round_to, n, relative):
     sizes = [sum(t.groups.n for t in pool) for pool in pools]
     if self.costs or (n is not None or relative) and (self.context == 'output' or self.context == 'erk' and pools is self.pools):
         raise ValueError('`n` and `relative` count groups: they need context="local", "global" or "lamp", without a budget')
-    gone = [sum(int((~m).sum()) for t in pool if (m := self._group_mask(t)) is not None) for pool in pools] if relative else [0]*len(pools)
+    gone = [sum(self._gone(pool)) for pool in pools] if relative else [0]*len(pools)
     if n is not None: counts = [d + k for d,k in zip(gone, _each_n(n, len(pools)))]
     elif relative: counts = [d + round(check_sparsity(sparsity)/100 * (size - d)) for d,size in zip(gone, sizes)]
     else: counts = [_rounded(size, n_dropped(size, check_sparsity(sparsity)), round_to) for size in sizes]
@@ -621,8 +659,8 @@ def is_pruned(self:Sparsifier,
     elif what is None: what = self.model
     if not isinstance(what, (nn.Module, nn.Parameter)): raise TypeError(f'Expected a module, a parameter or the name of one, got {what!r}')
     mine  = {id(p) for p in (what.parameters() if isinstance(what, nn.Module) else [what])}
-    names = [k for k,p in self._params().items() if id(p) in mine]
-    return any(not self.masks[k].all() for k in names if k in self.masks)
+    parts = [p for t in self.targets for p in t.parts + t.held if id(p.whole) in mine and p.name in self.masks]
+    return any(self._total(parts, [int(not self.masks[p.name].all()) for p in parts]))
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #5c5fe678
 @patch
@@ -652,7 +690,8 @@ def adopt(self:Sparsifier,
     for i,pool in enumerate(self.pools):
         keep = {t.name: self._alive(t) for t in pool if t.name not in self.masks}
         zero = {k: v.numel() - int(v.count_nonzero()) for k,v in keep.items()}
-        found = [t for t in pool if t.name in keep and 0 < zero[t.name] < keep[t.name].numel()]
+        zero  = dict(zip(keep, self._total([t.parts[0] for t in pool if t.name in keep], list(zero.values()))))
+        found = [t for t in pool if t.name in keep and 0 < zero[t.name] < t.groups.n]
         n = sum(zero[t.name] for t in found)
         if not n or most is not None and n > most[i]: continue
         for t in found:
@@ -712,18 +751,89 @@ def hold(self:Sparsifier,
     if not isinstance(opt, torch.optim.Optimizer):
         raise TypeError(f'`hold` takes a `torch.optim.Optimizer`, got {type(optimizer).__module__}.{type(optimizer).__name__}. '
                         'With fastai pass `SparsifyCallback` to `fit`; in a loop of your own call `apply_masks` after each step')
+    if compact and self.mesh is not None: raise TypeError('`compact` is not possible: the weights are sharded')
     if compact and (why := why_not_compact(opt)): raise TypeError(f'`compact` is not possible: {why}')
     self.apply_masks()
     return Hold(self, opt, compact)
+
+# %% ../../nbs/11_sparse.sparsifier.ipynb #403c0f35
+@patch
+def _follow(self:Sparsifier, choose, names):
+    "Let the first process `choose` for targets of these `names`, and take its masks over in all of them"
+    first, refs, error = dist.get_rank(self.processes) == 0, self.refs, None
+    if first:
+        try: choose()
+        except BaseException as e: error = e  # the others are waiting
+    failed, measured, self.updates = self._heard(error, self.refs is not refs)
+    if measured: self.refs, self.used = {}, set()
+    if error: raise error
+    if first: return
+    self.apply_masks()
+    if failed: raise dict(TypeError=TypeError, ValueError=ValueError).get(failed[0], RuntimeError)(failed[1])
+    if not measured: self._renew_refs(names)
+
+@patch
+def _heard(self:Sparsifier, error, measured):
+    "Take over the masks of the first process; what failed there, whether it has measured, and its `updates`"
+    first, src = dist.get_rank(self.processes) == 0, dist.get_global_rank(self.processes, 0)
+    params, said = self._params(), [error and (type(error).__name__, str(error)), measured, self.updates, list(self.masks)]
+    dist.broadcast_object_list(said, src, self.processes, device=self.targets[0].weight.device)
+    for k in said.pop():
+        mask = self.masks[k].to(params[k].device).contiguous() if first else torch.empty_like(params[k], dtype=torch.bool).contiguous()
+        dist.broadcast(mask.view(torch.uint8), src, self.processes)  # gloo knows no bool
+        self.masks._own(k, mask)
+    return said
+
+# %% ../../nbs/11_sparse.sparsifier.ipynb #9e6ab5e6
+@patch
+def __getstate__(self:Sparsifier): return {**vars(self), 'processes': None}
+
+# %% ../../nbs/11_sparse.sparsifier.ipynb #6ab0b0a5
+@patch
+def _check_sharded(self:Sparsifier, free):
+    "Refuse what cannot be done where each process has a part of the weights"
+    def refuse(what, instead): raise ValueError(f'Weights that are sharded (`DTensor`) cannot be sparsified with {what}: {instead}')
+    if self.processes is not None: refuse('`DistributedDataParallel`', 'use a mesh of `Replicate` and `Shard`')
+    if self.context in ('lamp', 'output'): refuse(f'context={self.context!r}', 'choose "local", "global" or "erk"')
+    for what,given in dict(nm=self.nm, budget=self.budget != 'groups', data=self.data is not None).items():
+        if given: refuse(f'`{what}`', 'leave it out')
+    if not free: refuse('`min_sparsity` and `max_sparsity`', 'leave them out')
+    if self.example_inputs is not None: refuse('`example_inputs`', 'leave them out')
+    c = self.criteria
+    if isinstance(c, dict) or c.measure or c.normalizer or not c.elementwise:
+        refuse('this criterion', 'choose one whose scores are made of single weights and what these are compared with, as `large_final` or '
+               '`movement`, without a `normalizer`')
+
+@patch
+def _choose_sharded(self:Sparsifier, pool, k, round_to):
+    "New masks for what this process has of `pool`, by parameter name"
+    if round_to and len(pool) > 1: raise ValueError('`round_to` needs context="local" or "erk" where weights are sharded')
+    scores, error = [], None
+    try: scores = [t.weight if self.plain else self._scores(t) for t in pool]
+    except (ValueError, RuntimeError) as e: error = e
+    if _summed(torch.tensor([error is not None], dtype=torch.int64, device=pool[0].parts[0].whole.device), self.mesh):
+        raise error or ValueError('Another process cannot score its part of the weights')
+    keep = keep_masks_sharded(scores, [t.groups.piece for t in pool], k, partial(_summed, mesh=self.mesh), self.plain,
+                              [self._group_mask(t) for t in pool])
+    left = self._total([t.parts[0] for t in pool], [int(m.count_nonzero()) for m in keep])
+    if k < sum(t.groups.n for t in pool): _warn_collapse([t.label or t.name for t,n in zip(pool, left) if not n])
+    return {p.name: p.groups.expand(m, p.tensor.shape).contiguous() for t,m in zip(pool, keep) for p in t.parts + t.held}
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #a3b9b80e
 @patch
 def report(self:Sparsifier) -> Report:
     "The zeros of each layer, counted now"
     granularity = self.granularity if isinstance(self.granularity, str) else 'group'
-    held = tuple((p.name, type(p.owner).__name__, p.tensor.numel()) for t in self.targets for p in t.held)
-    return Report(tuple(r for t in self.targets for r in self._rows(t)), self._left_dense(), granularity, held, tuple(self.why_not.items()),
-                  self._budget_used())
+    held  = tuple((p.name, type(p.owner).__name__, p.whole.numel()) for t in self.targets for p in t.held)
+    zeros = dict(zip((p.name for p in self._parts()), self._zeros(self._parts())))
+    rows  = tuple(r for t,n in zip(self.targets, self._empty()) for r in self._rows(t, zeros, n if t.groups.dims else zeros[t.name]))
+    return Report(rows, self._left_dense(), granularity, held, tuple(self.why_not.items()), self._budget_used())
+
+@patch
+def _empty(self:Sparsifier):
+    "How many groups of each target are all zero, not counted if these are single weights"
+    counts = [int((~self._alive(t)).count_nonzero()) if t.groups.dims else 0 for t in self.targets]
+    return self._total([t.parts[0] for t in self.targets], counts)
 
 @patch
 def _budget_used(self:Sparsifier):
@@ -733,28 +843,27 @@ def _budget_used(self:Sparsifier):
     return dict(params='weights', flops='multiply-adds')[self.budget], zero, self._prices()
 
 @patch
-def _rows(self:Sparsifier, t):
+def _rows(self:Sparsifier, t, zeros, empty):
     "A row for each part; the first one counts the groups"
     rows = []
     for p in t.parts:
-        w = p.tensor.detach()
-        zeros = w.numel() - int(w.count_nonzero())
-        groups, empty = (t.groups.n, int((~self._alive(t)).count_nonzero()) if t.groups.dims else zeros) if p is t.parts[0] else (0, 0)
-        label = t.label if p is t.parts[0] else p.name
-        rows.append(Row(f'Layer {t.index}', type(t.module).__name__, label, w.numel(), zeros, groups, empty))
+        label, groups = (t.label, (t.groups.n, empty)) if p is t.parts[0] else (p.name, (0, 0))
+        rows.append(Row(f'Layer {t.index}', type(t.module).__name__, label, p.whole.numel(), zeros[p.name], *groups))
     return rows
 
 @patch
 def _left_dense(self:Sparsifier):
     "(name, type of its module, size) of each parameter that no mask is for"
-    covered = {id(p) for p in self._params().values()}
+    covered = {id(p.whole) for t in self.targets for p in t.parts + t.held}
     kinds = {id(p): type(m).__name__ for m in reversed([*self.model.modules()]) for p in m._parameters.values() if p is not None}
     return tuple((_plain_name(n), kinds[id(p)], p.numel()) for n,p in self.model.named_parameters() if id(p) not in covered)
 
 @patch
 def print_sparsity(self:Sparsifier) -> None:
-    "Print the report"
-    print(self.report())
+    "Print the report, of several processes only the first"
+    report = self.report()  # of sharded weights all processes have to count
+    if (self.processes is None or dist.get_rank(self.processes) == 0) and not (self.mesh is not None and any(self.mesh.get_coordinate())):
+        print(report)
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #79f66218
 @patch

@@ -8,14 +8,12 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsify_callback.h
 from __future__ import annotations
 import math, random
 from collections.abc import Mapping
-from pathlib import Path
 import numpy as np, torch, torch.nn as nn
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import SkipToEpoch, ValueMetric
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch, store_attr
-from safetensors.torch import save_file
 from ..core.criteria import Criteria, large_final
 from ..core.masks import Masks, _packed, _unpacked
 from ..core.measure import as_criteria
@@ -23,8 +21,9 @@ from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
 from .compact import why_not_compact
 from .sparsifier import Sparsifier, check_arguments
+from .ticket_files import _restore, _snapshot, save_ticket
 from .state import optimizer_state, random_state, set_optimizer_state, set_random_state
-from .targets import unwrapped
+from .targets import _plainly, unwrapped
 
 # %% auto #0
 __all__ = ['SparsifyCallback', 'SparsifyClosing', 'SaveSparseModelCallback']
@@ -360,23 +359,17 @@ def _check_rounds(self:SparsifyCallback, first):
                          'with few steps, as `one_shot` or `iterative`, or prune once an epoch, with `every` as many as its steps')
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #25070a64
-def _tensors(model):
-    "All parameters and buffers by name, also of modules that share them"
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-
 @patch
 def _remember(self:SparsifyCallback):
     "Save what to rewind to"
     self._say(f'Saving Weights at {self._rewind_point}')
-    model = {k: v.detach().clone() for k,v in _tensors(self.sparsifier.model).items()}
-    self._rewind_to = dict(model=model, optimizer=optimizer_state(self.opt))
+    self._rewind_to = dict(model=_snapshot(self.sparsifier.model), optimizer=optimizer_state(self.opt))
 
 @patch
-@torch.no_grad()
 def _rewind(self:SparsifyCallback):
     "Everything back to what was saved, under the masks of now"
     self._say(f'Resetting Weights to their {self._rewind_point} values')
-    for k,v in _tensors(self.sparsifier.model).items(): v.copy_(self._rewind_to['model'][k])
+    _restore(self.sparsifier.model, self._rewind_to['model'])
     set_optimizer_state(self.opt, self._rewind_to['optimizer'])
     self.sparsifier.apply_masks()
     if self.sparsifier.reference == 'update': self.sparsifier._renew_refs(None)  # the way back is no movement
@@ -384,15 +377,11 @@ def _rewind(self:SparsifyCallback):
 @patch
 def _save_ticket(self:SparsifyCallback, which):
     "Save the rewound weights under the masks of now"
-    sp = self.sparsifier
-    masks   = {id(p): sp.masks[k] for k,p in sp._params().items() if k in sp.masks}  # by identity: tied weights have several names
-    now     = sp.model.state_dict(keep_vars=True)
-    saved   = self._rewind_to['model']
-    tensors = {k: (saved[k]*masks[id(v)] if id(v) in masks else saved[k].clone()).contiguous() for k,v in now.items()}
-    path = Path(self.learn.path)/self.learn.model_dir
-    path.mkdir(parents=True, exist_ok=True)
+    sp, saved = self.sparsifier, self._rewind_to['model']
+    with _plainly(sp.model): state = {k: saved[k] for k in sp.model.state_dict() if k in saved}
+    about = dict(granularity=str(self.granularity), rewound_to=self._rewind_point, epoch=self.epoch)
     self._say(f'Saving {which} Ticket')
-    save_file(tensors, path/f'winning_ticket_{sp.masks.sparsity:.2f}.safetensors')
+    if not rank_distrib(): save_ticket(self.path/self.model_dir/f'winning_ticket_{sp.masks.sparsity:.2f}', state, sp.masks, **about)
 
 @patch
 def _after_pruning(self:SparsifyCallback):
@@ -428,8 +417,8 @@ def state_dict(self:SparsifyCallback) -> dict:
     sp = self.sparsifier.state_dict()
     sp['masks'] = {k: (list(m.shape), _packed(m)) for k,m in sp['masks'].items()}
     due = [] if self._due is None else [self._record()]  # of an epoch that is not printed yet
-    return dict(sparsifier=sp, asked=self._asked_for(), epoch=self._done, midway=self._midway, led=self._led, floor=self._floor, last=self._last,
-                history=self.history + due, rewind_to=self._rewind_to,
+    return dict(sparsifier=sp, asked=self._asked_for(), epoch=self._done, midway=self._midway, led=self._led, floor=self._floor,
+                last=self._last, history=self.history + due, rewind_to=self._rewind_to,
                 random=random_state(self.dls.loaders if self.learn else []))
 
 @patch

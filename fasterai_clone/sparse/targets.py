@@ -6,17 +6,19 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.targets.html.md"""
 
 # %% ../../nbs/10_sparse.targets.ipynb #7196afc6
 from __future__ import annotations
-import re
+import math, re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-import torch, torch.nn as nn
+from types import MethodType
+import torch, torch.distributed as dist, torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from ..core.flow import Flow
 from ..core.granularity import Granularities, Groups, _unknown
-from ..core.selection import check_sparsity
+from ..core.selection import Piece, check_sparsity
 
 # %% auto #0
 __all__ = ['Part', 'Target', 'unwrapped', 'find_targets', 'output_channels', 'hold_with', 'layer_sparsities']
@@ -31,9 +33,17 @@ class Part:
     groups: Groups
 
     @property
-    def tensor(self):
+    def whole(self):
         "The parameter, as it is now"
         return self.owner._parameters[self.param]
+    @property
+    def tensor(self):
+        "What this process has of it: all, if it is not sharded"
+        return self.whole
+    @property
+    def grad(self):
+        "The gradient of that, or None"
+        return self.whole.grad
 
 @dataclass(frozen=True)
 class Target:
@@ -60,25 +70,43 @@ class Target:
         return self.layer if self.name in ('weight', f'{self.layer}.weight') else self.name
 
 # %% ../../nbs/10_sparse.targets.ipynb #6f07a0d5
+def _layers_of_wrapping(model):
+    "`model`, and what is inside of it, wrapper by wrapper"
+    while True:
+        yield model
+        if isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
+        elif '_orig_mod' in model._modules: model = model._orig_mod
+        else: return
+
 def unwrapped(
     model: nn.Module
 ) -> nn.Module:
     "The model inside of `torch.compile`, `DataParallel` and `DistributedDataParallel`"
-    while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
-        elif '_orig_mod' in model._modules: model = model._orig_mod
-        else: return model
+    return [*_layers_of_wrapping(model)][-1]
 
 @contextmanager
 def _plainly(model):
-    "`model` without the `torch.compile` of its parts, and so with plain names inside"
+    "`model` without the `torch.compile` of its parts, and so with plain names inside; its `SyncBatchNorm`s ask no other process"
     wrapped = [(m, k, c) for m in model.modules() for k,c in m._modules.items() if c is not None and '_orig_mod' in c._modules]
+    synced  = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and 'forward' not in vars(m)]
     try:
+        for m in synced: m.forward = MethodType(_BatchNorm.forward, m)
         for m,k,c in wrapped: m._modules[k] = c._orig_mod
         yield
     finally:
         for m,k,c in wrapped: m._modules[k] = c
+        for m in synced: vars(m).pop('forward', None)
 
+# %% ../../nbs/10_sparse.targets.ipynb #2f1d1323
+def _processes(model):
+    "The process group of the `DistributedDataParallel` around `model`, or None"
+    return next((m.process_group for m in _layers_of_wrapping(model) if isinstance(m, DistributedDataParallel)), None)
+
+def _rank():
+    "The number of this process, 0 if it is the only one"
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+# %% ../../nbs/10_sparse.targets.ipynb #4842ab53
 def _full(layer, param): return f'{layer}.{param}' if layer else param
 
 def _types(layer_type):
@@ -94,6 +122,19 @@ def _is_layer(m, types):
     return any(t in names if isinstance(t, str) else known if t is nn.Module else isinstance(m, t) for t in types)
 
 # %% ../../nbs/10_sparse.targets.ipynb #c6918454
+def _summed(counts, mesh):
+    "The sum of the tensor `counts` over all processes of `mesh`, in place"
+    for i in range(mesh.ndim): dist.all_reduce(counts, group=mesh.get_group(i))
+    return counts
+
+def _is_sharded(p): return hasattr(p, 'placements') and hasattr(p, 'device_mesh')  # a `DTensor`, which takes long to import
+
+def _finite(w):
+    "Are there neither NaN nor infinite numbers in `w`, wherever its pieces are?"
+    bad = (~torch.isfinite(w.detach().to_local() if _is_sharded(w) else w)).any()
+    return not (_summed(bad.long().reshape(1), w.device_mesh) if _is_sharded(w) else bad)
+
+# %% ../../nbs/10_sparse.targets.ipynb #2a0e1cf9
 def _computed(m):
     "Names of weights of `m` that are computed from other parameters"
     made  = ['weight', *getattr(m, '_flat_weights_names', ()), *getattr(m, 'parametrizations', ())]  # the former of recurrent layers
@@ -121,7 +162,7 @@ def _check(layer, m, k):
     w = m.get_parameter(k)
     if is_lazy(w): raise ValueError(f'{where} has no shape yet: run one batch through the model first')
     if not w.is_floating_point(): raise ValueError(f'{where} is {w.dtype}: only real floating-point weights can be sparsified')
-    if not torch.isfinite(w).all(): raise ValueError(f'{where} holds NaN or infinite numbers')
+    if not _finite(w): raise ValueError(f'{where} holds NaN or infinite numbers')
 
 # %% ../../nbs/10_sparse.targets.ipynb #cdb3ce31
 def _matches(pattern, layer, module, name):
@@ -264,3 +305,71 @@ def _asked(t, values):
         if k in values: return values[k]
     by_pattern = [v for k,v in values.items() if not isinstance(k, nn.Module) and _matches(k, t.layer, t.module, t.name)]
     return by_pattern[-1] if by_pattern else 0.
+
+# %% ../../nbs/10_sparse.targets.ipynb #1cb78cac
+def _piece(p):
+    "Where the piece that this process has of the `DTensor` `p` lies, and its shape"
+    size, start, counted = list(p.shape), [0] * p.ndim, True
+    for i,(how,at) in enumerate(zip(p.placements, p.device_mesh.get_coordinate())):
+        if how.is_replicate(): counted = counted and at == 0
+        else:
+            share    = -(-size[how.dim] // p.device_mesh.size(i))
+            begin    = min(at * share, size[how.dim])
+            start[how.dim], size[how.dim] = start[how.dim] + begin, min(share, size[how.dim] - begin)
+    return Piece(tuple(p.shape), tuple(start), counted), tuple(size)
+
+@dataclass(frozen=True)
+class _LocalGroups(Groups):
+    "The groups that lie in the piece of one process"
+    piece: Piece  # where they lie among all
+
+    @property
+    def n(self):
+        "How many there are in all processes"
+        return math.prod(self.piece.shape)
+
+@dataclass(frozen=True)
+class _LocalPart(Part):
+    "What this process has of a sharded parameter"
+    @property
+    def tensor(self):
+        if _is_sharded(self.whole): return self.whole.detach().to_local()
+        raise RuntimeError(f'{self.name} is gathered now, as FSDP leaves it between forward and backward: call `model.reshard()` first')
+    @property
+    def grad(self):
+        g = self.whole.grad
+        return None if g is None else g.redistribute(placements=self.whole.placements).to_local()
+
+# %% ../../nbs/10_sparse.targets.ipynb #196dc7fc
+def _mesh(targets):
+    "The mesh of processes that have pieces of the parameters of `targets`, or None if those are whole"
+    meshes = {t.name: getattr(t.weight, 'device_mesh', None) for t in targets}
+    first, *others = meshes.values()
+    if all(m is first or m == first for m in others): return first
+    plain = [k for k,m in meshes.items() if m is None]
+    raise ValueError(f'{", ".join(plain)} are not sharded, and the others are: leave them out with `exclude`' if plain else
+                     'The parameters are sharded over different meshes: choose some of them with `include`')
+
+def _local(p):
+    "The part `p` as this process has it"
+    w, g = p.whole, p.groups
+    if not _is_sharded(w): raise ValueError(f'{p.name} is not sharded as its weight is')
+    if any(type(how).__name__ not in ('Shard', 'Replicate') for how in w.placements):
+        raise ValueError(f'{p.name} is placed as {tuple(w.placements)}: expected `Shard` and `Replicate` only')
+    axes, (piece, size) = {how.dim % w.ndim for how in w.placements if how.is_shard()}, _piece(w)
+    if g.dims and axes and (g.shape != tuple(w.shape) or axes != {0} or 0 in g.dims):
+        raise ValueError(f'Groups of {p.name} would lie in more than one process, which has a part of axis {sorted(axes)}: '
+                         'choose granularity "weight", or one inside each output (as "filter" or "row") and `Shard(0)`')
+    if size != tuple(w.detach().to_local().shape): raise ValueError(f'{p.name} is cut in a way that is not known: {w.placements}')
+    at, view = tuple(0 if i in g.dims else s for i,s in enumerate(piece.start)), g.shape if g.dims and not axes else size
+    if len(at) != len(view): at = (0,) * len(view)  # not cut at all, and seen in another shape
+    return _LocalPart(p.name, p.owner, p.param, _LocalGroups(view, g.dims, Piece(g.score_shape, at, piece.counted)))
+
+def _local_target(t):
+    "Target `t` as this process has it"
+    if len(t.parts) > 1: raise ValueError(f'Groups of {t.label} lie in {len(t.parts)} parameters, which must not be sharded')
+    first, *held = [_local(p) for p in (*t.parts, *t.held)]
+    def cut(p): return [(piece.start[0], size[0]) for piece,size in [_piece(p.whole)]]
+    for p in held:
+        if cut(p) != cut(first): raise ValueError(f'{p.name} is not cut where {first.name} is, with which it is dropped')
+    return replace(t, parts=(first,), held=tuple(held))
