@@ -21,8 +21,8 @@ from ..core.measure import accumulated, as_criteria, batches, passes_signal
 from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped, restore
 from ..report import Report, Row
 from .compact import CompactStep, _inner, why_not_compact
-from .targets import (Target, _local_target, _mesh, _patterns, _plainly, _processes, _summed, _types, find_targets, hold_with,
-                                           layer_sparsities, output_channels, unwrapped)
+from .targets import (Target, _local_target, _mesh, _patterns, _plainly, _processes, _summed, _types,
+                                           find_targets, hold_with, layer_sparsities, output_channels, unwrapped)
 
 # %% auto #0
 __all__ = ['available_contexts', 'check_arguments', 'Sparsifier', 'LayerCollapse', 'Hold']
@@ -339,11 +339,14 @@ def _data(self:Sparsifier):
 
 @patch
 def _own_data(self:Sparsifier):
-    "`data` as one process can read it: fastai's `DistributedDL` waits for the others at the start"
+    "`data` as this process can read it"
     data = self.data
-    if self.processes is None or data is None or isinstance(data, nn.Module): return data
-    if hasattr(type(data), 'train'): data = data.train
-    return data.dl if type(data).__name__ == 'DistributedDL' else data
+    if self.processes is not None and hasattr(type(data), 'train') and not isinstance(data, nn.Module): data = data.train
+    return data if self.processes is None else _own_loader(data)
+
+def _own_loader(dl):
+    "The loader inside of fastai's `DistributedDL`, which waits for the other processes at its start"
+    return dl.dl if type(dl).__name__ == 'DistributedDL' else dl
 
 def _as_batch(x):
     "Inputs as a batch, of which the last part is the target"
@@ -562,6 +565,7 @@ def _rounds(self:Sparsifier, counts, pools):
     return [[n - a * (b/a)**(i/steps) if self.costs else n - round(a * (b/a)**(i/steps)) for n,(a,b) in zip(total, left)]
             for i in range(1, steps)] + [counts]
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #ee3eb4a8
 @patch
 def _update(self:Sparsifier, counts, pools, round_to):
     "Choose once"
@@ -837,6 +841,7 @@ def _budget_used(self:Sparsifier):
     zero = sum(c * int((~self._alive(t)).count_nonzero()) for c,t in zip(self.costs, self.targets))
     return dict(params='weights', flops='multiply-adds')[self.budget], zero, self._prices()
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #fab9850c
 @patch
 def _rows(self:Sparsifier, t, zeros, empty):
     "A row for each part; the first one counts the groups"
