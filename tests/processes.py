@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch, torch.distributed as dist
 
-LIMIT = 200  # seconds until what hangs has failed
+LIMIT = 300  # seconds until what hangs has failed
 
 
 def start(file, world, folder):
@@ -22,7 +22,14 @@ def start(file, world, folder):
     said = '\n'.join(Path(l.name).read_text()[-2000:] for l in logs)
     for l in logs: l.close()
     assert all(p.wait() == 0 for p in procs), f'exit codes {[p.returncode for p in procs]}\n{said}'
-    return [torch.load(folder/f'{r}.pt', weights_only=False) for r in range(world)]
+    return [Results(torch.load(folder/f'{r}.pt', weights_only=False)) for r in range(world)]
+
+class Results(dict):
+    "What a process returned and printed, by the name of the case"
+    def __getitem__(self, case):
+        found = super().__getitem__(case)
+        assert not isinstance(found, str), found  # it has failed
+        return found
 
 def main(cases):
     "What each process does: run the `cases` in their order, and save what they return and print"
@@ -35,10 +42,8 @@ def main(cases):
         said, start = io.StringIO(), time.time()
         try:
             with contextlib.redirect_stdout(said): found = case(rank, world)
-        except Exception:
-            print(f'{case.__name__} in process {rank}:\n{traceback.format_exc()}', file=sys.stderr, flush=True)
-            os._exit(1)
-        results[case.__name__] = found, said.getvalue()
+        except Exception: results[case.__name__] = f'{case.__name__} in process {rank}:\n{traceback.format_exc()}'
+        else: results[case.__name__] = found, said.getvalue()
         print(f'{case.__name__} {time.time() - start:.1f} s', flush=True)
     torch.save(results, folder/f'{rank}.pt')
     dist.destroy_process_group()

@@ -197,7 +197,45 @@ def fastai_prints(rank, world):
         _fit(learn, cb)
     return [r.name for r in cb.report.rows], cb.report.group_sparsity
 
-CASES = [plain, compact, drawn, largest, unwrapped_is_silent, names, failures, refused, synced, copies, fastai, fastai_data, fastai_prints]
+class Odd(nn.Module):
+    "A model that cannot be traced without inputs"
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+    def forward(self, x): return self.body(x) if x.sum() < 1e9 else x
+
+def fastai_untraced(rank, world):
+    from fastai.distributed import DistributedDL
+    learn = learner(n=64, model=Odd(), metrics=[])
+    with patch.object(DistributedDL, '_broadcast', _on_cpu), learn.no_bar(), learn.no_logging():
+        return _fit(learn, SparsifyCallback(60, 'filter', criteria='random', verbose=False))
+
+def fastai_again(rank, world):
+    "First a fit of each process alone, then one of both with the same callback, then one alone again"
+    from fastai.distributed import DistributedDL
+    learn = learner(n=64, model=net(), metrics=[])
+    cb = SparsifyCallback(60, criteria='random', schedule=Schedule(lambda start, end, pos: start + pos*(end - start)), verbose=False)
+    learn.add_cb(cb)
+    with patch.object(DistributedDL, '_broadcast', _on_cpu), learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        cb.sparsifier.sparsify_model(0)
+        torch.manual_seed(rank)
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1)
+        found = copied(cb.sparsifier)
+        if rank == 0: cb.sparsifier.sparsify_model(80)  # nobody else is asked
+    return found
+
+def fastai_tickets(rank, world):
+    from fastai.distributed import DistributedDL
+    from safetensors.torch import load_file
+    learn = learner(n=64, model=net(), metrics=[])
+    with patch.object(DistributedDL, '_broadcast', _on_cpu), learn.no_bar(), learn.no_logging():
+        _fit(learn, SparsifyCallback(50, criteria='random', schedule='one_shot', lth=True, save_tickets=True, verbose=False))
+    dist.barrier()
+    return list(load_file('models/winning_ticket_50.00.safetensors')), list(learn.model.state_dict())
+
+CASES = [plain, compact, drawn, largest, unwrapped_is_silent, names, failures, refused, synced, copies, fastai, fastai_data, fastai_prints,
+         fastai_untraced, fastai_again, fastai_tickets]
 if __name__ == '__main__': main(CASES)
 
 
@@ -278,3 +316,14 @@ def test_the_callback_prints_in_one_process(ranks, both):
     first, second = [r['fastai_prints'][1] for r in ranks]
     assert re.findall(r'^Sparsity at the end of epoch (\d)', first, re.M) == ['0', '1'] and 'Final Sparsity' in first
     assert second == ''
+
+def test_a_model_is_traced_with_inputs_of_one_process(both):
+    a, b = both(fastai_untraced)
+    assert alike(a, b) and n_dropped(a)[-1] == 2*9 + 4*36 and 'body.1.bias' in a[-1]['masks']
+
+def test_one_callback_in_a_fit_alone_and_in_one_of_both(both):
+    a, b = both(fastai_again)
+    assert alike(a['masks'], b['masks']) and n_dropped([a]) == [exact(36, 60) + exact(288, 60)]
+
+def test_tickets_have_plain_names(both):
+    for saved, names in both(fastai_tickets): assert sorted(saved) == sorted(names)

@@ -476,13 +476,11 @@ def _kth(keys, rank, bits, reduce):
     "The `rank`-th lowest (from 1) of the whole `keys` of all processes, how many are lower, and how many are the same"
     low, below = -(1 << _DIGIT-1), 0  # of the first digit, which has the sign
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        counts = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=keys[0].device)
-        for k in keys:
-            digit = (k >> shift) - low
-            counts += torch.bincount(digit[(digit >= 0) & (digit < 1 << _DIGIT)], minlength=1 << _DIGIT)
-        upto  = reduce(counts).cumsum(0)
-        i     = int(torch.searchsorted(upto, rank - below))
-        same  = int(upto[i]) - (int(upto[i-1]) if i else 0)
+        digits = [(k >> shift) - low for k in keys]
+        upto   = reduce(sum(torch.bincount(d, minlength=1 << _DIGIT) for d in digits)).cumsum(0)
+        i      = int(torch.searchsorted(upto, rank - below))
+        same   = int(upto[i]) - (int(upto[i-1]) if i else 0)
+        keys   = [k[d == i] for k,d in zip(keys, digits)]
         value, below = low + i, below + int(upto[i]) - same
         low = value << _DIGIT
     return value, below, same

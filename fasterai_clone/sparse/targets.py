@@ -45,6 +45,7 @@ class Part:
         "The gradient of that, or None"
         return self.whole.grad
 
+# %% ../../nbs/10_sparse.targets.ipynb #946a3789
 @dataclass(frozen=True)
 class Target:
     "What is to become sparse: the groups of one weight, or of several together"
