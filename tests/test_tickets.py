@@ -72,6 +72,16 @@ def test_each_round_drops_what_the_ticket_of_the_last_one_has_lowest():
             kept = m[found.masks[0][k]] if i else m
             assert w[kept].min() >= w[~kept].max(), (i, k)
 
+def test_movement_is_counted_from_where_a_round_began():
+    learn, trained = learner(), []
+    first = _snapshot(learn.model)
+    learn.add_cb(spy('after_fit', lambda: trained.append(_snapshot(learn.model)) if len(learn.recorder.losses) else None))
+    _, found = search(learn, sparsity=75, criteria='updating_movement', controls=())
+    for k,m in found.masks[1].items():
+        old   = found.masks[0][k]
+        moved = (trained[1][k] - first[k]*old).abs()[old]
+        assert moved[m[old]].min() >= moved[~m[old]].max(), k
+
 
 # Rewinding
 
