@@ -1,6 +1,7 @@
 "Lottery tickets: counted, rewound to the last bit, with fair controls; and their files"
-import random as python_random
+import csv, random as python_random
 from functools import partial
+from pathlib import Path
 
 import numpy as np, pytest, torch, torch.nn as nn
 from fastai.basics import Adam, CancelFitException, DataLoaders, Learner, OptimWrapper, SGD
@@ -70,6 +71,16 @@ def test_each_round_drops_what_the_ticket_of_the_last_one_has_lowest():
             if i: w = w[found.masks[0][k]]
             kept = m[found.masks[0][k]] if i else m
             assert w[kept].min() >= w[~kept].max(), (i, k)
+
+def test_movement_is_counted_from_where_a_round_began():
+    learn, trained = learner(), []
+    first = _snapshot(learn.model)
+    learn.add_cb(spy('after_fit', lambda: trained.append(_snapshot(learn.model)) if len(learn.recorder.losses) else None))
+    _, found = search(learn, sparsity=75, criteria='updating_movement', controls=())
+    for k,m in found.masks[1].items():
+        old   = found.masks[0][k]
+        moved = (trained[1][k] - first[k]*old).abs()[old]
+        assert moved[m[old]].min() >= moved[~m[old]].max(), k
 
 
 # Rewinding
@@ -445,3 +456,17 @@ def test_tied_weights_in_a_search():
     masks = {**found.masks[-1], 'write.weight': found.masks[-1]['read.weight']}
     assert [m.numel() - int(m.sum()) for m in found.masks[-1].values()] == [exact(96, 75), exact(64, 75)]
     assert same(_snapshot(learn.model), under(first, masks)) and learn.model.read.weight is learn.model.write.weight
+
+
+# The study
+
+def test_the_table_of_the_study_has_counted_sparsities():
+    "Two hidden layers of 19,200 and 30,000 weights to 98 %, the last one of 1,000 to 80 %, in five rounds"
+    lines = (Path(__file__).resolve().parent.parent/'benchmarks'/'results'/'tickets.csv').read_text(encoding='utf-8').splitlines()
+    table = [r for r in csv.DictReader(l for l in lines if not l.startswith('#')) if r['epoch'] == '19']
+    asked = [[100*(1 - (1 - s/100)**(i/5)) if i < 5 else s for s in (98, 98, 80)] for i in range(1, 6)]
+    zeros = [sum(exact(n, s) for n,s in zip((19200, 30000, 1000), each)) for each in asked]
+    for kind in ('ticket', 'reinit', 'random'):
+        for seed in range(8):
+            rows = [r for r in table if (r['kind'], r['seed']) == (kind, str(seed))]
+            assert [float(r['sparsity']) for r in rows] == [round(100*z/50200, 4) for z in zeros], (kind, seed)
