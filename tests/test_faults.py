@@ -106,7 +106,7 @@ ONCE, EACH_EPOCH = ('before_fit', 'after_fit', 'after_cancel_fit'), ('before_epo
 
 def at(name, f, order):
     "A callback that calls `f` at event `name`"
-    cb = Callback(**{name: f})
+    cb = Callback(**{name: lambda self: f()})
     cb.order = order
     return cb
 

@@ -378,7 +378,7 @@ def attempt(source, opt_func, *cbs):
     assert (anatomy(r.net), list(r.learn.metrics), list(r.learn.cbs)) == before, 'something is left behind'
     return r
 
-def cancel(): raise CancelFitException
+def cancel(self): raise CancelFitException
 
 def fuzz_callback(source, opt_func=SGD):
     "One case: the arguments of `source`, in a fit"
