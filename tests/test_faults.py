@@ -2,7 +2,7 @@
 
 An error, Ctrl-C or SIGKILL at each event of fastai's loop, before, between and after the events of `SparsifyCallback`; Ctrl-C at lines of
 the library itself; SIGKILL in the middle of a write. `tests/test_faults.py worker FOLDER` is the process that forks those that are killed."""
-import copy, json, os, pickle, random, resource, signal, subprocess, sys, time
+import copy, json, os, pickle, random, resource, signal, subprocess, sys, zipfile
 from pathlib import Path
 
 import numpy as np, torch, torch.nn as nn
@@ -17,7 +17,7 @@ import fasterai_clone
 from fasterai_clone.sparse.all import (SparsifyCallback, cos, dsd, gradient, iterative, lin, movement, one_shot, synflow, updating_movmag,
                                        wanda)
 
-N_EPOCH, N_ITER = 4, 3
+N_EPOCH, N_ITER = 3, 3
 
 def network():
     return nn.Sequential(nn.Conv2d(2, 4, (2, 3)), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, (3, 2)), nn.ReLU(), nn.Dropout(.2), nn.Flatten(),
@@ -162,3 +162,185 @@ def test_errors_and_interrupts_at_every_event():
         check_untouched(learn, before, where)
         check_after(kind, learn, cb, want[kind], where)
     for k in kinds: assert equal(numbers(fit(learner(), KINDS[k]())), want[k]), f'{k}: a fresh run'
+
+# Ctrl-C at lines of the library
+
+LIBRARY = str(Path(fasterai_clone.__file__).parent)
+CLEANUP = ('_join', '_leave', '_release', '_set_learn', 'release')  # what puts things back is not undone if it is stopped itself
+
+class Interrupt:
+    "While it is on, counts the lines of the library as they run, and raises at the `nth`"
+    def __init__(self, nth=None): self.nth, self.n, self.at = nth, 0, None
+
+    def __call__(self, frame, what, arg):
+        if not frame.f_code.co_filename.startswith(LIBRARY): return None
+        f = frame
+        while f is not None:
+            if f.f_code.co_name in CLEANUP: return None
+            f = f.f_back
+        return self.line
+
+    def line(self, frame, what, arg):
+        if what == 'line':
+            self.n += 1
+            if self.n == self.nth:
+                self.at = f'{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}'
+                raise KeyboardInterrupt
+        return self.line
+
+    def __enter__(self):
+        sys.settrace(self)
+        return self
+    def __exit__(self, *args): sys.settrace(None)
+
+def test_interrupts_at_lines_of_the_library():
+    rng = random.Random(2)
+    for kind in ('filters', 'compact', 'lottery', 'wanda', 'synflow', 'gradient'):
+        want = numbers(fit(learner(), KINDS[kind]()))
+        with Interrupt() as lines: fit(learner(), KINDS[kind]())
+        for nth in rng.sample(range(1, lines.n), 12):
+            cb = KINDS[kind]()
+            with Interrupt(nth) as stop: learn, before, ended = stopped(kind, cb, error=KeyboardInterrupt)
+            where = f'Ctrl-C at line {nth}, {stop.at}, {kind}'
+            assert ended and stop.at, where
+            fired.add((stop.at, kind, nth))
+            check_untouched(learn, before, where)
+            check_after(kind, learn, cb, want, where)
+
+# What is killed cannot clean up
+
+class Saver(Callback):
+    "Saves after each epoch that was trained"
+    order = 61
+    def before_epoch(self): self.trained = False
+    def before_train(self): self.trained = True
+    def after_epoch(self):
+        if self.trained: self.save()
+    def save(self):
+        self.learn.save('last')
+        self.learn.save(f'epoch_{self.epoch}')
+
+class DiesInWriting(Saver):
+    "Is killed when a file of epoch `when` gets longer than `size` bytes"
+    def __init__(self, when, name, size): self.when, self.file, self.size = when, name, size
+    def save(self):
+        for name in ('last', f'epoch_{self.epoch}'):
+            if (self.epoch, name.partition('_')[0]) == (self.when, self.file): limit_files(self.size)
+            self.learn.save(name)
+
+class DiesInTime(Saver):
+    "Is killed so many seconds after the first file of epoch `when` was begun"
+    def __init__(self, when, seconds): self.when, self.seconds = when, seconds
+    def save(self):
+        if self.epoch == self.when: signal.setitimer(signal.ITIMER_REAL, self.seconds)  # nobody handles it: the process ends at once
+        super().save()
+        if self.epoch == self.when: kill()
+
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+
+def limit_files(size):
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # so that it kills
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+def killers(job):
+    "The callbacks that end the process as `job` says"
+    if job['how'] == 'event':
+        random.seed(job['nth'])
+        return [Saver(), *Fault(job['name'], kill, job['order'], job['nth']).cbs]
+    if job['how'] == 'write':  return [DiesInWriting(job['epoch'], job['name'], job['size'])]
+    if job['how'] == 'time':   return [DiesInTime(job['epoch'], job['seconds'])]
+    if job['how'] == 'ticket': return [at('before_batch', lambda: limit_files(job['size']), 0)]
+
+def in_child(f):
+    "How a fork that does `f` ends: the signal that killed it, or 0"
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            f()
+            code = 0
+        except BaseException:
+            import traceback
+            Path('error.txt').write_text(traceback.format_exc())
+        finally: os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status): return os.WTERMSIG(status)
+    if os.WEXITSTATUS(status): raise RuntimeError(Path('error.txt').read_text())
+    return 0
+
+def whole(file):
+    "Can `file` be read to its end?"
+    try:
+        if file.suffix == '.safetensors': return bool(load_file(file))
+        learner(seed=5).load(file.stem)
+        return zipfile.ZipFile(file).testzip() is None
+    except Exception as e: return f'{type(e).__name__}: {e}'
+
+def train(kind, *cbs):
+    torch.save(numbers(fit(learner(), KINDS[kind](), *cbs)), 'final.pt')
+
+def go_on(kind, epoch):
+    "Another process, with other random numbers, from what was saved"
+    learn = learner(seed=99).load(f'epoch_{epoch}')
+    torch.save(numbers(fit(learn, KINDS[kind](), Saver(), start_epoch=epoch + 1)), 'final.pt')
+
+def one(job, want):
+    "What became of `job`"
+    signal_ = in_child(lambda: fit(learner(), KINDS[job['kind']](), *killers(job)))
+    files   = {f.name: whole(f) for f in Path('models').glob('*') if f.suffix in ('.pth', '.safetensors')}
+    epochs  = [int(f.split('_')[1][:-4]) for f in files if f.startswith('epoch_')]
+    found   = dict(job, signal=signal_, broken={k: v for k,v in files.items() if v is not True}, files=sorted(files), epochs=len(epochs), same=None)
+    if not signal_ or not epochs or found['broken']: return found
+    assert in_child(lambda: go_on(job['kind'], max(epochs))) == 0
+    return dict(found, same=equal(torch.load('final.pt'), want))
+
+def worker(folder):
+    "Does the jobs in `folder`, each in a folder of its own, in forks of this process"
+    torch.set_num_threads(1)
+    jobs, want, found = json.loads(Path(folder, 'jobs.json').read_text()), {}, []
+    def inside(name, f):
+        Path(folder, name).mkdir()
+        os.chdir(Path(folder, name))
+        return f()
+    for kind in dict.fromkeys(j['kind'] for j in jobs):
+        inside(f'all of {kind}', lambda: in_child(lambda: train(kind)))
+        want[kind] = torch.load('final.pt')
+    for i,job in enumerate(jobs): found.append(inside(str(i), lambda: one(job, want[job['kind']])))
+    Path(folder, 'found.json').write_text(json.dumps(found))
+
+def killed(jobs, folder):
+    "The `jobs` done in a process that has nothing else to do"
+    Path(folder, 'jobs.json').write_text(json.dumps(jobs))
+    env  = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(Path(fasterai_clone.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
+    done = subprocess.run([sys.executable, __file__, 'worker', str(folder)], env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return json.loads(Path(folder, 'found.json').read_text())
+
+def test_killed_at_every_event(tmp_path):
+    rng   = random.Random(3)
+    found = killed([dict(how='event', name=n, order=o, nth=k, kind=rng.choice(list(KINDS))) for n,o,k in points(rng)], tmp_path)
+    for j in found:
+        if j['signal']: fired.add((j['name'], 'SIGKILL', j['order'], j['nth']))
+        assert j['signal'] in (0, signal.SIGKILL) and not j['broken'], j
+        assert j['same'] in (None, True), j
+    assert sum(j['same'] is True for j in found) >= 30
+
+def test_killed_in_the_middle_of_a_write(tmp_path):
+    rng   = random.Random(4)
+    kinds = [k for k in KINDS if k != 'tickets']
+    found = killed([dict(how='write', epoch=e, name=n, size=s, kind=rng.choice(kinds)) for e in (0, 1, 2) for n in ('last', 'epoch') for s in (100, 9000)] +
+                   [dict(how='time', epoch=1 + i % 2, seconds=1e-5 + .012*i/16, kind=rng.choice(kinds)) for i in range(16)], tmp_path)
+    for j in found:
+        assert j['signal'] == signal.SIGXFSZ if j['how'] == 'write' else j['signal'] in (signal.SIGALRM, signal.SIGKILL), j
+        fired.add((j['how'], j['epoch'], j.get('name'), j.get('size'), j.get('seconds')))
+        assert not j['broken'] and j['same'] in (None, True), j
+    assert sum(j['same'] is True for j in found) >= 15
+
+def test_killed_in_the_middle_of_writing_a_ticket(tmp_path):
+    j, = killed([dict(how='ticket', size=300, kind='tickets')], tmp_path)
+    assert j['signal'] == signal.SIGXFSZ and not j['broken'], j
+
+def test_there_were_enough_points():
+    assert len(fired) >= 200, len(fired)
+
+if __name__ == '__main__' and sys.argv[1:2] == ['worker']: worker(sys.argv[2])
