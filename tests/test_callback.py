@@ -628,3 +628,10 @@ def test_zeros_that_need_not_fit_a_pattern_are_not_adopted():
     w[:, :3] = 0  # three of each four inputs
     learn.fit(1, 1e-2, cbs=SparsifyCallback(50, nm=(2, 4), exclude='0', schedule=one_shot))
     for m in layers(learn.model)[1:]: assert ((m.weight != 0).movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()
+
+def test_a_callback_may_validate_inside_of_fit():
+    plain, learn = learner(), learner()
+    def fit(learn, cbs): learn.fit(4, 1e-2, cbs=[cb := SparsifyCallback(80, verbose=False), *cbs]); return cb
+    a = fit(plain, [])
+    b = fit(learn, [spy('after_train', lambda: learn.validate(), order=90), spy('before_epoch', lambda: learn.get_preds(), order=5)])
+    assert same(weights(plain.model), weights(learn.model)) and a.history == b.history and b.report.zeros == a.report.zeros > 0

@@ -14,7 +14,9 @@ import numpy as np, torch, torch.nn as nn
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 from .granularity import _unknown
 
 # %% auto #0
@@ -76,6 +78,27 @@ def __eq__(self:Masks, other):
 def __ne__(self:Masks, other): return not self == other
 
 # %% ../../nbs/04_core.masks.ipynb #7410b73a
+def _bare(model):
+    "What is inside of wrappers"
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)): model = model.module
+        elif '_orig_mod' in model._modules: model = model._orig_mod
+        else: return model
+
+def _named(model):
+    "Plain name → parameter, under each name it has"
+    if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
+    return {k.replace('_orig_mod.', ''): p for k,p in _bare(model).named_parameters(remove_duplicate=False)}
+
+@patch
+def _check(self:Masks, params):
+    "Refuse masks that do not fit `params`"
+    for k,mask in self.items():
+        if k not in params: raise ValueError(_unknown('parameter', k, params))
+        if mask.shape != (shape := params[k].shape):
+            raise ValueError(f'The mask of {k!r} must have shape {tuple(shape)}, got {tuple(mask.shape)}')
+
+# %% ../../nbs/04_core.masks.ipynb #4d940a68
 def _zero(p, mask):
     "Zero `p` where `mask` is False, in place"
     if p.is_cpu and p.dtype in (torch.float32, torch.float64) and p.is_contiguous() and mask.is_contiguous():
@@ -85,12 +108,17 @@ def _zero(p, mask):
 
 @patch
 def apply(self:Masks,
-    params: dict[str, torch.Tensor]  # at least the parameters that have a mask
+    params: dict[str, torch.Tensor]|nn.Module  # at least the parameters that have a mask; or a model that has them, wrapped or not
 ) -> None:
     "Zero what is dropped, in place"
+    whole = isinstance(params, nn.Module)
+    if whole: self._check(params := _named(params))
     for k,mask in self.items():
+        if k not in params: raise ValueError(_unknown('parameter', k, params))
         p = params[k].data
-        if mask.device != p.device: self._own(k, mask := mask.to(p.device))
+        if mask.device != p.device:
+            mask = mask.to(p.device)
+            if not whole: self._own(k, mask)  # a copy of the model may be elsewhere, the parameters of each step are not
         _zero(p, mask)
 
 # %% ../../nbs/04_core.masks.ipynb #c9e5475e
@@ -138,7 +166,7 @@ def load(cls:Masks,
         about = f.metadata() or {}
         if about.get('format') != _FORMAT: raise ValueError(f'{file.name} has no masks that `Masks.save` wrote')
         masks = {k: _unpacked(f.get_tensor(k), shape) for k,shape in json.loads(about['shapes']).items()}
-    return cls(masks, shapes=None if model is None else {k: p.shape for k,p in model.named_parameters(remove_duplicate=False)})
+    return cls(masks, shapes=None if model is None else {k: p.shape for k,p in _named(model).items()})
 
 # %% ../../nbs/04_core.masks.ipynb #d23ba1cc
 def _uses(model):

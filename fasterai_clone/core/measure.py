@@ -35,12 +35,16 @@ def untouched(
     modes   = [(m, m.training) for m in model.modules()]
     grads   = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     buffers = [(m, k, b, None if b is None else b.clone()) for m in model.modules() for k,b in m._buffers.items()]
+    own     = [(m, dict(m.__dict__)) for m in model.modules()]  # what a module remembers, as the hidden state of a recurrent one
     drawn   = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.is_cuda}):
         try:
             for p,*_ in grads: p.grad = None
             yield
         finally:
+            for m,attrs in own:
+                m.__dict__.clear()
+                m.__dict__.update(attrs)
             for m,mode in modes: m.training = mode
             for p,g,needed in grads: p.grad, p.requires_grad = g, needed
             for m,k,b,copy in buffers:

@@ -4,3 +4,4 @@ from ..report import *
 from .targets import *
 from .sparsifier import *
 from .sparsify_callback import *
+from .keep import *

@@ -30,7 +30,7 @@ def why_not_compact(
     opt = _inner(optimizer)
     if type(opt) in _torch_optimizers: return None
     name = f'{type(opt).__module__}.{type(opt).__name__}'
-    if not hasattr(opt, 'param_lists') or not hasattr(opt, 'cbs'):
+    if not hasattr(opt, 'param_lists') or 'cbs' not in vars(opt):
         return f'{name} is none of {", ".join(t.__name__ for t in _torch_optimizers)}'
     steps = {getattr(c.func if isinstance(c, partial) else c, '__name__', repr(c)) for c in opt.cbs}
     unknown = sorted(steps - _fastai_steps)
@@ -86,7 +86,7 @@ def _like(v, p): return isinstance(v, torch.Tensor) and v.shape == p.shape
 @torch.no_grad()
 def enter(self:CompactStep) -> None:
     "Before a step: put the kept weights in the places of their parameters"
-    if self.open: return
+    if self.open: self.exit()  # a step that was cancelled
     self.open = True
     for s in self.slots:
         if s.full.grad is None: continue

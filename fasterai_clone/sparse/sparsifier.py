@@ -22,7 +22,7 @@ from ..core.selection import LazyScores, check_sparsity, keep_masks, n_dropped, 
 from ..report import Report, Row
 from .compact import CompactStep, _inner, why_not_compact
 from .targets import (Target, _patterns, _plainly, _types, find_targets, hold_with, layer_sparsities,
-                                           output_channels, unwrapped)
+                                           output_channels, unwrapped, _plain_name)
 
 # %% auto #0
 __all__ = ['available_contexts', 'check_arguments', 'Sparsifier', 'LayerCollapse', 'Hold']
@@ -307,10 +307,10 @@ def _measure(self:Sparsifier):
     if self.reference == 'measure':
         self.refs = self.criteria.measure(self.model, {p.name: p.tensor for p in self._parts()}, self._data(), self.loss_func)
         return
-    if self.reference != 'grad' or self.data is None or not self.refs.keys() <= self.used: return  # sums of steps go first
+    if self.reference != 'grad' or self.data is None and not self.seen or not self.refs.keys() <= self.used: return  # sums of steps go first
     params = {p.name: p.tensor for p in self._parts()}
-    if all(p.grad is None for p in params.values()):
-        self.refs = accumulated(self.model, params, self.data, self.loss_func, self.criteria.step_fn)
+    if self.seen or all(p.grad is None for p in params.values()):
+        self.refs = accumulated(self.model, params, self.seen or self.data, self.loss_func, self.criteria.step_fn)
         self.used.clear()
 
 @patch
@@ -749,7 +749,7 @@ def _left_dense(self:Sparsifier):
     "(name, type of its module, size) of each parameter that no mask is for"
     covered = {id(p) for p in self._params().values()}
     kinds = {id(p): type(m).__name__ for m in reversed([*self.model.modules()]) for p in m._parameters.values() if p is not None}
-    return tuple((n, kinds[id(p)], p.numel()) for n,p in self.model.named_parameters() if id(p) not in covered)
+    return tuple((_plain_name(n), kinds[id(p)], p.numel()) for n,p in self.model.named_parameters() if id(p) not in covered)
 
 @patch
 def print_sparsity(self:Sparsifier) -> None:

@@ -120,10 +120,14 @@ class SparsifyClosing(_Lean):
     "The part of `SparsifyCallback` that comes after the callbacks that save, stop and reload"
     order = 70  # `SaveModelCallback` is 61, `EarlyStoppingCallback` 63
     def __init__(self, main): self.main = main
+    def before_step(self):
+        "Gradients are complete, unscaled and clipped here, and the weights are still those they belong to; nobody else cancels this step"
+        if self.main._active and self.main.sparsifier.reference == 'grad': self.main.sparsifier.accumulate_gradients()
+        if self.main._compact: self.main._compact.enter()
     def after_epoch(self):
-        if self.main._active: self.main._print_epoch()
+        if self.main._active and not self.learn.lock.locked(): self.main._print_epoch()
     def after_fit(self):
-        if self.main._active: self.main._finish()
+        if self.main._active and not self.learn.lock.locked(): self.main._finish()
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #055b3828
 @patch
@@ -158,7 +162,8 @@ SparsifyCallback.learn = property(_get_learn, _set_learn, doc='The `Learner` thi
 @patch
 def before_fit(self:SparsifyCallback):
     "Find the layers, check the target, and say what will be done"
-    self._active = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())  # fastai holds the lock in `validate` and `get_preds`
+    if self.learn.lock.locked(): return  # fastai holds it in `validate` and `get_preds`, which a callback may call inside of a fit
+    self._active = not hasattr(self.learn, 'lr_finder')
     if not self._active: return
     self._release()
     new = self._find_layers()
@@ -261,7 +266,8 @@ def _move_to(self:SparsifyCallback, progress):
     sp, counts = self.sparsifier, self._counts(progress)
     if counts == self._last: return self._keep(progress)
     self._release()
-    if sp.reference == 'measure' and self.data is None: sp.observe(*self.xb, *self.yb)
+    unseen = sp.reference == 'measure' or sp.reference == 'grad' and not sp.refs  # the latter if all steps so far were skipped
+    if unseen and self.data is None: sp.observe(*self.xb, *self.yb)
     sp.update(counts, round_to=self.round_to)
     self._last, self._try_compact = counts, self.compact
     self._after_pruning()
@@ -275,10 +281,8 @@ def _keep(self:SparsifyCallback, progress=None):
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #30002161
 @patch
 def before_step(self:SparsifyCallback):
-    "Gradients are complete, unscaled and clipped here, and the weights are still those they belong to"
+    "A step is to be made"
     self._stepping = self._active
-    if self._active and self.sparsifier.reference == 'grad': self.sparsifier.accumulate_gradients()
-    if self._compact: self._compact.enter()
 
 @patch
 def after_cancel_step(self:SparsifyCallback):
@@ -353,7 +357,7 @@ def _check_rounds(self:SparsifyCallback, first):
     p = [self._curve.progress((i+1)/n) for i in range(n) if (i+1) % self.every == 0 or (i+1) % per_epoch == 0]
     if any(a != b != c for a,b,c in zip(p, p[1:], p[2:])) and (self.every < per_epoch or n == len(p)):
         raise ValueError('`lth` and `save_tickets` act after each pruning, and this `schedule` prunes at every step: use one '
-                         'with few steps, as `one_shot` or `iterative`')
+                         'with few steps, as `one_shot` or `iterative`, or prune once an epoch, with `every` as many as its steps')
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #25070a64
 def _tensors(model):
@@ -399,7 +403,7 @@ def _after_pruning(self:SparsifyCallback):
 @patch
 def before_epoch(self:SparsifyCallback):
     "Random numbers as they were, after a resume; what to rewind to, if this is the point"
-    if not self._active: return
+    if not self._active or self.learn.lock.locked(): return
     if self._random and not rank_distrib(): set_random_state(self._random, self.dls.loaders)  # epochs that are skipped may draw some
     if self._rewinds and self._rewind_to is None and self.rewind_step is None and self.epoch == self.rewind_epoch: self._remember()
 
@@ -467,13 +471,14 @@ def _resume(self:SparsifyCallback, first):
     sp.load_state_dict({**saved, 'masks': masks})
     self._rewind_to, self._floor = state['rewind_to'], sp.dropped()
     self._last = self._floor
-    when = f'{"in the middle of" if state["midway"] else "before"} epoch {state["epoch"]}'
+    midway = ', from the middle of it' if state['midway'] else ''
     if state['epoch'] != first:
-        return self._say(f'The state is one from {when}, and this fit begins with epoch {first}: masks are taken over, progress is not')
+        return self._say(f'The state that was loaded goes on at epoch {state["epoch"]}{midway}, and this fit at epoch {first}: '
+                         'masks are taken over, progress is not')
     self._led, self._floor, self._last = state['led'], state['floor'], state['last']
     self.history, self._random = list(state['history']), state['random']
     same = len(state['asked']) == len(asked := self._asked_for()) and all(abs(a - b) < 1e-6 for a,b in zip(asked, state['asked']))
-    self._say(f'Resuming from {when}' + ('' if same else ', with another target, schedule or number of epochs'))
+    self._say(f'Resuming at epoch {first}{midway}' + ('' if same else ', with another target, schedule or number of epochs'))
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #5898fe42
 @patch

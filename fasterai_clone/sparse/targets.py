@@ -155,10 +155,12 @@ def _no_layer(model, types):
     return (f'The model has no layer of type {", ".join(t if isinstance(t, str) else t.__name__ for t in types)}. '
             f'Layers with weights it has: {", ".join(f"{k} ({n})" for k,n in have.items()) or "none"}. Choose with `layer_type`')
 
+def _plain_name(name): return '.'.join(k for k in name.split('.') if k != '_orig_mod')  # of `torch.compile`
+
 def _layers(model, types, part):
     "(index, name, layer) of the layers of one of the `types`, inside `part`"
     inside = set((model if part is None else part).modules())
-    found  = [(i, n.replace('_orig_mod.', ''), m) for i,(n,m) in enumerate(model.named_modules()) if m in inside and _is_layer(m, types)]
+    found  = [(i, _plain_name(n), m) for i,(n,m) in enumerate(model.named_modules()) if m in inside and _is_layer(m, types)]
     if not found: raise ValueError(_no_layer(model, types))
     return found
 
