@@ -3,6 +3,7 @@
 An error, Ctrl-C or SIGKILL at each event of fastai's loop, before, between and after the events of `SparsifyCallback`; Ctrl-C at lines of
 the library itself; SIGKILL in the middle of a write. `tests/test_faults.py worker FOLDER` is the process that forks those that are killed."""
 import copy, json, os, pickle, random, resource, signal, subprocess, sys, zipfile
+from linecache import getline
 from pathlib import Path
 
 import numpy as np, torch, torch.nn as nn
@@ -78,6 +79,7 @@ def anatomy(learn):
 
 def check_untouched(learn, before, where):
     assert anatomy(learn) == before, f'{where}: something is left behind'
+    assert torch.is_grad_enabled(), where
     params = list(learn.model.parameters())
     assert [id(p) for p,*_ in learn.opt.all_params()] == list(map(id, params)), f'{where}: the optimizer has other parameters'
     assert set(map(id, learn.opt.state)) <= set(map(id, params)), f'{where}: the optimizer knows of others'
@@ -169,7 +171,9 @@ LIBRARY = str(Path(fasterai_clone.__file__).parent)
 CLEANUP = ('_join', '_leave', '_release', '_set_learn', 'release')  # what puts things back is not undone if it is stopped itself
 
 class Interrupt:
-    "While it is on, counts the lines of the library as they run, and raises at the `nth`; `seen`: line → when it ran"
+    """While it is on, counts the lines of the library as they run, and raises at the `nth`; `seen`: line → when it ran
+
+    Not at a `with`: Python runs that line again before it leaves the block, where no signal is looked at and nothing would be closed."""
     def __init__(self, nth=None): self.nth, self.n, self.at, self.seen = nth, 0, None, {}
 
     def __call__(self, frame, what, arg):
@@ -183,7 +187,8 @@ class Interrupt:
     def line(self, frame, what, arg):
         if what == 'line':
             self.n += 1
-            self.seen.setdefault((frame.f_code.co_filename, frame.f_lineno), []).append(self.n)
+            place = frame.f_code.co_filename, frame.f_lineno
+            if not getline(*place).strip().startswith('with '): self.seen.setdefault(place, []).append(self.n)
             if self.n == self.nth:
                 self.at = f'{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}'
                 raise KeyboardInterrupt
