@@ -86,6 +86,7 @@ class Criteria:
     group_fn: Callable|None = None           # scores, one row a group → one score a group, in place of `reducer`
     structured: bool = False                 # for groups of several weights only
     channels: bool = False                   # for groups that are whole output channels only
+    signed: bool = False                     # scores can be below zero, which LAMP has no sense for
 
     def __post_init__(self):
         for k in ('f', 'reducer', 'normalizer', 'output_fn', 'step_fn', 'measure', 'group_fn'):
@@ -203,12 +204,12 @@ large_init             = Criteria(magnitude,     needs_init=True, return_init=Tr
 small_init             = Criteria(neg_magnitude, needs_init=True, return_init=True)
 large_init_large_final = Criteria(magnitude,     needs_init=True, output_fn=smaller)
 small_init_small_final = Criteria(magnitude,     needs_init=True, output_fn=neg_larger)
-magnitude_increase     = Criteria(magnitude,     needs_init=True, output_fn=increase)
+magnitude_increase     = Criteria(magnitude,     needs_init=True, output_fn=increase, signed=True)
 movement               = Criteria(identity,      needs_init=True, output_fn=distance)
 movmag                 = Criteria(identity,      needs_init=True, output_fn=distance_times_magnitude)
 
 # %% ../../nbs/01_core.criteria.ipynb #a0f151f8
-updating_magnitude_increase = Criteria(magnitude, needs_update=True, output_fn=increase)
+updating_magnitude_increase = Criteria(magnitude, needs_update=True, output_fn=increase, signed=True)
 updating_movement           = Criteria(identity,  needs_update=True, output_fn=distance)
 updating_movmag             = Criteria(identity,  needs_update=True, output_fn=distance_times_magnitude)
 
@@ -231,7 +232,7 @@ def scaled(now, ref):
 
 gradient = grad_crit = Criteria(identity, needs_grad=True, return_init=True)
 fisher               = Criteria(identity, needs_grad=True, step_fn=squared_gradient, output_fn=half_square_times)
-sanh_movement        = Criteria(identity, needs_grad=True, step_fn=away_from_zero, lasting=True, return_init=True)
+sanh_movement        = Criteria(identity, needs_grad=True, step_fn=away_from_zero, lasting=True, return_init=True, signed=True)
 
 # %% ../../nbs/01_core.criteria.ipynb #f2de9969
 _ELEMENTWISE = (magnitude, neg_magnitude, square, identity, smaller, neg_larger, increase, distance, distance_times_magnitude, scaled,

@@ -192,7 +192,7 @@ def _blocks(m, shape, granularity, param):
     "A weight of `shape` in tiles"
     sizes, parts = _block_sizes(granularity), getattr(m, 'groups', 1)
     if len(sizes) > len(shape):
-        raise ValueError(f'{granularity!r} has {len(sizes)} sizes, the {param} of {type(m).__name__} {len(shape)} axes')
+        raise ValueError(f'The granularity {granularity!r} has {len(sizes)} sizes, the {param} of {type(m).__name__} {len(shape)} axes')
     sizes += shape[len(sizes):]
     for axis,(size,k) in enumerate(zip(shape, sizes)):
         whole = size//parts if axis == 0 and parts > 1 else size  # a tile stays inside one part of a grouped convolution

@@ -471,7 +471,7 @@ def norm_scales(
 # %% ../../nbs/08_core.measure.ipynb #7c7e3ef0
 wanda           = Criteria(magnitude, measure=input_norms,    output_fn=scaled)
 snip            = Criteria(identity,  measure=snip_scores,    return_init=True)
-grasp           = Criteria(identity,  measure=grasp_scores,   return_init=True)
+grasp           = Criteria(identity,  measure=grasp_scores,   return_init=True, signed=True)
 synflow         = Criteria(identity,  measure=synflow_scores, return_init=True, rate=0.05, reducer=Reducer.sum)
 apoz            = Criteria(identity,  measure=channel_zeros,  return_init=True, channels=True)
 mean_activation = Criteria(identity,  measure=channel_means,  return_init=True, channels=True)

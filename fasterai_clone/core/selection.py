@@ -24,7 +24,8 @@ def check_sparsity(
     "`sparsity` as a float, if it is a percentage"
     if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
         raise TypeError(f'`{what}` is a percentage, a number from 0 to 100; got {sparsity!r} ({type(sparsity).__name__})')
-    s = float(sparsity)
+    try: s = float(sparsity)
+    except OverflowError: s = math.inf
     if not 0 <= s <= 100: raise ValueError(f'`{what}` is a percentage, a number from 0 to 100; got {s:g}')
     if 0 < s < 1: raise ValueError(f'`{what}` is a percentage: {s:g} would be less than one percent. For {100*s:g} % write {100*s:g}')
     return s

@@ -102,11 +102,11 @@ def enter(self:CompactStep) -> None:
 def exit(self:CompactStep) -> None:
     "After a step: write the kept weights back"
     if not self.open: return
-    self.open = False
     for s in self.slots:
         if s.params[s.i] is not s.kept: continue
         s.full.data.view(-1).index_copy_(0, s.index, s.kept.data)
         s.params[s.i], s.state, s.kept.grad = s.full, self.opt.state.pop(s.kept), None
+    self.open = False  # last: an interrupt may come in between
 
 @patch
 @torch.no_grad()

@@ -88,7 +88,8 @@ class KeepSparsity(_Lean):
         if not isinstance(masks, (Mapping, type(None))):
             raise TypeError('`masks` takes bool tensors by parameter name, as `Masks.of(model)` or `Masks.load(file)` gives them; '
                             f'got {type(masks).__name__}')
-        self.include, self.exclude, self.verbose = _patterns('include', include), _patterns('exclude', exclude), verbose
+        _patterns('include', include), _patterns('exclude', exclude)
+        self.include, self.exclude, self.verbose = include, exclude, verbose
         self.masks = self._given = None if masks is None else Masks(masks)
         self._kept, self._active, self._closing = None, False, _KeepClosing(self)
 

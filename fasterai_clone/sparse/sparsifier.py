@@ -56,8 +56,8 @@ def _check_granularity(granularity):
 # %% ../../nbs/11_sparse.sparsifier.ipynb #e5a98b8e
 def _check_context(context, nm, round_to, min_sparsity, max_sparsity, budget):
     "Refuse what the context cannot do"
-    if context not in _contexts: raise ValueError(_unknown('context', context, _contexts))
-    if budget  not in _budgets:  raise ValueError(_unknown('budget', budget, _budgets))
+    if not isinstance(context, str) or context not in _contexts: raise ValueError(_unknown('context', context, _contexts))
+    if not isinstance(budget,  str) or budget  not in _budgets:  raise ValueError(_unknown('budget', budget, _budgets))
     def needs(what, why, *legal):
         if context not in legal: raise ValueError(f'`{what}` {why}: it needs context={" or ".join(map(repr, legal))}, got {context!r}')
     if nm: needs('nm', 'keeps the best of each few weights of a layer', 'local', 'global')
@@ -71,6 +71,7 @@ def _check_context(context, nm, round_to, min_sparsity, max_sparsity, budget):
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f'`round_to` must be a positive whole number, got {round_to!r}')
     needs('round_to', 'counts the groups of a layer', 'local', 'global', 'erk', 'lamp')
+    if min_sparsity is not None: raise ValueError('`round_to` keeps more groups, perhaps more than `min_sparsity` allows: leave one of them out')
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #049c284a
 def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, include=None, exclude=None, round_to=None, params=None,
@@ -80,10 +81,26 @@ def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, includ
     _check_context(context, _parse_nm(nm, granularity), round_to, min_sparsity, max_sparsity, budget)
     _types(layer_type)
     _patterns('include', include), _patterns('exclude', exclude)
-    if not (params is None or isinstance(params, str) or isinstance(params, Iterable) and all(isinstance(p, str) for p in params)):
+    if not (params is None or isinstance(params, str) or isinstance(params, Iterable) and getattr(params, 'ndim', 1) and all(isinstance(p, str) for p in params)):
         raise TypeError(f'`params` takes names or patterns of parameters such as "bias", got {params!r}')
     for k,v in dict(min_sparsity=min_sparsity, max_sparsity=max_sparsity).items():
         for s in v.values() if isinstance(v, dict) else [] if v is None else [v]: check_sparsity(s, k)
+
+
+def _check_flags(**flags):
+    "Refuse flags that are not True or False"
+    for k,v in flags.items():
+        if not isinstance(v, bool): raise TypeError(f'`{k}` must be True or False, got {v!r}')
+
+def _check_tools(data, loss_func, example_inputs):
+    "Refuse what no criterion could measure with"
+    if data is not None: batches(data, torch.device('cpu'))  # refuses what has no batches, and reads none
+    if loss_func is not None and not callable(loss_func):
+        raise TypeError(f'`loss_func` must be a function of (output, target), got {loss_func!r}')
+    x = example_inputs
+    ok = x is None or callable(x) or isinstance(x, (torch.Tensor, tuple, list)) or isinstance(x, Mapping) and all(isinstance(k, str) for k in x)
+    if not ok: raise TypeError('`example_inputs` must be a tensor, a tuple of what the model is called with, a dict of keyword arguments, or a '
+                               f'function that gives one of these; got {x!r}')
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #a9c7ae03
 class Sparsifier:
@@ -109,6 +126,7 @@ class Sparsifier:
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
         check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget)
+        _check_tools(data, loss_func, example_inputs)
         self.model, self.granularity, self.context, self.budget = unwrapped(model), granularity, context, budget
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen = data, loss_func, example_inputs, []
@@ -231,7 +249,7 @@ def _check_scores(scores, parts):
     for k,v in scores.items():
         if k not in shapes: raise ValueError(_unknown('parameter in `criteria`', k, shapes))
         if not isinstance(v, torch.Tensor) or tuple(v.shape) != shapes[k]:
-            raise ValueError(f'The scores of {k!r} must be a tensor of shape {shapes[k]}, got '
+            raise ValueError(f'`criteria`: the scores of {k!r} must be a tensor of shape {shapes[k]}, got '
                              f'{tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__}')
     missing = [k for k in shapes if k not in scores]
     if missing: raise ValueError(f'`criteria` has no scores for {", ".join(missing)}: give them, or leave those layers out with `exclude`')
@@ -241,12 +259,14 @@ def _check_scores(scores, parts):
 def _check_fit(self:Sparsifier, t):
     "Refuse a target that the pattern or the criterion is not made for"
     if self.nm and t.weight.ndim < 2:
-        raise ValueError(f'{t.name} has no input axis for an n:m pattern: leave it out with `exclude={t.name!r}`')
+        raise ValueError(f'`nm`: {t.name} has no input axis for an n:m pattern: leave it out with `exclude={t.name!r}`')
     axis  = _input_axis(t.parts[0]) if self.nm else 0
     parts = getattr(t.module, 'groups', 1) if axis == 0 else 1  # a transposed convolution has the inputs of all parts there
     if self.nm and (size := t.weight.shape[axis] // parts) % self.nm[1]:
-        raise ValueError(f'{t.label} has {size} inputs, not a multiple of {self.nm[1]}: leave it out with `exclude={t.label!r}`')
+        raise ValueError(f'`nm`: {t.label} has {size} inputs, not a multiple of {self.nm[1]}: leave it out with `exclude={t.label!r}`')
     if isinstance(self.criteria, dict): return
+    if self.criteria.signed and self.context == 'lamp':
+        raise ValueError('context="lamp" divides by sums of scores, and those of this `criteria` can be below zero: choose another of the two')
     if self.criteria.channels and output_channels(t) is None:
         legal = [g for g in Granularities.allowed_granularities(t.module, t.parts[0].param) if g != 'layer'
                  and output_channels(replace(t, parts=(replace(t.parts[0], groups=Granularities.groups(t.module, g, t.parts[0].param)),)))]
@@ -266,9 +286,17 @@ def _try_out(self:Sparsifier):
     self.plain, self.lazy = self._plain_magnitude(), self._elementwise()
     if self.reference in ('grad', 'measure') or self.plain or self.mesh is not None: return
     with torch.random.fork_rng(devices={t.weight.device for t in self.targets if t.weight.is_cuda}):
-        for t in self.targets:
-            scores = self._scores(t)
-            if self.context == 'lamp': lamp([scores])
+        for t in self.targets: self._try(t)
+
+@patch
+def _try(self:Sparsifier, t):
+    "Score the target `t`; what goes wrong is the fault of the criterion"
+    try:
+        scores = self._scores(t)
+        if self.context == 'lamp': lamp([scores])
+    except Exception as e:
+        kind = TypeError if isinstance(e, TypeError) else ValueError
+        raise kind(f'`criteria` cannot score {t.name}: {e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"}') from e
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #f9c782d2
 @patch(as_prop=True)
@@ -333,6 +361,16 @@ def _measure(self:Sparsifier):
         self.used.clear()
 
 @patch
+@torch.no_grad()
+def _try_measure(self:Sparsifier, batch):
+    "Measure and score once with `batch`, so that a criterion that cannot is found now"
+    self.seen = [batch]
+    try:
+        with _plainly(self.model): self._measure()
+        for t in self.targets: self._try(t)
+    finally: self.seen, self.refs = [], {}
+
+@patch
 def _data(self:Sparsifier):
     "The data to measure with, or example inputs for a criterion that only needs their shape"
     if self.seen: return self.seen
@@ -340,11 +378,14 @@ def _data(self:Sparsifier):
 
 @patch
 def _own_data(self:Sparsifier):
-    "`data` as one process can read it: fastai's `DistributedDL` waits for the others at the start"
+    "`data` as this process can read it"
     data = self.data
-    if self.processes is None or data is None or isinstance(data, nn.Module): return data
-    if hasattr(type(data), 'train'): data = data.train
-    return data.dl if type(data).__name__ == 'DistributedDL' else data
+    if self.processes is not None and hasattr(type(data), 'train') and not isinstance(data, nn.Module): data = data.train
+    return data if self.processes is None else _own_loader(data)
+
+def _own_loader(dl):
+    "The loader inside of fastai's `DistributedDL`, which waits for the other processes at its start"
+    return dl.dl if type(dl).__name__ == 'DistributedDL' else dl
 
 def _as_batch(x):
     "Inputs as a batch, of which the last part is the target"
@@ -373,7 +414,8 @@ def sparsities(self:Sparsifier,
     sparsity: float|list|dict  # percent: one for all layers, a list with one for each, or by layer name or pattern
 ) -> list[float]:
     "The sparsity of each layer, in percent"
-    if self.context in ('global', 'lamp', 'erk') and isinstance(sparsity, Iterable) and not isinstance(sparsity, (str, torch.Tensor)):
+    several = isinstance(sparsity, Iterable) and not isinstance(sparsity, (str, torch.Tensor)) and getattr(sparsity, 'ndim', 1)
+    if self.context in ('global', 'lamp', 'erk') and several:
         raise ValueError(f'A sparsity for each layer needs context="local": with {self.context!r} there is one for all, got {sparsity!r}')
     return layer_sparsities(self.targets, sparsity)
 
@@ -400,7 +442,9 @@ def counts(self:Sparsifier,
     round_to: int|None = None     # keep a multiple of this many groups in each layer
 ) -> list[int]:
     "`counts_at`, of arguments that are checked"
-    if round_to is not None: check_arguments(self.granularity, self.context, round_to=round_to)
+    if round_to is not None:
+        least = max(self.limits[0]) if self.limits else 0
+        check_arguments(self.granularity, self.context, round_to=round_to, min_sparsity=100. if least else None)
     each = self.sparsities(sparsity)
     if self.limits and not self.costs:
         sizes = [t.groups.n for t in self.targets]
@@ -416,7 +460,7 @@ def _check_reach(self:Sparsifier, pools, counts):
     for pool,k in zip(pools, counts):
         total = sum(t.groups.n for t in pool)
         if self.nm and k > (most := total * (self.nm[1]-self.nm[0]) // self.nm[1]):
-            raise ValueError(f'A {self.nm[0]}:{self.nm[1]} pattern has {100*(1 - self.nm[0]/self.nm[1]):g} % zeros: ask for at most that '
+            raise ValueError(f'`nm`: a {self.nm[0]}:{self.nm[1]} pattern has {100*(1 - self.nm[0]/self.nm[1]):g} % zeros: ask for at most that '
                              f'(got {k:,} of {most:,} in {pool[0].label})')
         if k == total and not self.costs: _warn_collapse([t.label or t.name for t in pool])
 
@@ -503,13 +547,14 @@ def _choose(self:Sparsifier, pool, k, journal, round_to):
     if self.mesh is not None: return self._choose_sharded(pool, k, round_to)
     scores = [t.weight if self.plain else self._lazy_scores(t) if self.lazy else self._scores(t) for t in pool]
     old    = [self._group_mask(t) for t in pool]
-    free   = self.limits or round_to and len(pool) > 1  # limits may put other masks in place of `old`
+    rounds = round_to and self.context in ('global', 'lamp')
+    free   = self.limits or rounds  # limits may put other masks in place of `old`
     reuse  = not (free or any(m is None or t.groups.dims for t,m in zip(pool, old)))
     if self.context in ('global', 'lamp'): scores, k, old = self._compared(scores, k, old)
     try:
         if self.context == 'output': keep = [row_mask(scores[0], k // scores[0].shape[a := self._outputs(pool[0])], old[0], a)]
         else: keep = keep_masks(scores, k, magnitude=self.plain, pruned=old, out=old if reuse else None, journal=journal)
-        if round_to and len(pool) > 1: keep = [self._round(s, m, o, round_to) for s,m,o in zip(scores, keep, old)]
+        if rounds: keep = [self._round(s, m, o, round_to) for s,m,o in zip(scores, keep, old)]
     except ValueError as e:
         ranked = ((t.name, self.criteria(t.weight, self._reference(t.parts[0])) if self.lazy else t.weight) for t in pool)
         names  = ', '.join(n for n,s in ranked if not torch.isfinite(s).all())
@@ -567,6 +612,7 @@ def _rounds(self:Sparsifier, counts, pools):
     return [[n - a * (b/a)**(i/steps) if self.costs else n - round(a * (b/a)**(i/steps)) for n,(a,b) in zip(total, left)]
             for i in range(1, steps)] + [counts]
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #ee3eb4a8
 @patch
 def _update(self:Sparsifier, counts, pools, round_to):
     "Choose once"
@@ -618,6 +664,7 @@ def sparsify_layer(self:Sparsifier,
 @patch
 def _wanted(self:Sparsifier, pools, sparsity, round_to, n, relative):
     "How many groups each of the `pools` drops"
+    _check_flags(relative=relative)
     if (sparsity is None) == (n is None):
         raise ValueError(f'Give either `sparsity`, a percentage, or `n`, a number of groups; got {sparsity!r} and {n!r}')
     if n is None and not relative and pools is self.pools: return self.counts(sparsity, round_to)
@@ -633,7 +680,7 @@ def _wanted(self:Sparsifier, pools, sparsity, round_to, n, relative):
     for pool,k,size in zip(pools, counts, sizes):
         if k > size:
             what = pool[0].label if len(pool) == 1 else 'The model'
-            raise ValueError(f'{what} has {size:,} groups, and {k:,} were to be dropped')
+            raise ValueError(f'{what} has {size:,} groups, and {k:,} were to be dropped' + (f': `n` is {n!r}' if n is not None else ''))
     if self.limits: check_limits(counts[0], *self.limits, [t.groups.n for t in self.targets])
     self._check_reach(pools, counts)
     return counts
@@ -747,6 +794,7 @@ def hold(self:Sparsifier,
     compact: bool = False    # step on the kept weights only (SGD, Adam, AdamW); what the optimizer knew of the others is forgotten
 ) -> Hold:
     "Keep the masks applied after each `optimizer.step()`, until `release()` of what is returned"
+    _check_flags(compact=compact)
     opt = _inner(optimizer)
     if not isinstance(opt, torch.optim.Optimizer):
         raise TypeError(f'`hold` takes a `torch.optim.Optimizer`, got {type(optimizer).__module__}.{type(optimizer).__name__}. '
@@ -807,7 +855,7 @@ def _check_sharded(self:Sparsifier, free):
 @patch
 def _choose_sharded(self:Sparsifier, pool, k, round_to):
     "New masks for what this process has of `pool`, by parameter name"
-    if round_to and len(pool) > 1: raise ValueError('`round_to` needs context="local" or "erk" where weights are sharded')
+    if round_to and self.context == 'global': raise ValueError('`round_to` needs context="local" or "erk" where weights are sharded')
     scores, error = [], None
     try: scores = [t.weight if self.plain else self._scores(t) for t in pool]
     except (ValueError, RuntimeError) as e: error = e
@@ -842,6 +890,7 @@ def _budget_used(self:Sparsifier):
     zero = sum(c * int((~self._alive(t)).count_nonzero()) for c,t in zip(self.costs, self.targets))
     return dict(params='weights', flops='multiply-adds')[self.budget], zero, self._prices()
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #fab9850c
 @patch
 def _rows(self:Sparsifier, t, zeros, empty):
     "A row for each part; the first one counts the groups"

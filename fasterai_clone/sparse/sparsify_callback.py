@@ -6,9 +6,9 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsify_callback.h
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #a54e655e
 from __future__ import annotations
-import math, random
+import math
 from collections.abc import Mapping
-import numpy as np, torch, torch.nn as nn
+import torch, torch.nn as nn
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import SkipToEpoch, ValueMetric
@@ -16,11 +16,11 @@ from fastai.torch_core import rank_distrib
 from fastcore.basics import patch, store_attr
 from ..core.criteria import Criteria, large_final
 from ..core.masks import Masks, _packed, _unpacked
-from ..core.measure import as_criteria
+from ..core.measure import as_criteria, untouched
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
 from .compact import why_not_compact
-from .sparsifier import Sparsifier, check_arguments
+from .sparsifier import Sparsifier, _check_flags, check_arguments
 from .ticket_files import _restore, _snapshot, save_ticket
 from .state import optimizer_state, random_state, set_optimizer_state, set_random_state
 from .targets import _plainly, unwrapped
@@ -107,6 +107,7 @@ class SparsifyCallback(_Lean):
         verbose: bool = True                      # print sparsity and the report
     ):
         check_arguments(granularity, context, nm, layer_type, include, exclude, round_to, params, min_sparsity, max_sparsity, budget)
+        _check_flags(lth=lth, reset_end=reset_end, save_tickets=save_tickets, compact=compact, verbose=verbose)
         _check_own(sparsity, context, rewind_epoch, every, start_epoch, end_epoch, model, rewind_step)
         criteria, schedule = as_criteria(criteria), as_schedule(schedule)
         if start_sparsity is not None: schedule = schedule(start_sparsity=check_sparsity(start_sparsity, 'start_sparsity'))
@@ -192,23 +193,39 @@ def _find_layers(self:SparsifyCallback):
     sp  = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type, part=self.model,
                      loss_func=self.learn.loss_func, example_inputs=self._some_inputs, **own)
     sp.counts(self.sparsity, self.round_to)  # refuses what this model cannot have
+    self._try_measure(sp)
     self.sparsifier, self._rewind_to = sp, None
     return True
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #d916608b
 @patch
-def _some_inputs(self:SparsifyCallback):
-    "Inputs of one batch"
+def _some_inputs(self:SparsifyCallback): return self._split(self._one_batch())[0]
+
+@patch
+def _one_batch(self:SparsifyCallback):
+    "A batch, of the validation set if there is one"
     dl = next((dl for dl in reversed(self.dls.loaders) if len(dl)), self.dls.train)
-    states = random.getstate(), np.random.get_state(), dl.rng
+    state = random_state(self.dls.loaders)
+    try: return dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
+    finally: set_random_state(state, self.dls.loaders)
+
+@patch
+def _split(self:SparsifyCallback, batch):
+    "Inputs and targets of `batch`"
+    if not isinstance(batch, (tuple, list)): return (batch,), ()
+    n = getattr(self.dls, 'n_inp', max(len(batch) - 1, 1))
+    return batch[:n], batch[n:]
+
+@patch
+def _try_measure(self:SparsifyCallback, sp):
+    "Measure once, with a batch"
+    if sp.reference != 'measure': return
+    batch = self._one_batch()
+    x, y  = self._split(batch)
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []): batch = dl.one_batch()
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        dl.rng = states[2]
-    if not isinstance(batch, (tuple, list)): return batch
-    return batch[:getattr(self.dls, 'n_inp', max(len(batch) - 1, 1))]
+        with untouched(sp.model), torch.no_grad(): self.learn.loss_func(sp.model(*x), *y)
+    except Exception: return
+    sp._try_measure(batch)
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #506f1931
 @patch

@@ -7,7 +7,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.targets.html.md"""
 # %% ../../nbs/10_sparse.targets.ipynb #7196afc6
 from __future__ import annotations
 import math, re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -171,14 +171,19 @@ def _matches(pattern, layer, module, name):
     if isinstance(pattern, str): return any(pattern == n or fnmatchcase(n, pattern) for n in (layer, name))
     if isinstance(pattern, re.Pattern): return any(pattern.search(n) for n in (layer, name))
     if isinstance(pattern, type): return isinstance(module, pattern)
-    return bool(pattern(layer, module))
+    try: return bool(pattern(layer, module))
+    except Exception as e:
+        raise ValueError(f'A function in `include` or `exclude` must take (name, module) and say yes or no; for {layer!r} '
+                         f'{getattr(pattern, "__name__", pattern)} raised {type(e).__name__}: {e}') from e
 
 def _patterns(what, patterns, found=None):
     "`patterns` as a list; each must match one of the `found` (layer, module, name), if those are known"
     if patterns is None: return []
     def legal(p): return isinstance(p, (str, re.Pattern, type)) or callable(p) and not isinstance(p, nn.Module)
     patterns = [patterns] if legal(patterns) or isinstance(patterns, nn.Module) else patterns
-    if not isinstance(patterns, Iterable) or not all(map(legal, patterns)):
+    if what == 'include' and isinstance(patterns, Sized) and getattr(patterns, 'ndim', 1) and not len(patterns):
+        raise ValueError('`include` is empty, so there would be no layer: leave it out for all of them')
+    if not isinstance(patterns, Iterable) or not getattr(patterns, 'ndim', 1) or not all(map(legal, patterns)):
         raise TypeError(f'`{what}` takes layer names or patterns like "body.*", regular expressions, types of layers or functions of '
                         f'(name, module); got {patterns!r}. For the layers inside a module there is `part`')
     patterns = list(patterns)
@@ -189,21 +194,23 @@ def _patterns(what, patterns, found=None):
     return patterns
 
 # %% ../../nbs/10_sparse.targets.ipynb #2e5d3265
-def _no_layer(model, types):
+def _no_layer(model, types, what):
     "The sentence for a model without layers of `types`"
     have = {}
     for m in model.modules():
         if any(p.ndim > 1 for p in m._parameters.values() if p is not None): have[type(m).__name__] = have.get(type(m).__name__, 0) + 1
-    return (f'The model has no layer of type {", ".join(t if isinstance(t, str) else t.__name__ for t in types)}. '
+    return (f'{what} has no layer of type {", ".join(t if isinstance(t, str) else t.__name__ for t in types)}. '
             f'Layers with weights it has: {", ".join(f"{k} ({n})" for k,n in have.items()) or "none"}. Choose with `layer_type`')
 
 def _plain_name(name): return '.'.join(k for k in name.split('.') if k != '_orig_mod')  # of `torch.compile`
 
 def _layers(model, types, part):
     "(index, name, layer) of the layers of one of the `types`, inside `part`"
+    if not isinstance(part, (nn.Module, type(None))): raise TypeError(f'`part` must be a module of the model, got {part!r}')
     inside = set((model if part is None else part).modules())
+    if inside.isdisjoint(model.modules()): raise ValueError(f'`part` has no module of the model, it is another {type(part).__name__}')
     found  = [(i, _plain_name(n), m) for i,(n,m) in enumerate(model.named_modules()) if m in inside and _is_layer(m, types)]
-    if not found: raise ValueError(_no_layer(model, types))
+    if not found: raise ValueError(_no_layer(model if part is None else part, types, 'The model' if part is None else '`part`'))
     return found
 
 def _owner(m, param):
@@ -236,6 +243,8 @@ def find_targets(
     "What is to become sparse, each parameter once"
     wanted, found = [params] if isinstance(params, str) else params, _layers(model, _types(layer_type), part)
     names  = [(n, m, _full(n, k)) for _,n,m in found for k in _layer_params(m, wanted)]
+    if not names and wanted is None:
+        raise ValueError(f'`layer_type` must be layers with weights, and {", ".join(dict.fromkeys(type(m).__name__ for *_,m in found))} have none')
     if not names:
         raise ValueError(_unknown('parameter in `params`', wanted, dict.fromkeys(k for *_,m in found for k,_ in m.named_parameters())))
     include, exclude = _patterns('include', include, names), _patterns('exclude', exclude, names)
@@ -294,7 +303,7 @@ def layer_sparsities(
         if (stray := [k for k in values if isinstance(k, nn.Module) and all(k is not t.module for t in targets)]):
             raise ValueError(_unknown('layer in `sparsity`', repr(stray[0]), labels))
         return [_asked(t, values) for t in targets]
-    if isinstance(sparsity, Iterable) and not isinstance(sparsity, (str, torch.Tensor)):
+    if isinstance(sparsity, Iterable) and not isinstance(sparsity, (str, torch.Tensor)) and getattr(sparsity, 'ndim', 1):
         each = [check_sparsity(s, f'sparsity[{i}]') for i,s in enumerate(sparsity)]
         if len(each) != len(labels): raise ValueError(f'`sparsity` has {len(each)} numbers for {len(labels)} layers: {", ".join(labels)}')
         return each
