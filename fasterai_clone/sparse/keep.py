@@ -52,7 +52,7 @@ def of(cls:Masks,
 # %% ../../nbs/15_sparse.keep.ipynb #9bcb6dd2
 class _Kept:
     "Masks, and where their parameters are: as much of a `Sparsifier` as it takes to keep masks applied"
-    reference, updates = None, 0  # there is no criterion, and the masks never change
+    reference, mesh, updates = None, None, 0  # there is no criterion, and the masks never change
     hold, compact_step, apply_masks = Sparsifier.hold, Sparsifier.compact_step, Sparsifier.apply_masks
 
     def __init__(self, masks, model):

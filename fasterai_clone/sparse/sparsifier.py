@@ -71,7 +71,7 @@ def _check_context(context, nm, round_to, min_sparsity, max_sparsity, budget):
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f'`round_to` must be a positive whole number, got {round_to!r}')
     needs('round_to', 'counts the groups of a layer', 'local', 'global', 'erk', 'lamp')
-    if min_sparsity is not None: raise ValueError('`round_to` keeps more groups, perhaps more than `min_sparsity` allows: leave one of them out')
+    if min_sparsity is not None: raise ValueError('`round_to` keeps more groups, maybe more than `min_sparsity` allows: leave one of them out')
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #049c284a
 def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, include=None, exclude=None, round_to=None, params=None,
@@ -81,7 +81,8 @@ def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, includ
     _check_context(context, _parse_nm(nm, granularity), round_to, min_sparsity, max_sparsity, budget)
     _types(layer_type)
     _patterns('include', include), _patterns('exclude', exclude)
-    if not (params is None or isinstance(params, str) or isinstance(params, Iterable) and getattr(params, 'ndim', 1) and all(isinstance(p, str) for p in params)):
+    several = isinstance(params, Iterable) and getattr(params, 'ndim', 1) and all(isinstance(p, str) for p in params)
+    if not (params is None or isinstance(params, str) or several):
         raise TypeError(f'`params` takes names or patterns of parameters such as "bias", got {params!r}')
     for k,v in dict(min_sparsity=min_sparsity, max_sparsity=max_sparsity).items():
         for s in v.values() if isinstance(v, dict) else [] if v is None else [v]: check_sparsity(s, k)
@@ -98,9 +99,10 @@ def _check_tools(data, loss_func, example_inputs):
     if loss_func is not None and not callable(loss_func):
         raise TypeError(f'`loss_func` must be a function of (output, target), got {loss_func!r}')
     x = example_inputs
-    ok = x is None or callable(x) or isinstance(x, (torch.Tensor, tuple, list)) or isinstance(x, Mapping) and all(isinstance(k, str) for k in x)
-    if not ok: raise TypeError('`example_inputs` must be a tensor, a tuple of what the model is called with, a dict of keyword arguments, or a '
-                               f'function that gives one of these; got {x!r}')
+    named = isinstance(x, Mapping) and all(isinstance(k, str) for k in x)
+    if not (x is None or named or callable(x) or isinstance(x, (torch.Tensor, tuple, list))):
+        raise TypeError('`example_inputs` must be a tensor, a tuple of what the model is called with, a dict of keyword arguments, or '
+                        f'a function that gives one of these; got {x!r}')
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #a9c7ae03
 class Sparsifier:
@@ -266,7 +268,7 @@ def _check_fit(self:Sparsifier, t):
         raise ValueError(f'`nm`: {t.label} has {size} inputs, not a multiple of {self.nm[1]}: leave it out with `exclude={t.label!r}`')
     if isinstance(self.criteria, dict): return
     if self.criteria.signed and self.context == 'lamp':
-        raise ValueError('context="lamp" divides by sums of scores, and those of this `criteria` can be below zero: choose another of the two')
+        raise ValueError('context="lamp" divides by sums of scores, and those of this `criteria` can be below zero: choose another one')
     if self.criteria.channels and output_channels(t) is None:
         legal = [g for g in Granularities.allowed_granularities(t.module, t.parts[0].param) if g != 'layer'
                  and output_channels(replace(t, parts=(replace(t.parts[0], groups=Granularities.groups(t.module, g, t.parts[0].param)),)))]
@@ -360,6 +362,7 @@ def _measure(self:Sparsifier):
         self.refs = accumulated(self.model, params, self.seen or self._own_data(), self.loss_func, self.criteria.step_fn)
         self.used.clear()
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #6e323dfd
 @patch
 @torch.no_grad()
 def _try_measure(self:Sparsifier, batch):
@@ -436,6 +439,7 @@ def counts_at(self:Sparsifier,
     if self.context in ('global', 'lamp'): round_to = None  # later, when it is known which layer gives how many
     return [_rounded(n, n_dropped(n, s), round_to) for n,s in zip(self.sizes, each)]
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #0161fe09
 @patch
 def counts(self:Sparsifier,
     sparsity: float|list|dict,    # percent
@@ -453,15 +457,15 @@ def counts(self:Sparsifier,
     self._check_reach(self.pools, counts)
     return counts
 
-# %% ../../nbs/11_sparse.sparsifier.ipynb #0161fe09
+# %% ../../nbs/11_sparse.sparsifier.ipynb #54aad34e
 @patch
 def _check_reach(self:Sparsifier, pools, counts):
     "Refuse more zeros than an n:m pattern has, and say so if nothing is to be left of a layer"
     for pool,k in zip(pools, counts):
         total = sum(t.groups.n for t in pool)
         if self.nm and k > (most := total * (self.nm[1]-self.nm[0]) // self.nm[1]):
-            raise ValueError(f'`nm`: a {self.nm[0]}:{self.nm[1]} pattern has {100*(1 - self.nm[0]/self.nm[1]):g} % zeros: ask for at most that '
-                             f'(got {k:,} of {most:,} in {pool[0].label})')
+            raise ValueError(f'`nm`: a {self.nm[0]}:{self.nm[1]} pattern has {100*(1 - self.nm[0]/self.nm[1]):g} % zeros: ask for '
+                             f'at most that (got {k:,} of {most:,} in {pool[0].label})')
         if k == total and not self.costs: _warn_collapse([t.label or t.name for t in pool])
 
 class LayerCollapse(UserWarning):

@@ -12,7 +12,6 @@ import torch, torch.nn as nn
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import SkipToEpoch, ValueMetric
-from fastai.torch_core import rank_distrib
 from fastcore.basics import patch, store_attr
 from ..core.criteria import Criteria, large_final
 from ..core.masks import Masks, _packed, _unpacked
@@ -20,10 +19,10 @@ from ..core.measure import as_criteria, untouched
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
 from .compact import why_not_compact
-from .sparsifier import Sparsifier, _check_flags, check_arguments
+from .sparsifier import Sparsifier, _check_flags, _check_tools, _own_loader, check_arguments
 from .ticket_files import _restore, _snapshot, save_ticket
 from .state import optimizer_state, random_state, set_optimizer_state, set_random_state
-from .targets import _plainly, unwrapped
+from .targets import _plainly, _processes, _rank, unwrapped
 
 # %% auto #0
 __all__ = ['SparsifyCallback', 'SparsifyClosing', 'SaveSparseModelCallback']
@@ -49,20 +48,6 @@ def _check_span(start_epoch, end_epoch):
             raise ValueError(f'`{k}` must be a number of epochs from 0, got {v!r}')
     if None not in (start_epoch, end_epoch) and start_epoch > end_epoch:
         raise ValueError(f'`start_epoch` {start_epoch} comes after `end_epoch` {end_epoch}')
-
-# %% ../../nbs/14_sparse.sparsify_callback.ipynb #22654815
-def _check_own(sparsity, context, rewind_epoch, every, start_epoch, end_epoch, model, rewind_step):
-    "Refuse what is wrong in any fit; the arguments are those of `SparsifyCallback`"
-    _check_sparsities(sparsity)
-    if isinstance(sparsity, (Mapping, list, tuple)) and context in ('global', 'lamp', 'erk'):
-        raise ValueError(f'A sparsity for each layer needs context="local": with {context!r} there is one for all, got {sparsity!r}')
-    _check_whole('rewind_epoch', rewind_epoch, 0)
-    _check_whole('every', every, 1)
-    if rewind_step is not None:
-        _check_whole('rewind_step', rewind_step, 0)
-        if rewind_epoch: raise ValueError(f'Rewind either to `rewind_epoch` or to `rewind_step`, got {rewind_epoch} and {rewind_step}')
-    _check_span(start_epoch, end_epoch)
-    if not isinstance(model, (nn.Module, type(None))): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #93a5188c
 class _Lean(Callback):
@@ -106,14 +91,30 @@ class SparsifyCallback(_Lean):
         data = None,                              # for criteria that measure: a batch, a DataLoader or a `dls`; None: the batch at hand
         verbose: bool = True                      # print sparsity and the report
     ):
-        check_arguments(granularity, context, nm, layer_type, include, exclude, round_to, params, min_sparsity, max_sparsity, budget)
-        _check_flags(lth=lth, reset_end=reset_end, save_tickets=save_tickets, compact=compact, verbose=verbose)
-        _check_own(sparsity, context, rewind_epoch, every, start_epoch, end_epoch, model, rewind_step)
-        criteria, schedule = as_criteria(criteria), as_schedule(schedule)
-        if start_sparsity is not None: schedule = schedule(start_sparsity=check_sparsity(start_sparsity, 'start_sparsity'))
         store_attr()
-        self.sparsifier, self.report, self.history = None, None, []
-        self._closing = SparsifyClosing(self)
+        self._check()
+        self.criteria, self.schedule = as_criteria(criteria), as_schedule(schedule)
+        if start_sparsity is not None: self.schedule = self.schedule(start_sparsity=check_sparsity(start_sparsity, 'start_sparsity'))
+        self.sparsifier, self.report, self.history, self._closing = None, None, [], SparsifyClosing(self)
+
+# %% ../../nbs/14_sparse.sparsify_callback.ipynb #aca99e99
+@patch
+def _check(self:SparsifyCallback):
+    "Refuse what is wrong in any fit"
+    _check_flags(**{k: getattr(self, k) for k in ('lth', 'reset_end', 'save_tickets', 'compact', 'verbose')})
+    check_arguments(self.granularity, self.context, self.nm, self.layer_type, self.include, self.exclude, self.round_to, self.params,
+                    self.min_sparsity, self.max_sparsity, self.budget)
+    _check_sparsities(self.sparsity)
+    if isinstance(self.sparsity, (Mapping, list, tuple)) and self.context in ('global', 'lamp', 'erk'):
+        raise ValueError(f'A sparsity for each layer needs context="local": with {self.context!r} there is one for all, got {self.sparsity!r}')
+    _check_whole('rewind_epoch', self.rewind_epoch, 0)
+    if self.rewind_step is not None:
+        _check_whole('rewind_step', self.rewind_step, 0)
+        if self.rewind_epoch: raise ValueError(f'Rewind either to `rewind_epoch` or to `rewind_step`, got {self.rewind_epoch} and {self.rewind_step}')
+    _check_whole('every', self.every, 1)
+    _check_span(self.start_epoch, self.end_epoch)
+    _check_tools(self.data, None, None)
+    if not isinstance(self.model, (nn.Module, type(None))): raise TypeError(f'`model` must be an `nn.Module`, got {type(self.model).__name__}')
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #efe1738b
 class SparsifyClosing(_Lean):
@@ -188,7 +189,9 @@ def _find_layers(self:SparsifyCallback):
     model = self.learn.model
     if self.model is not None and set(self.model.modules()).isdisjoint(model.modules()):
         raise ValueError('`model` has no module of the model this learner trains: pass a part of it, or leave it out to sparsify all of it')
-    if self.sparsifier is not None and self.sparsifier.model is unwrapped(model): return False
+    if self.sparsifier is not None and self.sparsifier.model is unwrapped(model):
+        self.sparsifier.processes = _processes(model)
+        return False
     own = {k: getattr(self, k) for k in ('include', 'exclude', 'params', 'data', 'min_sparsity', 'max_sparsity', 'budget')}
     sp  = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type, part=self.model,
                      loss_func=self.learn.loss_func, example_inputs=self._some_inputs, **own)
@@ -204,7 +207,7 @@ def _some_inputs(self:SparsifyCallback): return self._split(self._one_batch())[0
 @patch
 def _one_batch(self:SparsifyCallback):
     "A batch, of the validation set if there is one"
-    dl = next((dl for dl in reversed(self.dls.loaders) if len(dl)), self.dls.train)
+    dl = _own_loader(next((dl for dl in reversed(self.dls.loaders) if len(dl)), self.dls.train))
     state = random_state(self.dls.loaders)
     try: return dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
     finally: set_random_state(state, self.dls.loaders)
@@ -256,7 +259,7 @@ def _check_gradients(self:SparsifyCallback):
 
 @patch
 def _say(self:SparsifyCallback, s):
-    if self.verbose and not rank_distrib(): print(s)
+    if self.verbose and _rank() == 0: print(s)
 
 @patch(as_prop=True)
 def _each(self:SparsifyCallback): return isinstance(self.sparsity, (Mapping, list, tuple))
@@ -398,7 +401,7 @@ def _save_ticket(self:SparsifyCallback, which):
     with _plainly(sp.model): state = {k: saved[k] for k in sp.model.state_dict() if k in saved}
     about = dict(granularity=str(self.granularity), rewound_to=self._rewind_point, epoch=self.epoch)
     self._say(f'Saving {which} Ticket')
-    if not rank_distrib(): save_ticket(self.path/self.model_dir/f'winning_ticket_{sp.masks.sparsity:.2f}', state, sp.masks, **about)
+    if _rank() == 0: save_ticket(self.path/self.model_dir/f'winning_ticket_{sp.masks.sparsity:.2f}', state, sp.masks, **about)
 
 @patch
 def _after_pruning(self:SparsifyCallback):
@@ -410,7 +413,7 @@ def _after_pruning(self:SparsifyCallback):
 def before_epoch(self:SparsifyCallback):
     "Random numbers as they were, after a resume; what to rewind to, if this is the point"
     if not self._active or self.learn.lock.locked(): return
-    if self._random and not rank_distrib(): set_random_state(self._random, self.dls.loaders)  # epochs that are skipped may draw some
+    if self._random and _rank() == 0: set_random_state(self._random, self.dls.loaders)  # epochs that are skipped may draw some
     if self._rewinds and self._rewind_to is None and self.rewind_step is None and self.epoch == self.rewind_epoch: self._remember()
 
 @patch
@@ -519,7 +522,7 @@ def _finish(self:SparsifyCallback):
         sp.apply_masks()
     if self.reset_end    and self._rewind_to: self._rewind()
     if self.save_tickets and self._rewind_to: self._save_ticket('Final')
-    self.report, self._active = sp.report(), False
+    self.report, self._active, sp.processes = sp.report(), False, None
     self.learn.__dict__.pop('_sparse_states', None)  # of a checkpoint that was reloaded at the end
     self._say(f'Final Sparsity: {self._counted()}\n\n{self.report}')
 

@@ -244,7 +244,8 @@ def find_targets(
     wanted, found = [params] if isinstance(params, str) else params, _layers(model, _types(layer_type), part)
     names  = [(n, m, _full(n, k)) for _,n,m in found for k in _layer_params(m, wanted)]
     if not names and wanted is None:
-        raise ValueError(f'`layer_type` must be layers with weights, and {", ".join(dict.fromkeys(type(m).__name__ for *_,m in found))} have none')
+        kinds = ', '.join(dict.fromkeys(type(m).__name__ for *_,m in found))
+        raise ValueError(f'`layer_type` must be layers with weights, and {kinds} have none')
     if not names:
         raise ValueError(_unknown('parameter in `params`', wanted, dict.fromkeys(k for *_,m in found for k,_ in m.named_parameters())))
     include, exclude = _patterns('include', include, names), _patterns('exclude', exclude, names)
