@@ -1,7 +1,7 @@
 "What is coupled: networks small enough to see it, what keeps a channel, and the same groups as torch-pruning's"
 import copy, threading
 
-import pytest, torch, torch.nn as nn, torch.nn.functional as F
+import pytest, torch, torch.nn as nn, torch.nn.functional as F, torch.nn.utils.prune
 
 from fasterai_clone.prune.all import *
 from fasterai_clone.prune.coupling import _OPS
@@ -146,6 +146,39 @@ def test_what_keeps_channels(net, x, why):
     first = next(iter(reasons))
     assert why in reasons[first] and not free(net, x).get(first)
 
+def test_parameters_that_scale_need_not_be_zero_and_those_that_are_added_must():
+    net = Net(lambda m, x: m.b(m.a(x) * m.scale + m.shift), a=conv(3, 4), b=conv(4, 2))
+    net.scale, net.shift = (nn.Parameter(torch.ones(4, 1, 1)) for _ in 'ab')
+    group = coupled_groups(net, image())[0]
+    assert {m.name: m.held for m in group.members} == {'scale': False, 'shift': True, 'a.weight': True, 'a.bias': True, 'b.weight': False}
+
+def test_a_buffer_that_is_added_keeps_its_channels():
+    net = Net(lambda m, x: m.b(m.a(x) + m.shift), a=conv(3, 4), b=conv(4, 2))
+    net.register_buffer('shift', torch.ones(4, 1, 1))
+    assert 'the buffer `shift` is in it' in kept(net, image()).values() and not free(net, image())
+
+def test_tokens_are_no_channels():
+    "A class token, positions, a part of the tokens: the channels are free as long as nothing normalises over them"
+    def forward(m, x):
+        x = torch.cat([m.token.expand(len(x), -1, -1), m.a(x).flatten(2).transpose(1, 2)], 1) + m.place
+        return m.b(x[:, 0].relu())
+    net = Net(forward, a=conv(3, 4), b=nn.Linear(4, 2))
+    net.token, net.place = nn.Parameter(torch.ones(1, 1, 4)), nn.Parameter(torch.ones(1, 17, 4))
+    group = free(net, image())['a']
+    assert set(group) == {('token', 2), ('place', 2), ('a.weight', 0), ('a.bias', 0), ('b.weight', 1)} and set(map(tuple, group.values())) == {(0, 1, 2, 3)}
+
+@pytest.mark.parametrize('mix, alone', [(nn.Linear(5, 5, bias=False), True), (nn.Linear(5, 5), False), (nn.LayerNorm(5), False), (nn.BatchNorm1d(4), True)])
+def test_what_is_added_along_another_axis(mix, alone):
+    "A bias for each token does not go with a channel: its zeros are not zero any more"
+    net = Net(lambda m, x: m.b(m.mix(m.a(x).transpose(1, 2)).transpose(1, 2)), a=nn.Linear(3, 4), mix=mix, b=nn.Linear(4, 2))
+    assert ('a' in free(net, torch.randn(2, 5, 3))) == alone
+    if not alone: assert '`mix`' in kept(net, torch.randn(2, 5, 3))['a']
+
+@pytest.mark.parametrize('wrap', [nn.DataParallel, lambda m: torch.compile(m, backend='eager')])
+def test_wrapped_models_have_the_names_inside(wrap):
+    net = nn.Sequential(conv(3, 4), conv(4, 2))
+    assert [g.name for g in coupled_groups(wrap(net), image())] == ['0', '1']
+
 def test_group_norm_by_whole_groups():
     groups = free(nn.Sequential(conv(3, 4), nn.GroupNorm(2, 4), conv(4, 2)), image())
     assert groups['0'][('0.weight', 0)] == groups['0'][('1.weight', 0)] == groups['0'][('2.weight', 1)] == [0, 0, 1, 1]
@@ -186,6 +219,13 @@ def test_errors():
     with pytest.raises(ValueError, match='run one batch through it first'): coupled_groups(nn.LazyLinear(3), image())
     with pytest.raises(ValueError, match='no tensor is found'): coupled_groups(Net(lambda m, x: 3, a=conv(3, 4)), image())
     with pytest.raises(ValueError, match='cannot be copied'): coupled_groups(Net(lambda m, x: x, a=type('C', (nn.Conv2d,), {'__deepcopy__': 0})(3, 4, 1)), image())
+
+def test_held_by_torch_prune():
+    net = nn.Sequential(conv(3, 4), conv(4, 2))
+    torch.nn.utils.prune.random_structured(net[0], 'weight', 0.5, 0)
+    with pytest.raises(ValueError, match='end that first with `prune.remove`'): coupled_groups(net, image())
+    torch.nn.utils.prune.remove(net[0], 'weight')
+    assert list(free(net, image())) == ['0']
 
 @pytest.mark.parametrize('exclude', ['b', '[b]', [nn.Linear], lambda n, m: n == 'b'])
 def test_exclude(exclude):

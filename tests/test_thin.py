@@ -1,5 +1,5 @@
 "The thinned model computes the same: small networks by hand, the usual architectures, files, and what is refused"
-import copy, json, math, pickle
+import copy, json, pickle, random
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from safetensors import safe_open
@@ -175,6 +175,47 @@ def test_masks_of_a_sparsifier():
     small = thin(net, example_inputs=image())
     assert (small[0].out_channels, small[3].out_channels, small[7].in_features) == (4, 3, 48) and error(net, small, image()) < 1e-10
     assert n_params(thin(net, sp.masks, image())) == n_params(small)
+
+
+class Anything(nn.Module):
+    "Ten operations at random on the values there are so far"
+    def __init__(self, seed):
+        super().__init__()
+        rng = random.Random(seed)
+        self.layers, self.steps, widths = nn.ModuleList(), [], [3]
+        for i in range(10):
+            kind = rng.choice(['conv', 'conv', 'depthwise', 'grouped', 'transposed', 'norm', 'group norm', 'act', 'add', 'cat', 'gate'])
+            a, b = (rng.randrange(len(widths)) for _ in 'ab')
+            if kind == 'grouped' and widths[a] % 4: kind = 'conv'
+            if kind == 'group norm' and widths[a] % 4: kind = 'norm'
+            if kind in ('add', 'gate') and widths[a] != widths[b]: kind = 'cat'
+            n, o = widths[a], rng.choice([4, 8, 12])
+            made = dict(conv=lambda: conv(n, o, bias=rng.random() < 0.5), depthwise=lambda: conv(n, n, groups=n), grouped=lambda: conv(n, 8, groups=4),
+                        transposed=lambda: nn.ConvTranspose2d(n, o, 3, padding=1), norm=lambda: nn.BatchNorm2d(n),
+                        act=lambda: rng.choice([nn.ReLU(), nn.GELU(), nn.Hardswish(), nn.Sigmoid(), nn.PReLU(n), nn.Softmax(1)]))
+            made['group norm'] = lambda: nn.GroupNorm(4, n)
+            self.layers.append(made.get(kind, nn.Identity)())
+            self.steps.append((kind, a, b))
+            widths.append(dict(conv=o, transposed=o, grouped=8, cat=n + widths[b]).get(kind, n))
+        self.head = nn.Linear(sum(widths), 3)
+
+    def forward(self, x):
+        xs = [x]
+        for layer,(kind,a,b) in zip(self.layers, self.steps):
+            two = dict(add=lambda: xs[a] + xs[b], gate=lambda: xs[a] * xs[b].sigmoid(), cat=lambda: torch.cat([xs[a], xs[b]], 1))
+            xs.append(two.get(kind, lambda: layer(xs[a]))())
+        return self.head(torch.cat(xs, 1).mean((2, 3)))
+
+@pytest.mark.parametrize('seed', range(60))
+def test_anything(seed):
+    "Whatever the network: the law holds, and `thin` finds nothing to refuse"
+    torch.manual_seed(seed)
+    model, x = lively(Anything(seed), seed), image(3, 5, 5)
+    groups = coupled_groups(model, x)
+    masks  = coupled_masks(groups, channel_scores(groups, scores(model)), 60, ['local', 'global'][seed % 2])
+    zeros, small = masked(model, masks), thin(model, masks, x)
+    assert all(error(zeros, small, torch.randn(3, 3, 5, 5), t) < 1e-10 for t in (False, True))
+    assert n_params(small) < n_params(model) or not masks
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------------------------
