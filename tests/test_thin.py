@@ -275,6 +275,22 @@ def test_encoder_with_its_shortcuts():
     assert small.layers[1].self_attn.num_heads == 2 and small.layers[0].linear1.out_features == 16
 
 
+@pytest.mark.parametrize('name', ['Bert', 'GPT2'])
+def test_transformers(name):
+    "Hidden units go; the heads, whose number is in the code, and the stream, which is normalised, stay"
+    lib, ids = pytest.importorskip('transformers'), torch.randint(0, 50, (2, 7))
+    small = dict(vocab_size=50, num_hidden_layers=2, num_attention_heads=4, hidden_size=32, bos_token_id=1, eos_token_id=1)
+    if name == 'Bert': small |= dict(intermediate_size=128)
+    torch.manual_seed(0)
+    model = lively(getattr(lib, f'{name}Model')(getattr(lib, f'{name}Config')(**small)))
+    groups = coupled_groups(model, dict(input_ids=ids))
+    assert sum(g.n for g in groups if not g.why_not) >= 2*128
+    masks = coupled_masks(groups, channel_scores(groups, scores(model)), 50)
+    less  = thin(model, masks, dict(input_ids=ids))
+    torch.testing.assert_close(less.eval()(ids)[0], masked(model, masks).eval()(ids)[0])
+    assert n_params(model) - n_params(less) >= 2*64*(32 + 32 + 1)
+
+
 # -- the usual architectures -------------------------------------------------------------------------------------------------------------
 
 class UNet(nn.Module):
