@@ -226,6 +226,7 @@ def _split(layer, m, granularity, names, strict):
         except ValueError as e:
             if strict: raise
             refused = refused or e
+        except TypeError as e: raise TypeError(f'{e}. Or leave the layer out, with `layer_type`') from None
         else: found += [tuple(Part(_full(layer, n), *_owner(m, n), g) for n,g in parts)] if parts else []
     if refused and not found: raise refused
     return found
