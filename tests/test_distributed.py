@@ -254,7 +254,8 @@ def alike(a, b):
     if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(alike, a, b))
     return a == b
 
-def n_dropped(found): return [sum(int((~m).sum()) for k,m in f['masks'].items() if k in ('0.weight', '4.weight')) for f in found]
+def n_dropped(found): return [sum(int((~m).sum()) for k,m in f['masks'].items()
+                                       if k.removeprefix('body.') in ('0.weight', '4.weight')) for f in found]
 
 @pytest.mark.parametrize('criteria', available_criterias())
 def test_masks_and_references_are_the_same_after_each_step(both, criteria):

@@ -176,9 +176,10 @@ def test_state_dict_by_hand(tmp_path):
 
 def test_a_plain_model_loads_it_strictly():
     learn = learner()
-    learn.fit(2, 1e-2, cbs=[SparsifyCallback(80, verbose=False), SaveModelCallback(with_opt=True), SaveModelCallback(fname='plain', at_end=True)])
+    learn.fit(2, 1e-2, cbs=[SparsifyCallback(80, verbose=False), saver(), SaveModelCallback(fname='plain', at_end=True)])
     fresh = learner(seed=3).model
-    fresh.load_state_dict(torch.load('models/model.pth', weights_only=False)['model'], strict=True)
+    fresh.load_state_dict(torch.load('models/e1.pth', weights_only=False)['model'], strict=True)
+    assert same(weights(fresh), weights(learn.model))
     fresh.load_state_dict(torch.load('models/plain.pth', weights_only=True), strict=True)
     assert same(weights(fresh), weights(learn.model)) and len(read_state('models/plain.pth')) == 1
 

@@ -71,7 +71,8 @@ def _check_context(context, nm, round_to, min_sparsity, max_sparsity, budget):
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f'`round_to` must be a positive whole number, got {round_to!r}')
     needs('round_to', 'counts the groups of a layer', 'local', 'global', 'erk', 'lamp')
-    if min_sparsity is not None: raise ValueError('`round_to` keeps more groups, maybe more than `min_sparsity` allows: leave one of them out')
+    if min_sparsity is not None:
+        raise ValueError('`round_to` keeps more groups, perhaps more than `min_sparsity` allows: leave one of them out')
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #049c284a
 def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, include=None, exclude=None, round_to=None, params=None,

@@ -106,15 +106,18 @@ def _check(self:SparsifyCallback):
                     self.min_sparsity, self.max_sparsity, self.budget)
     _check_sparsities(self.sparsity)
     if isinstance(self.sparsity, (Mapping, list, tuple)) and self.context in ('global', 'lamp', 'erk'):
-        raise ValueError(f'A sparsity for each layer needs context="local": with {self.context!r} there is one for all, got {self.sparsity!r}')
+        raise ValueError(f'A sparsity for each layer needs context="local": with {self.context!r} there is one for all, '
+                         f'got {self.sparsity!r}')
     _check_whole('rewind_epoch', self.rewind_epoch, 0)
     if self.rewind_step is not None:
         _check_whole('rewind_step', self.rewind_step, 0)
-        if self.rewind_epoch: raise ValueError(f'Rewind either to `rewind_epoch` or to `rewind_step`, got {self.rewind_epoch} and {self.rewind_step}')
+        if self.rewind_epoch:
+            raise ValueError(f'Rewind either to `rewind_epoch` or to `rewind_step`, got {self.rewind_epoch} and {self.rewind_step}')
     _check_whole('every', self.every, 1)
     _check_span(self.start_epoch, self.end_epoch)
     _check_tools(self.data, None, None)
-    if not isinstance(self.model, (nn.Module, type(None))): raise TypeError(f'`model` must be an `nn.Module`, got {type(self.model).__name__}')
+    if not isinstance(self.model, (nn.Module, type(None))):
+        raise TypeError(f'`model` must be an `nn.Module`, got {type(self.model).__name__}')
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #efe1738b
 class SparsifyClosing(_Lean):
