@@ -1,5 +1,5 @@
 "A training that is stopped and resumed in another process ends with the very weights of one that never stopped"
-import json, os, subprocess, sys
+import copy, io, json, os, pickle, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pytest, torch, torch.nn as nn
@@ -224,7 +224,8 @@ def test_masks_of_the_checkpoint_replace_later_ones():
     assert seen[0] == 0 and zeros(learn.model) == [exact(n, 80) for n in sizes(learn.model)]
 
 @pytest.mark.parametrize('change, message', [(dict(granularity='filter'), 'granularity'), (dict(criteria='gradient'), 'reference'),
-                                             (dict(exclude='0'), "parameter '0.weight'")])
+                                             (dict(exclude='0'), "of other layers: '0.weight' is in one of them only"),
+                                             (dict(context='erk'), 'context')])
 def test_a_state_of_another_kind_is_refused_before_the_first_batch(change, message):
     learn = learner()
     learn.fit(4, 1e-2, cbs=[SparsifyCallback(80, schedule=lin, verbose=False), saver()])
@@ -273,3 +274,110 @@ def test_no_epoch_is_sparse_enough(capsys):
     stop = spy('after_epoch', early, order=80)
     learn.fit(4, 1e-2, cbs=[cb, SaveSparseModelCallback(), stop])
     assert 'No epoch was as sparse as the schedule ends' in capsys.readouterr().out and not Path('models/model.pth').exists()
+
+
+# What a second pair of eyes found
+
+def stopped(name='o', n_epoch=4, learn=None, **kwargs):
+    learn, cb = learn or learner(n=64), SparsifyCallback(80, verbose=False, **kwargs)
+    learn.fit(n_epoch, 1e-2, cbs=[cb, saver(name)])
+    return learn
+
+def test_a_state_of_fewer_layers_is_refused():
+    stopped(schedule='iterative', exclude='6')
+    again = learner(n=64)
+    again.load('o1')
+    with pytest.raises(ValueError, match="other layers: '6.weight' is in one"):
+        again.fit(4, 1e-2, cbs=SparsifyCallback(80, schedule='iterative'), start_epoch=2)
+
+def test_savers_in_a_resumed_fit():
+    "fastai tells them of epochs that are skipped: they would overwrite earlier checkpoints, or fail"
+    whole = stopped('e')
+    again, kept = learner(n=64, seed=3), Path('models/e_0.pth')
+    learner(n=64).fit(1, 1e-2, cbs=SaveModelCallback(fname='e', every_epoch=True, with_opt=True))
+    before = kept.read_bytes()
+    again.load('e1')
+    again.fit(4, 1e-2, start_epoch=2, cbs=[SparsifyCallback(80, verbose=False), SaveModelCallback(fname='e', every_epoch=True, with_opt=True)])
+    assert same(weights(whole.model), weights(again.model)) and kept.read_bytes() == before
+    best = learner(n=64, seed=3)
+    best.load('e1')
+    best.fit(4, 1e-2, start_epoch=2, cbs=[SparsifyCallback(80, verbose=False), SaveModelCallback()])
+
+def test_lr_find_after_load_keeps_the_state():
+    import fastai.callback.schedule  # patches `lr_find` in
+    whole, again = stopped(), learner(n=64, seed=3)
+    again.load('o1')
+    again.lr_find(num_it=6, show_plot=False)
+    again.fit(4, 1e-2, cbs=SparsifyCallback(80, verbose=False), start_epoch=2)
+    assert same(weights(whole.model), weights(again.model))
+
+def test_a_refused_fit_can_be_corrected():
+    whole, again = stopped(), learner(n=64, seed=3)
+    again.load('o1')
+    with pytest.raises(ValueError, match='`end_epoch` is 9'): again.fit(4, 1e-2, cbs=SparsifyCallback(80, end_epoch=9), start_epoch=2)
+    again.fit(4, 1e-2, cbs=SparsifyCallback(80, verbose=False), start_epoch=2)
+    assert same(weights(whole.model), weights(again.model))
+
+def test_a_checkpoint_without_a_rewind_point():
+    stopped(schedule='one_shot')
+    again = learner(n=64)
+    again.load('o0')
+    with pytest.raises(ValueError, match='`rewind_epoch` is before epoch 1'):
+        again.fit(4, 1e-2, cbs=SparsifyCallback(80, schedule='one_shot', lth=True), start_epoch=1)
+
+@pytest.mark.parametrize('sparsity, n_epoch', [(40, 4), (80, 6)])
+def test_another_target_brings_nothing_back(sparsity, n_epoch):
+    stopped(n_epoch=2 if n_epoch == 6 else 4)
+    again, seen = learner(n=64), []
+    again.load('o1')
+    start = sum(zeros(again.model))
+    again.fit(n_epoch, 1e-2, cbs=[SparsifyCallback(sparsity, verbose=False), spy('after_batch', lambda: seen.append(sum(zeros(again.model))))], start_epoch=2)
+    assert start and min(seen) >= start
+
+def test_state_after_fit_copies_and_exports():
+    learn, cb = learner(n=64), SparsifyCallback(80, verbose=False)
+    learn.fit(2, 1e-2, cbs=[cb, saver('o')])
+    assert cb.state_dict()['epoch'] == copy.deepcopy(cb).state_dict()['epoch'] == pickle.loads(pickle.dumps(cb)).state_dict()['epoch'] == 2
+    learn.export('plain.pkl')
+    learn.load('o1')
+    learn.export('loaded.pkl')
+    assert abs(os.path.getsize('loaded.pkl') - os.path.getsize('plain.pkl')) < 500
+
+def test_a_buffer_instead_of_a_file():
+    learn, buffer = learner(n=64), io.BytesIO()
+    cb = SparsifyCallback(80, verbose=False)
+    def save():
+        if learn.epoch == 1: learn.save(buffer)
+    learn.fit(4, 1e-2, cbs=[cb, spy('after_validate', save, order=61)])
+    again = learner(n=64, seed=3)
+    buffer.seek(0)
+    again.load(buffer)
+    again.fit(4, 1e-2, cbs=SparsifyCallback(80, verbose=False), start_epoch=2)
+    assert same(weights(learn.model), weights(again.model))
+
+def test_a_start_without_a_state_is_said(capsys):
+    learner(n=64).fit(3, 1e-2, cbs=SparsifyCallback(80), start_epoch=1)
+    assert 'No state was loaded: this fit begins anew at epoch 1' in capsys.readouterr().out
+
+def test_a_second_fit_rewinds_to_its_own_start():
+    learn, cb, starts = learner(n=64), SparsifyCallback(80, reset_end=True, verbose=False), []
+    for _ in range(2):
+        learn.fit(2, 1e-2, cbs=[spy('before_fit', lambda: starts.append(weights(learn.model)), order=0), cb])
+        with torch.no_grad(): learn.model[1].bias.add_(1)
+    assert torch.equal(learn.model[1].bias - 1, starts[1]['1.bias']) and not torch.equal(starts[0]['1.bias'], starts[1]['1.bias'])
+
+def test_the_scaler_of_fp16_goes_on(monkeypatch):
+    from fastai.callback import fp16
+    monkeypatch.setattr(fp16, 'GradScaler', lambda device, **kw: torch.amp.GradScaler('cpu', **kw))
+    monkeypatch.setattr(fp16, 'autocast', lambda device, **kw: torch.autocast('cpu', **kw))
+    def half(seed=0): return learner(n=64, seed=seed, cbs=fp16.MixedPrecision(init_scale=2.**24, growth_interval=4))
+    whole = stopped(learn=half())
+    again = half(3)
+    again.load('o1')
+    again.fit(4, 1e-2, cbs=SparsifyCallback(80, verbose=False), start_epoch=2)
+    assert same(weights(whole.model), weights(again.model))
+
+def test_tickets_need_a_folder(tmp_path):
+    (tmp_path/'file').touch()
+    with pytest.raises(ValueError, match='`save_tickets` writes to'):
+        learner(n=64, path=tmp_path/'file').fit(2, 1e-2, cbs=SparsifyCallback(80, schedule='one_shot', save_tickets=True))

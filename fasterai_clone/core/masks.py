@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn
 from fastcore.basics import patch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import prune
@@ -162,7 +162,9 @@ def load(cls:Masks,
 ) -> Masks:
     "The masks in `file`"
     file  = Path(file) if Path(file).suffix else Path(f'{file}.safetensors')
-    with safe_open(file, 'pt') as f:
+    try: opened = safe_open(file, 'pt')
+    except SafetensorError as e: raise ValueError(f'{file.name} has no masks that `Masks.save` wrote: {e}') from None
+    with opened as f:
         about = f.metadata() or {}
         if about.get('format') != _FORMAT: raise ValueError(f'{file.name} has no masks that `Masks.save` wrote')
         masks = {k: _unpacked(f.get_tensor(k), shape) for k,shape in json.loads(about['shapes']).items()}

@@ -924,21 +924,25 @@ def print_sparsity(self:Sparsifier) -> None:
 def state_dict(self:Sparsifier) -> dict:
     "Masks and references, as plain tensors: `torch.load(..., weights_only=True)` reads them"
     return dict(masks=dict(self.masks), refs=dict(self.refs), used=sorted(self.used),
-                reference=self.reference, granularity=self.granularity)
+                reference=self.reference, granularity=self.granularity, context=self.context, names=list(self._params()))
 
 @patch
 def load_state_dict(self:Sparsifier,
     state: dict  # from `state_dict`
 ) -> None:
     "Take over masks and references, and apply the masks"
-    missing = {'masks', 'refs', 'used', 'reference', 'granularity'} - set(state)
+    missing = {'masks', 'refs', 'used', 'reference', 'granularity', 'context', 'names'} - set(state)
     if missing: raise ValueError(f'Not the state of a `Sparsifier`: it has no {", ".join(sorted(missing))}')
-    for k in ('granularity', 'reference'):
+    for k in ('granularity', 'reference', 'context'):
         mine = getattr(self, k)
         if state[k] != mine: raise ValueError(f'The state is of another kind of `Sparsifier`: {k} {state[k]!r}, here {mine!r}')
     weights = self._params()
-    masks = {k: v.to(weights[k].device) if k in weights else v for k,v in state['masks'].items()}
-    self.masks.update(Masks(masks, shapes=self.masks.shapes))
+    if stray := sorted(set(state['names']) ^ set(weights)):
+        raise ValueError('The state is of a `Sparsifier` of other layers: '
+                         f'{", ".join(map(repr, stray[:5]))} {"is" if len(stray) == 1 else "are"} in one of them only')
+    masks = Masks({k: v.to(weights[k].device) if k in weights else v for k,v in state['masks'].items()}, shapes=self.masks.shapes)
+    self.masks.clear()
+    self.masks.update(masks)
     self.refs, self.used = {k: v.clone() for k,v in state['refs'].items()}, set(state['used'])
     self.updates += 1
     self.apply_masks()

@@ -6,16 +6,16 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsify_callback.h
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #a54e655e
 from __future__ import annotations
-import math
+import math, os
 from collections.abc import Mapping
 import torch, torch.nn as nn
 from fastai.callback.core import Callback
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import SkipToEpoch, ValueMetric
 from fastcore.basics import patch, store_attr
 from ..core.criteria import Criteria, large_final
-from ..core.masks import Masks, _packed, _unpacked
-from ..core.measure import as_criteria, untouched
+from ..core.masks import _packed, _unpacked
+from ..core.measure import _running, as_criteria
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
 from .compact import why_not_compact
@@ -174,18 +174,21 @@ def before_fit(self:SparsifyCallback):
     sp  = self.sparsifier
     self._goal, self._curve = sp.sparsities(self.sparsity), self._fitted_schedule()
     self._done, self._midway, self._told = (first := self._first_epoch()), False, False
-    self._loaded = self._loaded or self._claim(first)
+    self._asked, state = self._asked_for(), self._loaded or self._claim(first)
+    if not first: self._rewind_to = None  # a training of its own
     self._check_gradients()
-    self._check_rounds(first)
-    kept = sp.adopt(sp.counts(self.sparsity, self.round_to)) if new and not self._loaded else 0
+    self._check_rounds(first, state['rewind_to'] if state else self._rewind_to)
+    self._check_folder()
+    kept = sp.adopt(sp.counts(self.sparsity, self.round_to)) if new and not state else 0
     self._floor = self._last = sp.dropped()
     self._led, self._due, self._stepping, self.history, self.report = [0]*len(self._floor), None, False, [], None
-    self._resume(first)
+    self._resume(first, state)
     frozen = len(self._frozen())
     self._say(f'Pruning of {self.granularity} until a sparsity of [{", ".join(f"{s:g}" for s in self._per_layer(self._goal))}]%' +
               (f' ({frozen} of {len(sp.targets)} layers are frozen in this fit)' if frozen else '') +
               (f' ({kept:,} of {sum(t.groups.n for t in sp.targets):,} are zero already, and stay so)' if kept else ''))
 
+# %% ../../nbs/14_sparse.sparsify_callback.ipynb #0169bb96
 @patch
 def _find_layers(self:SparsifyCallback):
     "A `Sparsifier` for a model that has none yet; was it needed?"
@@ -229,7 +232,7 @@ def _try_measure(self:SparsifyCallback, sp):
     batch = self._one_batch()
     x, y  = self._split(batch)
     try:
-        with untouched(sp.model), torch.no_grad(): self.learn.loss_func(sp.model(*x), *y)
+        with _running(sp.model, False), torch.no_grad(): self.learn.loss_func(sp.model(*x), *y)
     except Exception: return
     sp._try_measure(batch)
 
@@ -362,7 +365,7 @@ def _rewind_point(self:SparsifyCallback):
     return f'epoch {self.rewind_epoch}' if self.rewind_step is None else f'step {self.rewind_step}'
 
 @patch
-def _check_rounds(self:SparsifyCallback, first):
+def _check_rounds(self:SparsifyCallback, first, rewind_to):
     "Refuse what cannot be rewound in a fit that begins with epoch `first`"
     if not self._rewinds: return
     per_epoch = len(self.dls.train)
@@ -371,7 +374,7 @@ def _check_rounds(self:SparsifyCallback, first):
     if begins < back:
         raise ValueError(f'{what} is {self._rewind_point.split()[1]}, but the schedule starts to prune in epoch {begins:g}: '
                          'rewind to a point before that')
-    if back < first and not (self._rewind_to or self._loaded):
+    if back < first and not rewind_to:
         raise ValueError(f'{what} is before epoch {first}, with which this fit begins: load a checkpoint that was saved during the earlier '
                          'fit with this callback, it has what to rewind to')
     if not (self.lth or self.save_tickets): return
@@ -380,6 +383,16 @@ def _check_rounds(self:SparsifyCallback, first):
     if any(a != b != c for a,b,c in zip(p, p[1:], p[2:])) and (self.every < per_epoch or n == len(p)):
         raise ValueError('`lth` and `save_tickets` act after each pruning, and this `schedule` prunes at every step: use one '
                          'with few steps, as `one_shot` or `iterative`, or prune once an epoch, with `every` as many as its steps')
+
+
+@patch
+def _check_folder(self:SparsifyCallback):
+    "Refuse tickets that could not be written"
+    folder = self.path/self.model_dir
+    if not self.save_tickets: return
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise ValueError(f'`save_tickets` writes to {folder}, which cannot be made: {e}') from None
+    if not os.access(folder, os.W_OK): raise ValueError(f'`save_tickets` writes to {folder}, which is not writable: set `learn.path`')
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #25070a64
 @patch
@@ -416,11 +429,16 @@ def _after_pruning(self:SparsifyCallback):
 def before_epoch(self:SparsifyCallback):
     "Random numbers as they were, after a resume; what to rewind to, if this is the point"
     if not self._active or self.learn.lock.locked(): return
+    if first := self._first_epoch():  # fastai tells those that save of epochs that are skipped, too
+        for cb in self.learn.cbs:
+            if isinstance(cb, TrackerCallback): cb.run = self.epoch >= first
     if self._random and _rank() == 0: set_random_state(self._random, self.dls.loaders)  # epochs that are skipped may draw some
     if self._rewinds and self._rewind_to is None and self.rewind_step is None and self.epoch == self.rewind_epoch: self._remember()
 
 @patch
-def before_train(self:SparsifyCallback): self._random = None
+def before_train(self:SparsifyCallback):
+    self._random = None
+    if self._active: self.learn.__dict__.pop('_sparse_states', None)  # not before: a `fit` that was refused can be corrected
 
 @patch
 def before_batch(self:SparsifyCallback):
@@ -440,16 +458,17 @@ def state_dict(self:SparsifyCallback) -> dict:
     sp = self.sparsifier.state_dict()
     sp['masks'] = {k: (list(m.shape), _packed(m)) for k,m in sp['masks'].items()}
     due = [] if self._due is None else [self._record()]  # of an epoch that is not printed yet
-    return dict(sparsifier=sp, asked=self._asked_for(), epoch=self._done, midway=self._midway, led=self._led, floor=self._floor,
+    scaler = self.learn and self.learn.__dict__.get('scaler')  # of `MixedPrecision`
+    return dict(sparsifier=sp, asked=self._asked, epoch=self._done, midway=self._midway, led=self._led, floor=self._floor,
                 last=self._last, history=self.history + due, rewind_to=self._rewind_to,
-                random=random_state(self.dls.loaders if self.learn else []))
+                scaler=scaler.state_dict() if scaler else {}, random=random_state(self.dls.loaders if self.learn else []))
 
 @patch
 def load_state_dict(self:SparsifyCallback,
     state: dict  # from `state_dict`
 ) -> None:
     "Go on from `state` in the next `fit`"
-    missing = {'sparsifier', 'asked', 'epoch', 'midway', 'led', 'floor', 'last', 'history', 'rewind_to', 'random'} - set(state)
+    missing = {'sparsifier', 'asked', 'epoch', 'midway', 'led', 'floor', 'last', 'history', 'rewind_to', 'scaler', 'random'} - set(state)
     if missing: raise ValueError(f'Not the state of a `SparsifyCallback`: it has no {", ".join(sorted(missing))}')
     self._loaded = state
 
@@ -470,26 +489,28 @@ def _claim(self:SparsifyCallback, first):
     "The state that `learn.load` found, if this fit begins with a later epoch"
     states = self.learn.__dict__.get('_sparse_states') or []
     if not first: states.clear()
-    return states.pop(0) if states else None
+    i = [cb for cb in self.learn.cbs if isinstance(cb, SparsifyCallback)].index(self)  # in the order in which they were saved
+    return states[i] if i < len(states) else None
 
 @patch
-def _resume(self:SparsifyCallback, first):
+def _resume(self:SparsifyCallback, first, state):
     "Go on from the state that was loaded, if there is one"
-    state, self._loaded, self._random = self._loaded, None, None
+    self._loaded = self._random = None
+    if state is None and first and not self._rewind_to and self.sparsifier.updates == 0:
+        self._say(f'No state was loaded: this fit begins anew at epoch {first}, from the weights as they are')
     if state is None: return
     sp, saved = self.sparsifier, state['sparsifier']
-    masks = Masks({k: _unpacked(bits, shape) for k,(shape,bits) in saved['masks'].items()}, shapes=sp.masks.shapes)
-    sp.masks.clear()
-    sp.load_state_dict({**saved, 'masks': masks})
+    sp.load_state_dict({**saved, 'masks': {k: _unpacked(bits, shape) for k,(shape,bits) in saved['masks'].items()}})
     self._rewind_to, self._floor = state['rewind_to'], sp.dropped()
     self._last = self._floor
     midway = ', from the middle of it' if state['midway'] else ''
     if state['epoch'] != first:
         return self._say(f'The state that was loaded goes on at epoch {state["epoch"]}{midway}, and this fit at epoch {first}: '
                          'masks are taken over, progress is not')
-    self._led, self._floor, self._last = state['led'], state['floor'], state['last']
     self.history, self._random = list(state['history']), state['random']
-    same = len(state['asked']) == len(asked := self._asked_for()) and all(abs(a - b) < 1e-6 for a,b in zip(asked, state['asked']))
+    if state['scaler'] and (scaler := self.learn.__dict__.get('scaler')): scaler.load_state_dict(state['scaler'])
+    same = len(state['asked']) == len(self._asked) and all(abs(a - b) < 1e-6 for a,b in zip(self._asked, state['asked']))
+    if same: self._led, self._floor, self._last = state['led'], state['floor'], state['last']
     self._say(f'Resuming at epoch {first}{midway}' + ('' if same else ', with another target, schedule or number of epochs'))
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #5898fe42

@@ -93,6 +93,7 @@ def read_state(
     file: str|Path  # a checkpoint
 ) -> list|None:     # the states, or None if there is none
     "What the callbacks of this library have saved in a checkpoint"
+    if isinstance(file, (str, Path)) and not Path(file).exists(): raise FileNotFoundError(f'There is no checkpoint {file}')
     if not zipfile.is_zipfile(file): return None
     with zipfile.ZipFile(file) as z:
         entry = next((n for n in z.namelist() if n.endswith(f'/{_ENTRY}')), None)
@@ -107,18 +108,27 @@ def _ours(learn): return [cb for cb in learn.cbs if hasattr(cb, '_state_to_save'
 @patch_to(Learner)
 @wraps(_save)
 def save(self, file, **kwargs):
-    if not _ours(self) or not isinstance(file, (str, Path)) or rank_distrib(): return _save(self, file, **kwargs)
+    if not _ours(self) or rank_distrib(): return _save(self, file, **kwargs)
     states = [s for cb in _ours(self) if (s := cb._state_to_save()) is not None]  # first: compact steps have taken the optimizer's apart
-    file   = join_path_file(file, self.path/self.model_dir, ext='.pth')
-    with _whole_file(file) as part:
-        save_model(part, self.model, getattr(self, 'opt', None), **kwargs)
-        _add_state(part, states)
+    def write(to):
+        save_model(to, self.model, getattr(self, 'opt', None), **kwargs)
+        _add_state(to, states)
+    if isinstance(file, (str, Path)):
+        file = join_path_file(file, self.path/self.model_dir, ext='.pth')
+        with _whole_file(file) as part: write(part)
+    else:
+        write(whole := io.BytesIO())
+        file.write(whole.getvalue())
     return file
+
+class _States(list):
+    "What was loaded, for the next `fit`: an export or a copy has none of it"
+    def __reduce__(self): return list, ()
 
 @patch_to(Learner)
 @wraps(_load)
 def load(self, file, device=None, **kwargs):
     _load(self, file, device, **kwargs)
     if isinstance(file, (str, Path)): file = join_path_file(file, self.path/self.model_dir, ext='.pth')
-    self._sparse_states = read_state(file) or []
+    if not hasattr(self, 'lr_finder'): self._sparse_states = _States(read_state(file) or [])  # that one loads what it began with
     return self

@@ -10,7 +10,7 @@ import json
 from base64 import b64decode, b64encode
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from ..core.granularity import _unknown
 from ..core.masks import Masks, _packed, _unpacked, _whole_file
@@ -86,7 +86,8 @@ def _open(file):
     "An open ticket, and what it says of itself"
     file = file if (file := Path(file)).exists() else _with_suffix(file)
     if not file.exists(): raise FileNotFoundError(f'There is no ticket {file}')
-    opened = safe_open(file, 'pt')
+    try: opened = safe_open(file, 'pt')
+    except SafetensorError as e: raise ValueError(f'{file.name} is no ticket: {e}') from None
     about  = opened.metadata() or {}
     if about.get('format') != _TICKET: raise ValueError(f'{file.name} is no ticket: `save_ticket` has not written it')
     if int(about['version']) > _VERSION:

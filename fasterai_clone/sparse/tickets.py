@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn
 from fastai.callback.core import CancelBatchException, CancelEpochException
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastai.torch_core import default_device
 from fastcore.basics import patch
@@ -140,8 +141,7 @@ def train(self:_Search, round, kind, masks, begin, resumed=False):
 
 def _trackers(learn):
     "Callbacks that watch a metric, as `SaveModelCallback` does"
-    def tracks(c): return 'TrackerCallback' in {k.__name__ for k in type(c).__mro__}  # importing it would switch progress bars on
-    return [c for c in learn.cbs if tracks(c)]
+    return [c for c in learn.cbs if isinstance(c, TrackerCallback)]
 
 @patch
 def put(self:_Search, state, masks):
@@ -303,6 +303,7 @@ def save(self:_Search, file, masks):
     "Write down the ticket of the last training"
     run    = self.runs[-1]
     result = {k: v for k,v in run.result.items() if isinstance(v, (int, float))}
+    if any(f.stem == file.name for f in self.files): file = file.with_name(f'{file.name}_round_{run.round}')  # as sparse as the last one
     self.files.append(save_ticket(file, self.start[0], masks, round=run.round, rewind_step=self.step, result=result))
 
 # %% ../../nbs/16_sparse.tickets.ipynb #764091c2
