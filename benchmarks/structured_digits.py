@@ -10,6 +10,7 @@ from fasterai_clone.sparse.all import Sparsifier, SparsifyCallback, agp
 from .timing import machine
 
 WIDTH, EPOCHS, LR, SPARSITY = 16, 15, 5e-3, 50
+END = 9  # the epoch by which all that is to go is gone; six are left to recover in
 FIELDS = 'seed kind correct of accuracy params multiply_adds file speedup_1 speedup_64 changed difference'.split()
 EXAMPLE = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -20,7 +21,7 @@ def trained(seed, width=WIDTH, cbs=None):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(EPOCHS, LR, cbs=cbs)
     return learn.model.eval()
 
-def pruning(): return SparsifyCallback(SPARSITY, 'filter', schedule=agp, verbose=False)
+def pruning(end): return SparsifyCallback(SPARSITY, 'filter', schedule=agp, end_epoch=end, verbose=False)
 
 def zeroed(net):
     "The same half of the filters by magnitude of `net`, at once and without training"
@@ -46,11 +47,12 @@ def row(seed, kind, dense, net, masked=None):
 
 def rows(seed):
     "A row for each kind of network"
-    dense, masked, narrow = trained(seed), trained(seed, cbs=pruning()), trained(seed, WIDTH//2)
+    dense, masked, late = trained(seed), trained(seed, cbs=pruning(END)), trained(seed, cbs=pruning(EPOCHS))
     yield row(seed, 'dense', dense, dense)
     yield row(seed, 'masked', dense, masked)
     yield row(seed, 'thinned', dense, thin(masked, example_inputs=EXAMPLE), masked)
-    yield row(seed, 'narrow from the start', dense, narrow)
+    yield row(seed, 'thinned, no time to recover', dense, thin(late, example_inputs=EXAMPLE), late)
+    yield row(seed, 'narrow from the start', dense, trained(seed, WIDTH//2))
     zero = zeroed(copy.deepcopy(dense))
     yield row(seed, 'pruned after training', dense, thin(zero, example_inputs=EXAMPLE), zero)
 
@@ -65,7 +67,7 @@ def main():
     for seed in range(args.seeds):
         table += rows(seed)
         print(f'seed {seed} done, {time.perf_counter() - start:.0f} s', flush=True)
-    about |= dict(seeds=args.seeds, epochs=EPOCHS, lr=LR, width=WIDTH, minutes=round((time.perf_counter() - start) / 60, 1))
+    about |= dict(seeds=args.seeds, epochs=EPOCHS, end=END, lr=LR, width=WIDTH, minutes=round((time.perf_counter() - start) / 60, 1))
     with open(args.out, 'w', newline='', encoding='utf-8') as f:
         f.writelines(f'# {k}: {v}\n' for k,v in about.items())
         writer = csv.DictWriter(f, FIELDS, lineterminator='\n')
