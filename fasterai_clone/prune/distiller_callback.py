@@ -37,21 +37,24 @@ def _read(schedule):
     "The contents of a YAML file, or of a text"
     import yaml  # comes with fastai
     is_text = isinstance(schedule, str) and '\n' in schedule
-    if not isinstance(schedule, (str, os.PathLike)): raise TypeError(f'Expected YAML or the path of a file with it, got {type(schedule).__name__}')
-    if not is_text and not Path(schedule).is_file(): raise FileNotFoundError(f'There is no file {str(schedule)!r}, and as YAML it is too short')
+    if not isinstance(schedule, (str, os.PathLike)):
+        raise TypeError(f'Expected YAML or the path of a file with it, got {type(schedule).__name__}')
+    if not is_text and not Path(schedule).is_file():
+        raise FileNotFoundError(f'There is no file {str(schedule)!r}, and as YAML it is too short')
     try: found = yaml.safe_load(schedule if is_text else Path(schedule).read_text(encoding='utf-8'))
     except yaml.YAMLError as e: raise ValueError(f'Not YAML: {e}') from e
-    if not isinstance(found, dict): raise ValueError(f'Not a schedule of Distiller: expected `pruners` and `policies`, got {type(found).__name__}')
+    if not isinstance(found, dict):
+        raise ValueError(f'Not a schedule of Distiller: expected `pruners` and `policies`, got {type(found).__name__}')
     return found
 
 # %% ../../nbs/24_prune.distiller_callback.ipynb #30adee3d
 def _sectioned(found, ignore):
     "The pruners and the policies in `found`, if that is all there is"
-    ignore = [ignore] if isinstance(ignore, str) else list(ignore)
+    ignore, legal = [ignore] if isinstance(ignore, str) else list(ignore), ('version', 'pruners', 'policies', *_sections)
     for k in ignore:
         if k not in _sections: raise ValueError(_unknown('section in `ignore`', k, _sections))
     for k,v in found.items():
-        if k not in ('version', 'pruners', 'policies', *_sections): raise ValueError(_unknown('section', k, ('version', 'pruners', 'policies', *_sections)))
+        if k not in legal: raise ValueError(_unknown('section', k, legal))
         if k in _sections and v and k not in ignore:
             raise ValueError(f'`{k}` ({", ".join(map(str, v))}): {_sections[k]}. To leave it out, pass `ignore={k!r}`')
     pruners, policies = found.get('pruners') or {}, found.get('policies') or []
@@ -64,22 +67,29 @@ def _sectioned(found, ignore):
 _kinds = dict(lr_scheduler='lr_schedulers', extension='extensions', regularizer='regularizers', quantizer='quantizers')
 _times = ('epochs', 'starting_epoch', 'ending_epoch', 'frequency')
 
+def _of_pruner(policy, ignored):
+    "The part of `policy` that is about a pruner; None if it is about what is ignored"
+    kind = next((k for k in policy if k in _kinds), None)
+    if kind and _kinds[kind] in ignored: return None
+    if kind: raise ValueError(f'A policy for {policy[kind]}: {_sections[_kinds[kind]]}. To leave it out, pass `ignore={_kinds[kind]!r}`')
+    legal = ('pruner', *_times)
+    if (stray := [k for k in policy if k not in legal]): raise ValueError(_unknown('key in a policy', stray[0], legal))
+    return policy['pruner'] if isinstance(policy.get('pruner'), dict) else {}
+
 def _policies(policies, pruners, ignored):
     "The policy of each pruner"
     found = {}
     for p in policies:
-        kind = next((k for k in p if k not in _times), None)
-        if kind in _kinds and _kinds[kind] in ignored: continue
-        if kind in _kinds: raise ValueError(f'A policy for {p[kind]}: {_sections[_kinds[kind]]}. To leave it out, pass `ignore={_kinds[kind]!r}`')
-        if (stray := [k for k in p if k not in ('pruner', *_times)]): raise ValueError(_unknown('key in a policy', stray[0], ('pruner', *_kinds, *_times)))
-        own  = p.get('pruner') if isinstance(p.get('pruner'), dict) else {}
+        if (own := _of_pruner(p, ignored)) is None: continue
         name = own.get('instance_name')
         if name not in pruners: raise ValueError(_unknown('`instance_name` in a policy', name, pruners))
         for k,v in (own.get('args') or {}).items():
-            if v and k != 'keep_mask': raise ValueError(f'The policy of `{name}` has {k}={v!r}: masks are computed from the weights as they are, and stay applied')
+            if v and k != 'keep_mask':
+                raise ValueError(f'The policy of `{name}` has {k}={v!r}: here masks follow from the weights as they are, and stay')
         if name in found: raise ValueError(f'`{name}` has two policies: expected one. Make two pruners of it')
         found[name] = p
-    if (idle := [k for k in pruners if k not in found]): raise ValueError(f'`{idle[0]}` has no policy, so it would never prune: add one, or leave the pruner out')
+    idle = next((k for k in pruners if k not in found), None)
+    if idle: raise ValueError(f'`{idle}` has no policy, so it would never prune: add one, or leave the pruner out')
     return found
 
 # %% ../../nbs/24_prune.distiller_callback.ipynb #6ba5543b
@@ -100,7 +110,8 @@ def _updates(name, policy, gradual, first_epoch):
         start, every = _whole(name, policy, 'starting_epoch', 0), _whole(name, policy, 'frequency', 1)
         n = len(range(start, _whole(name, policy, 'ending_epoch', 1), every)) if gradual else 1
     if gradual and n < 2:
-        raise ValueError(f'The policy of `{name}` leaves {n} update{"s"*(n != 1)}: AGP needs 2 or more between `starting_epoch` and `ending_epoch`')
+        raise ValueError(f'The policy of `{name}` leaves {n} update{"s"*(n != 1)}: AGP needs 2 or more, '
+                         'between `starting_epoch` and `ending_epoch`')
     if start < first_epoch: raise ValueError(f'`{name}` starts in epoch {start}, before `first_epoch` {first_epoch}')
     return start - first_epoch, n, every
 
@@ -130,7 +141,8 @@ def _granularity(pruner, spec, weight, layer):
     if kind in ('Channels', 'Rows') and linear:                     return 'column'
     if kind == 'Blocks' and isinstance(layer, nn.Conv2d):           return _blocks(pruner, spec.get('kwargs'))
     what = f'{type(layer).__name__} with {layer.groups} groups' if conv and layer.groups > 1 else type(layer).__name__
-    raise ValueError(f'`{pruner}`: {kind} of {weight}, a {what}, are not defined in Distiller. `SparsifyCallback` takes other granularities')
+    raise ValueError(f'`{pruner}`: {kind} of {weight}, a {what}, are not defined in Distiller. '
+                     '`SparsifyCallback` takes other granularities')
 
 # %% ../../nbs/24_prune.distiller_callback.ipynb #20cc1a27
 _classes = dict(  # class → what ranks, whether it takes groups, whether it follows AGP
@@ -185,14 +197,16 @@ def _asked(name, spec, gradual):
     "Weight → percent to arrive at, and the share of that which the first update takes"
     if 'levels' in spec or 'weights' not in spec:
         levels = spec.get('levels')
-        if not isinstance(levels, dict) or not levels: raise ValueError(f'`{name}`: expected `{"weights" if gradual else "levels"}`, got {levels!r}')
+        if not isinstance(levels, dict) or not levels:
+            raise ValueError(f'`{name}`: expected `{"weights" if gradual else "levels"}`, got {levels!r}')
         if '*' in levels: raise ValueError(f"`{name}`: '*' in `levels` means every parameter, biases and norms too: name the weights")
         return {k: _percent(name, f'levels[{k!r}]', v) for k,v in levels.items()}, 1.
     weights = [spec['weights']] if isinstance(spec['weights'], str) else spec['weights']
     if not isinstance(weights, list) or not weights: raise ValueError(f'`{name}`: `weights` must be a list of names, got {weights!r}')
     if not gradual: return dict.fromkeys(weights, _percent(name, 'desired_sparsity', spec.get('desired_sparsity'))), 1.
     first, last = (_percent(name, k, spec.get(k)) for k in ('initial_sparsity', 'final_sparsity'))
-    if first >= last: raise ValueError(f'`{name}`: `final_sparsity` must be more than `initial_sparsity`, got {last/100:g} and {first/100:g}')
+    if first >= last:
+        raise ValueError(f'`{name}`: `final_sparsity` must be more than `initial_sparsity`, got {last/100:g} and {first/100:g}')
     return dict.fromkeys(weights, last), first/last
 
 # %% ../../nbs/24_prune.distiller_callback.ipynb #f6dbe953
@@ -202,8 +216,8 @@ def _dependency(name, spec):
     if kind is None: return {}
     if kind != 'Leader': raise ValueError(f'`{name}`: ' + _unknown('group_dependency', kind, ['Leader']))
     if 'coupled' in inspect.signature(SparsifyCallback).parameters: return dict(coupled=True)
-    raise ValueError(f'`{name}`: `group_dependency: Leader` cannot be honoured in training. Use `coupled_masks` after it, which drops the same channels '
-                     'wherever they are added')
+    raise ValueError(f'`{name}`: `group_dependency: Leader` cannot be honoured in training. Use `coupled_masks` after it, which drops '
+                     'the same channels wherever they are added')
 
 def _callbacks(name, spec, policy, model, first_epoch, kwargs):
     "A callback for each granularity that the weights of a pruner have"
