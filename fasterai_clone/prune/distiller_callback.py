@@ -50,7 +50,7 @@ def _read(schedule):
 # %% ../../nbs/24_prune.distiller_callback.ipynb #30adee3d
 def _sectioned(found, ignore):
     "The pruners and the policies in `found`, if that is all there is"
-    ignore, legal = [ignore] if isinstance(ignore, str) else list(ignore), ('version', 'pruners', 'policies', *_sections)
+    legal = ('version', 'pruners', 'policies', *_sections)
     for k in ignore:
         if k not in _sections: raise ValueError(_unknown('section in `ignore`', k, _sections))
     for k,v in found.items():
@@ -247,6 +247,7 @@ def from_distiller_yaml(
     model = model if isinstance(model, nn.Module) else getattr(model, 'model', None)
     if not isinstance(model, nn.Module): raise TypeError('`model` must be an `nn.Module` or a learner')
     _check_whole('first_epoch', first_epoch, 0)
+    ignore = [ignore] if isinstance(ignore, str) else list(ignore)
     pruners, policies = _sectioned(_read(schedule), ignore)
     policies = _policies(policies, pruners, ignore)
     return [cb for name,spec in pruners.items() for cb in _callbacks(name, spec, policies[name], unwrapped(model), first_epoch, kwargs)]
