@@ -139,14 +139,26 @@ def test_epochs_of_a_checkpoint():
     with pytest.raises(ValueError, match='this fit has 3 epochs'), learn.no_bar(), learn.no_logging():
         learn.fit(3, cbs=from_distiller_yaml(yaml(), learn, verbose=False))
 
+class Residual(nn.Module):
+    "A block whose sum needs the same channels from both sides"
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 10, 3)
+    def forward(self, x):
+        x = self.conv1(x).relu()
+        return self.conv3(x + self.conv2(x)).mean((2, 3))
+
 def test_leader():
-    text = yaml(L1, AGP + 'group_type: Filters\n    group_dependency: Leader\n    weights: [0.weight, 3.weight]')
-    if 'coupled' in inspect.signature(SparsifyCallback).parameters:
-        assert all(cb.coupled for cb in from_distiller_yaml(text, digits_net(4)))
-    else:
-        with pytest.raises(ValueError, match='`p`: `group_dependency: Leader` cannot be honoured'): from_distiller_yaml(text, digits_net(4))
-    with pytest.raises(ValueError, match="Unknown group_dependency 'Follower'. Did you mean|Legal: Leader"):
-        from_distiller_yaml(text.replace('Leader', 'Follower'), digits_net(4))
+    learn = learner(model=Residual())
+    rest  = AGP + 'group_type: Filters\n    group_dependency: Leader\n    weights: [conv1.weight, conv2.weight]'
+    with pytest.raises(ValueError, match="Unknown group_dependency 'Follower'. .*Legal: Leader"):
+        one(L1, rest.replace('Leader', 'Follower'), model=learn.model)
+    if 'coupled' not in inspect.signature(SparsifyCallback).parameters:
+        with pytest.raises(ValueError, match='`p`: `group_dependency: Leader` cannot be honoured'): one(L1, rest, model=learn.model)
+        return
+    with learn.no_bar(), learn.no_logging(): learn.fit(6, cbs=one(L1, rest, model=learn.model))
+    dead = [(learn.model.get_parameter(f'{k}.weight').flatten(1) == 0).all(1).tolist() for k in ('conv1', 'conv2')]
+    assert dead[0] == dead[1] and sum(dead[0]) == 4
 
 def test_from_a_file_and_a_learner(tmp_path):
     (tmp_path/'s.yaml').write_text(yaml())

@@ -56,12 +56,13 @@ def _sectioned(found, ignore):
     for k,v in found.items():
         if k not in legal: raise ValueError(_unknown('section', k, legal))
         if k in _sections and v and k not in ignore:
-            raise ValueError(f'`{k}` ({", ".join(map(str, v))}): {_sections[k]}. To leave it out, pass `ignore={k!r}`')
+            what = ', '.join(map(str, v)) if isinstance(v, dict) else v
+            raise ValueError(f'`{k}` ({what}): {_sections[k]}. To leave it out, pass `ignore={k!r}`')
     pruners, policies = found.get('pruners') or {}, found.get('policies') or []
     if not isinstance(pruners, dict) or not all(isinstance(p, dict) for p in pruners.values()) or not pruners:
         raise ValueError('`pruners` must have a name and a `class` for each pruner')
     if not isinstance(policies, list) or not all(isinstance(p, dict) for p in policies): raise ValueError('`policies` must be a list')
-    return pruners, policies
+    return {str(k): p for k,p in pruners.items()}, policies
 
 # %% ../../nbs/24_prune.distiller_callback.ipynb #548a6dfc
 _kinds = dict(lr_scheduler='lr_schedulers', extension='extensions', regularizer='regularizers', quantizer='quantizers')
@@ -81,7 +82,7 @@ def _policies(policies, pruners, ignored):
     found = {}
     for p in policies:
         if (own := _of_pruner(p, ignored)) is None: continue
-        name = own.get('instance_name')
+        name = str(own.get('instance_name'))
         if name not in pruners: raise ValueError(_unknown('`instance_name` in a policy', name, pruners))
         for k,v in (own.get('args') or {}).items():
             if v and k != 'keep_mask':
@@ -174,8 +175,8 @@ _instead = dict(
 # %% ../../nbs/24_prune.distiller_callback.ipynb #dff22a81
 def _class_of(name, spec):
     "What the class of the pruner `name` stands for, if all it is given can be honoured"
-    kind = spec.get('class')
-    if (other := _instead.get(str(kind).removesuffix('_AGP')) or _instead.get(kind)):
+    kind = str(spec.get('class'))
+    if (other := _instead.get(kind.removesuffix('_AGP')) or _instead.get(kind)):
         raise ValueError(f'`{name}`: {kind} cannot be honoured. Use {other}')
     if kind not in _classes: raise ValueError(f'`{name}`: ' + _unknown('class', kind, _classes))
     rank, groups, gradual = _classes[kind]
@@ -202,7 +203,8 @@ def _asked(name, spec, gradual):
         if '*' in levels: raise ValueError(f"`{name}`: '*' in `levels` means every parameter, biases and norms too: name the weights")
         return {k: _percent(name, f'levels[{k!r}]', v) for k,v in levels.items()}, 1.
     weights = [spec['weights']] if isinstance(spec['weights'], str) else spec['weights']
-    if not isinstance(weights, list) or not weights: raise ValueError(f'`{name}`: `weights` must be a list of names, got {weights!r}')
+    if not isinstance(weights, list) or not weights or not all(isinstance(k, str) for k in weights):
+        raise ValueError(f'`{name}`: `weights` must be a list of names, got {weights!r}')
     if not gradual: return dict.fromkeys(weights, _percent(name, 'desired_sparsity', spec.get('desired_sparsity'))), 1.
     first, last = (_percent(name, k, spec.get(k)) for k in ('initial_sparsity', 'final_sparsity'))
     if first >= last:
