@@ -203,6 +203,7 @@ def test_policies_and_sections_that_cannot_be_honoured():
     said('pruners: {p: {class: X}}\npolicies: []\n', '`p` has no policy')
     args = 'instance_name: p, args: {mini_batch_pruning_frequency: 3}'
     said(yaml().replace('instance_name: p', args), 'has mini_batch_pruning_frequency=3')
+    said(yaml().replace('instance_name: p', 'instance_name: p, args: [3]'), '`args` must have names and values')
     said('a: [\n', 'Not YAML')
     said('- 1\n- 2\n', 'Not a schedule of Distiller')
     said('!!python/object/apply:os.getcwd []\n', 'Not YAML')  # nothing in a file is run

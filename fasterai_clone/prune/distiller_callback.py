@@ -84,7 +84,9 @@ def _policies(policies, pruners, ignored):
         if (own := _of_pruner(p, ignored)) is None: continue
         name = str(own.get('instance_name'))
         if name not in pruners: raise ValueError(_unknown('`instance_name` in a policy', name, pruners))
-        for k,v in (own.get('args') or {}).items():
+        args = own.get('args') or {}
+        if not isinstance(args, dict): raise ValueError(f'The policy of `{name}`: `args` must have names and values, got {args!r}')
+        for k,v in args.items():
             if v and k != 'keep_mask':
                 raise ValueError(f'The policy of `{name}` has {k}={v!r}: here masks follow from the weights as they are, and stay')
         if name in found: raise ValueError(f'`{name}` has two policies: expected one. Make two pruners of it')
