@@ -6,6 +6,7 @@ from helpers import column, learner, same, spy, weights
 from fasterai_clone.core.measure import mean_activation
 from fasterai_clone.prune.all import thin
 from fasterai_clone.sparse.all import *
+from test_thin import Anything, lively
 
 
 def conv(i, o, **kwargs): return nn.Conv2d(i, o, 3, padding=1, **kwargs)
@@ -196,3 +197,25 @@ def test_refused_before_the_first_batch():
     with pytest.raises(ValueError, match='no channel would be left'):
         with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[SparsifyCallback(100, 'filter', coupled=True), spy('before_batch', lambda: seen.append(1))])
     assert not seen
+
+
+# -- whatever the network ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('seed', range(20))
+def test_anything(seed):
+    "Random networks: `thin` takes out as many channels of each group as were dropped, and nothing else"
+    torch.manual_seed(seed)
+    model, x = lively(Anything(seed), seed), torch.randn(2, 3, 5, 5)
+    try: sp = Sparsifier(model, 'filter', ['local', 'global'][seed % 2], layer_type=nn.Module, coupled=True, example_inputs=x)
+    except ValueError as e:
+        assert 'no channel can go' in str(e)
+        return
+    before = {k: p.shape for k,p in model.named_parameters()}
+    sp.sparsify_model(60)
+    small = thin(model, example_inputs=x)
+    assert error(model, small, x) < 1e-10
+    now = dict(small.named_parameters())
+    for t,n in zip(sp.targets, sp._gone(sp.targets)):
+        for p in t.parts:
+            axis = getattr(p.groups, 'axis', 0)
+            assert before[p.name][axis] - now[p.name].shape[axis] == n * before[p.name][axis] // t.groups.n

@@ -1,3 +1,4 @@
-"Everything to find coupled channels and take the zero ones out: `from fasterai_clone.prune.all import *`"
+"Everything to find coupled channels and take them out: `from fasterai_clone.prune.all import *`"
 from .coupling import *
 from .thin import *
+from .prune_callback import *
