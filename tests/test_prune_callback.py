@@ -1,15 +1,17 @@
 "Channels are taken out during training: the loss stays, the optimizer goes on, the learner is as usable as before"
-import copy, math
+import copy
+from functools import partial
 
 import pytest, torch, torch.nn as nn
-from fastai.basics import Callback, OptimWrapper, RMSProp, SGD, Adam, load_learner, ranger
+from fastai.basics import (Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, OptimWrapper, RMSProp, SGD, TfmdLists,
+                           load_learner, noop, ranger)
 from fastai.callback.all import EarlyStoppingCallback, GradientAccumulation, GradientClip, SaveModelCallback
-from functools import partial
 from fasterai_clone.prune.prune_callback import PruneCallback
 from fasterai_clone.prune.thin import load_thinned, save_thinned
 from fasterai_clone.sparse.all import *
 from helpers import learner, spy
 from test_coupled import Residual, net, widths
+from test_thin import Anything, lively
 
 n_full = sum(p.numel() for p in net().parameters())
 def n_params(m): return sum(p.numel() for p in m.parameters())
@@ -217,6 +219,22 @@ def test_it_gets_smaller_while_a_graph_of_before_is_alive():
     learn, alive = learner(model=net()), []
     fit(learn, 3, quiet(50, 'lin'), spy('after_loss', lambda: alive.append(learn.pred)))
     assert widths(learn.model) == [4, 4, 4, 3, 2] and alive
+
+@pytest.mark.parametrize('seed', range(8))
+def test_anything(seed):
+    "Random networks, in three removals: the channels asked for are gone, the optimizer has what is left"
+    torch.manual_seed(seed)
+    items = [(torch.randn(3, 5, 5), torch.tensor(i % 3)) for i in range(16)]
+    dls   = DataLoaders(*[DataLoader(TfmdLists(items, noop), bs=8) for _ in 'tv'])
+    learn = Learner(dls, lively(Anything(seed), seed), loss_func=CrossEntropyLossFlat())
+    cb = quiet(60, 'lin', ['local', 'global'][seed % 2])
+    fit(learn, 3, cb, lr=1e-3), fit(learn, 1, lr=1e-3)
+    sizes, left = cb.sizes.values(), cb._left().values()
+    if cb.context == 'local': assert list(left) == [n - int(0.6*n + 1e-9) for n in sizes]
+    else: assert sum(left) == sum(sizes) - int(0.6*sum(sizes) + 1e-9)
+    state, lists = state_of(learn.opt)
+    assert {id(p) for p in state} == {id(p) for p in lists} == {id(p) for p in learn.model.parameters()}
+    assert all(v.shape == p.shape for p,s in state.items() for v in s.values())
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------------------------
