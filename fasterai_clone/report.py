@@ -39,6 +39,7 @@ class Report:
     granularity: str = 'weight'
     held: tuple[tuple[str, str, int], ...] = ()   # what is dropped with whole filters: (parameter name, type of its layer, numbers)
     why_not: tuple[tuple[str, str], ...] = ()     # (layer, why its filters may still put out something)
+    left_out: tuple[tuple[str, str], ...] = ()    # (layer, why it is left out)
     budget: tuple[str, float, float]|None = None  # with a budget: (what it counts, how much of that is zero, how much there is)
 
     def _sum(self, k): return sum(getattr(r, k) for r in self.rows)
@@ -85,13 +86,18 @@ def _by_type(params):
     for name,kind,n in params: by_type.setdefault(kind, []).append((name, n))
     return [f'  {kind}: {sum(n for _,n in v):,} in {_abbreviated([k for k,_ in v])}' for kind,v in by_type.items()]
 
+def _by_reason(pairs):
+    "A line for each reason"
+    reasons = {}
+    for layer,why in pairs: reasons.setdefault(why, []).append(layer)
+    return [f'  {_abbreviated(v)}: {k}' for k,v in reasons.items()]
+
 def _dense_lines(self):
     "What is left dense, what is held with filters, and where they may still put out something"
-    reasons = {}
-    for layer,why in self.why_not: reasons.setdefault(why, []).append(layer)
     lines = _by_type(self.dense)
-    if self.held: lines += [f'Dropped together with whole {self.granularity}s:', *_by_type(self.held)]
-    if reasons:   lines += ['Dropped filters may still put out a constant:', *[f'  {_abbreviated(v)}: {k}' for k,v in reasons.items()]]
+    if self.held:     lines += [f'Dropped together with whole {self.granularity}s:', *_by_type(self.held)]
+    if self.why_not:  lines += ['Dropped filters may still put out a constant:', *_by_reason(self.why_not)]
+    if self.left_out: lines += ['Left out:', *_by_reason(self.left_out)]
     return lines
 
 # %% ../nbs/05_report.ipynb #baeda36b

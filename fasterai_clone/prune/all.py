@@ -1,4 +1,6 @@
-"Everything to find coupled channels and take the zero ones out: `from fasterai_clone.prune.all import *`"
+"Everything to find coupled channels and take them out: `from fasterai_clone.prune.all import *`"
 from .coupling import *
 from .thin import *
 from .report import *
+from .prune_callback import *
+from .distiller_callback import *

@@ -7,21 +7,23 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsifier.html.md"
 # %% ../../nbs/11_sparse.sparsifier.ipynb #0d66ba6a
 from __future__ import annotations
 import math, warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 import torch, torch.distributed as dist, torch.nn as nn
 from fastcore.basics import patch
 from ..core.budget import affordable, bounded, check_limits, erk_counts, lamp, limits, row_mask
 from ..core.criteria import Criteria, group_scores, identity, large_final, magnitude
 from ..core.flow import multiply_adds, trace_flow
-from ..core.granularity import Granularities, _block_sizes, _unknown
+from ..core.granularity import Granularities, Groups, _block_sizes, _unknown
 from ..core.masks import Masks
 from ..core.measure import accumulated, as_criteria, batches, passes_signal
 from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped, restore
 from ..report import Report, Row
 from .compact import CompactStep, _inner, why_not_compact
-from .targets import (Target, _local_target, _mesh, _patterns, _plain_name, _plainly, _processes, _summed, _types,
+from .targets import (Part, Target, _local_target, _mesh, _patterns, _plain_name, _plainly, _processes, _summed, _types,
                                            find_targets, hold_with, layer_sparsities, output_channels, unwrapped)
 
 # %% auto #0
@@ -76,10 +78,13 @@ def _check_context(context, nm, round_to, min_sparsity, max_sparsity, budget):
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #049c284a
 def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, include=None, exclude=None, round_to=None, params=None,
-                    min_sparsity=None, max_sparsity=None, budget='groups') -> None:
+                    min_sparsity=None, max_sparsity=None, budget='groups', coupled=False) -> None:
     "Refuse what is wrong for any model; the arguments are those of `Sparsifier`"
     _check_granularity(granularity)
     _check_context(context, _parse_nm(nm, granularity), round_to, min_sparsity, max_sparsity, budget)
+    _check_flags(coupled=coupled)
+    if coupled and granularity != 'filter': raise ValueError(f'`coupled` drops channels: it needs granularity "filter", got {granularity!r}')
+    if coupled and context == 'output': raise ValueError('`coupled` drops outputs, and context="output" compares inside of each: choose another')
     _types(layer_type)
     _patterns('include', include), _patterns('exclude', exclude)
     several = isinstance(params, Iterable) and getattr(params, 'ndim', 1) and all(isinstance(p, str) for p in params)
@@ -125,15 +130,16 @@ class Sparsifier:
         min_sparsity: float|dict|None = None,    # percent, for each layer or by name: the least where layers share a sparsity
         max_sparsity: float|dict|None = None,    # ... and the most
         budget: str = 'groups',                  # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
-        example_inputs = None                    # inputs to try the model with, or a function that gives them; None: those in `data`
+        example_inputs = None,                   # inputs to try the model with, or a function that gives them; None: those in `data`
+        coupled: bool = False                    # drop filters that meet in sums together, so that their channels can be taken out
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
-        check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget)
+        check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget, coupled)
         _check_tools(data, loss_func, example_inputs)
         self.model, self.granularity, self.context, self.budget = unwrapped(model), granularity, context, budget
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen = data, loss_func, example_inputs, []
-        self.criteria, self.nm = as_criteria(criteria), _parse_nm(nm, granularity)
+        self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), coupled
         found = find_targets(self.model, granularity, layer_type, include, exclude, part, params)
         self.mesh = _mesh(found)  # the processes that share the weights out among them
         if self.mesh is not None: self._check_sharded(min_sparsity is max_sparsity is None)
@@ -190,7 +196,8 @@ def _example(self:Sparsifier, why):
 @patch
 def _with_held(self:Sparsifier, targets):
     "`targets` with what is held with their filters"
-    self.targets, self.why_not, self.flow = targets, {}, None
+    self.targets, self.why_not, self.left_out, self.flow = targets, {}, {}, None
+    if self.coupled: return self._coupled_targets(targets)
     if not any(output_channels(t) for t in targets): return targets
     with _plainly(self.model):
         self.flow = trace_flow(self.model)
@@ -201,6 +208,87 @@ def _with_held(self:Sparsifier, targets):
     self.why_not = {t.layer: unheld[t.layer] for t in targets if t.layer in unheld}
     return [hold_with(t, self.model, self.flow) for t in targets]
 
+# %% ../../nbs/11_sparse.sparsifier.ipynb #773b2330
+@dataclass(frozen=True)
+class _Lines(Groups):
+    "Groups of lines along one axis of a parameter: those of the same channel"
+    axis: int
+    channel: tuple[int, ...]  # for each position on the axis the channel it belongs to; -1: to none of these
+
+    def rows(self, t):
+        "The weights of each group as a row, of shape `(n, size)`"
+        order = sorted((i for i,c in enumerate(self.channel) if c >= 0), key=self.channel.__getitem__)
+        return t.movedim(self.axis, 0)[order].reshape(self.n, self.size)
+
+    def reduce(self, t, f):
+        "One number a group"
+        return f(self.rows(t), self.dims).reshape(self.score_shape)
+
+    def expand(self, t, shape):
+        "Give every weight the value its group has in `t`, and True to those of none"
+        line = torch.cat([t.reshape(-1), t.new_ones(1)])[list(self.channel)]
+        return line.reshape([-1 if i == self.axis else 1 for i in range(len(shape))]).expand(shape)
+
+# %% ../../nbs/11_sparse.sparsifier.ipynb #73021f0d
+@patch
+def _coupled_targets(self:Sparsifier, targets):
+    "Targets that go together as one, with all that must be zero for their channels to be"
+    coupling = import_module('fasterai_clone.prune.coupling')  # not at the top: nothing else here needs it
+    with _plainly(self.model):
+        groups = coupling.coupled_groups(self.model, self._example('`coupled`'))
+        owners = {f'{n}.{k}' if n else k: (m, k) for n,m in self.model.named_modules() for k in m._parameters}
+    known, self.channel_groups, made = {id(t.weight): t for t in targets}, [], []
+    makes = Counter(m.name for g in groups for m in g.members if m.role == 'producer')
+    for g in groups:
+        names = [m.name for m in g.members if m.role == 'producer']
+        own   = [known.pop(id(m._parameters.get(k)), None) for m,k in (owners.get(n, (self.model, '')) for n in names)]
+        why   = _why_left_out(g, names, own, makes)
+        if why: self.left_out.update({t.label: why for t in own if t})
+        else:
+            made.append(_as_one(g, own, owners))
+            self.channel_groups.append(g)
+    self.left_out.update({t.label: 'it has one filter' if t.groups.n == 1 else 'no channels of its own were seen' for t in known.values()})
+    if not made: raise ValueError(f'`coupled`: no channel can go. {"; ".join(f"{k}: {why}" for k,why in self.left_out.items())}')
+    return made
+
+# %% ../../nbs/11_sparse.sparsifier.ipynb #45664d65
+def _why_left_out(g, names, targets, makes):
+    "Why the channels of the group `g` stay, which the parameters `names` of `targets` make; or None"
+    if g.why_not: return g.why_not
+    if None in targets: return f'its channels are those of {names[targets.index(None)]} too, which is left out'
+    if (several := [k for k in names if makes[k] > 1]): return f'{several[0]} has channels of several groups'
+    uneven = any(len(set(Counter(m.channel.tolist()).values())) > 1 for m in g.members if m.role == 'producer')
+    return 'its channels are not of one size' if uneven else None
+
+def _as_one(g, targets, owners):
+    "One target for the `targets` whose filters are the channels of the group `g`"
+    def part(m): return Part(m.name, *owners[m.name], _Lines((g.n, math.prod(m.shape)//g.n), (1,), m.axis, tuple(m.channel.tolist())))
+    first, parts = targets[0].parts[0], tuple(part(m) for m in g.members if m.role == 'producer')
+    order, shape = torch.arange(g.n), first.tensor.shape
+    if first.groups.n == g.n and torch.equal(first.groups.expand(order, shape), parts[0].groups.expand(order, shape)):
+        parts = (first, *parts[1:])
+    return replace(targets[0], parts=parts, held=tuple(part(m) for m in g.members if m.held and m.role != 'producer'))
+
+# %% ../../nbs/11_sparse.sparsifier.ipynb #a7a1493a
+@patch
+def _join_shared(self:Sparsifier):
+    "Let what holds channels of several targets drop those that any of them drops"
+    if not self.coupled: return
+    masked = [(t, p) for t in self.targets if t.name in self.masks for p in t.held]
+    shared = [k for k,n in Counter(p.name for _,p in masked).items() if n > 1]
+    for k in shared:
+        masks = [p.groups.expand(self._group_mask(t), p.tensor.shape) for t,p in masked if p.name == k]
+        self.masks._own(k, torch.stack(masks).all(0))
+
+@patch
+def _keep_last(self:Sparsifier):
+    "Limit what is dropped where layers compete, so that each keeps a channel; elsewhere `counts` sees to that"
+    if self.context not in ('global', 'lamp', 'erk'): return
+    lows, highs = self.limits or limits([t.groups.n for t in self.targets])
+    highs = [min(h, t.groups.n - 1) for t,h in zip(self.targets, highs)]
+    if any(lo > h for lo,h in zip(lows, highs)): raise ValueError('`coupled` keeps a channel of each layer: lower `min_sparsity`')
+    self.limits = lows, highs
+
 # %% ../../nbs/11_sparse.sparsifier.ipynb #e718bdce
 @patch
 def _share_out(self:Sparsifier, min_sparsity, max_sparsity):
@@ -210,6 +298,7 @@ def _share_out(self:Sparsifier, min_sparsity, max_sparsity):
     self.limits = None
     if not (min_sparsity is max_sparsity is None):
         self.limits = limits([t.groups.n for t in self.targets], min_sparsity, max_sparsity, [t.label for t in self.targets])
+    if self.coupled: self._keep_last()
     self.costs  = None if self.budget == 'groups' else [self._cost(t) for t in self.targets]
     if self.costs and (free := [t.label for t,c in zip(self.targets, self.costs) if not c]):
         raise ValueError(f'Of {", ".join(free)} no multiply-adds are counted: dropping all of it would cost nothing. Leave it out with '
@@ -225,6 +314,7 @@ def _cost(self:Sparsifier, t):
     with _plainly(self.model):
         if not hasattr(self, '_macs'): self._macs = multiply_adds(self.model, self._example('A budget of multiply-adds'))
     layer = sum(p.numel() for k,p in t.module.named_parameters() if 'bias' not in k)
+    if self.coupled: return sum(self._macs.get(p.name.rpartition('.')[0], 0) * p.groups.size / p.whole.numel() for p in t.parts)
     return self._macs.get(t.layer, 0) * weights / layer
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #cc4948d9
@@ -270,6 +360,9 @@ def _check_fit(self:Sparsifier, t):
     if isinstance(self.criteria, dict): return
     if self.criteria.signed and self.context == 'lamp':
         raise ValueError('context="lamp" divides by sums of scores, and those of this `criteria` can be below zero: choose another one')
+    if self.criteria.channels and len(t.parts) > 1 and self.coupled:
+        raise ValueError(f'This criterion scores the outputs of single layers, and {", ".join(p.name for p in t.parts)} go together: '
+                         'choose another one, or leave `coupled` out')
     if self.criteria.channels and output_channels(t) is None:
         legal = [g for g in Granularities.allowed_granularities(t.module, t.parts[0].param) if g != 'layer'
                  and output_channels(replace(t, parts=(replace(t.parts[0], groups=Granularities.groups(t.module, g, t.parts[0].param)),)))]
@@ -467,6 +560,8 @@ def _check_reach(self:Sparsifier, pools, counts):
         if self.nm and k > (most := total * (self.nm[1]-self.nm[0]) // self.nm[1]):
             raise ValueError(f'`nm`: a {self.nm[0]}:{self.nm[1]} pattern has {100*(1 - self.nm[0]/self.nm[1]):g} % zeros: ask for '
                              f'at most that (got {k:,} of {most:,} in {pool[0].label})')
+        if k == total and self.coupled and not self.costs:
+            raise ValueError(f'`coupled`: no channel would be left of {pool[0].label}, and one must be: ask for less')
         if k == total and not self.costs: _warn_collapse([t.label or t.name for t in pool])
 
 class LayerCollapse(UserWarning):
@@ -629,6 +724,7 @@ def _update(self:Sparsifier, counts, pools, round_to):
         restore(journal)
         raise
     for k,m in new.items(): self.masks._own(k, m)
+    self._join_shared()
     self.updates += 1
     self.apply_masks()
     self._renew_refs({t.name for pool in pools for t in pool})
@@ -749,6 +845,7 @@ def adopt(self:Sparsifier,
         for t in found:
             for p in t.parts + t.held: self.masks._own(p.name, p.groups.expand(keep[t.name], p.tensor.shape).contiguous())
         adopted += n
+    if adopted: self._join_shared()
     return adopted
 
 @patch
@@ -848,7 +945,8 @@ def _check_sharded(self:Sparsifier, free):
     def refuse(what, instead): raise ValueError(f'Weights that are sharded (`DTensor`) cannot be sparsified with {what}: {instead}')
     if self.processes is not None: refuse('`DistributedDataParallel`', 'use a mesh of `Replicate` and `Shard`')
     if self.context in ('lamp', 'output'): refuse(f'context={self.context!r}', 'choose "local", "global" or "erk"')
-    for what,given in dict(nm=self.nm, budget=self.budget != 'groups', data=self.data is not None).items():
+    for what,given in dict(nm=self.nm, budget=self.budget != 'groups', data=self.data is not None,
+                           coupled=self.coupled).items():
         if given: refuse(f'`{what}`', 'leave it out')
     if not free: refuse('`min_sparsity` and `max_sparsity`', 'leave them out')
     if self.example_inputs is not None: refuse('`example_inputs`', 'leave them out')
@@ -877,10 +975,11 @@ def _choose_sharded(self:Sparsifier, pool, k, round_to):
 def report(self:Sparsifier) -> Report:
     "The zeros of each layer, counted now"
     granularity = self.granularity if isinstance(self.granularity, str) else 'group'
-    held  = tuple((p.name, type(p.owner).__name__, p.whole.numel()) for t in self.targets for p in t.held)
+    held  = tuple({p.name: (p.name, type(p.owner).__name__, p.whole.numel()) for t in self.targets for p in t.held}.values())
     zeros = dict(zip((p.name for p in self._parts()), self._zeros(self._parts())))
     rows  = tuple(r for t,n in zip(self.targets, self._empty()) for r in self._rows(t, zeros, n if t.groups.dims else zeros[t.name]))
-    return Report(rows, self._left_dense(), granularity, held, tuple(self.why_not.items()), self._budget_used())
+    return Report(rows, self._left_dense(), granularity, held, tuple(self.why_not.items()), tuple(self.left_out.items()),
+                  self._budget_used())
 
 @patch
 def _empty(self:Sparsifier):
@@ -902,7 +1001,9 @@ def _rows(self:Sparsifier, t, zeros, empty):
     rows = []
     for p in t.parts:
         label, groups = (t.label, (t.groups.n, empty)) if p is t.parts[0] else (p.name, (0, 0))
-        rows.append(Row(f'Layer {t.index}', type(t.module).__name__, label, p.whole.numel(), zeros[p.name], *groups))
+        index, module = t.index, t.module
+        if p.owner is not module and self.coupled: index, module = [*self.model.modules()].index(p.owner), p.owner
+        rows.append(Row(f'Layer {index}', type(module).__name__, label, p.whole.numel(), zeros[p.name], *groups))
     return rows
 
 @patch

@@ -49,6 +49,10 @@ def _check_span(start_epoch, end_epoch):
     if None not in (start_epoch, end_epoch) and start_epoch > end_epoch:
         raise ValueError(f'`start_epoch` {start_epoch} comes after `end_epoch` {end_epoch}')
 
+def _from_sparsity(schedule, start_sparsity):
+    "`schedule`, setting out from `start_sparsity` if that is given"
+    return schedule if start_sparsity is None else schedule(start_sparsity=check_sparsity(start_sparsity, 'start_sparsity'))
+
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #93a5188c
 class _Lean(Callback):
     "For an event a callback has no method for, fastai searches learner and model: too slow to do a dozen times a batch"
@@ -89,21 +93,21 @@ class SparsifyCallback(_Lean):
         rewind_step: int|None = None,             # rewind to where this many batches were done instead
         budget: str = 'groups',                   # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
         data = None,                              # for criteria that measure: a batch, a DataLoader or a `dls`; None: the batch at hand
+        coupled: bool = False,                    # drop filters that meet in sums together, so that `thin` can take their channels out
         verbose: bool = True                      # print sparsity and the report
     ):
         store_attr()
         self._check()
-        self.criteria, self.schedule = as_criteria(criteria), as_schedule(schedule)
-        if start_sparsity is not None: self.schedule = self.schedule(start_sparsity=check_sparsity(start_sparsity, 'start_sparsity'))
+        self.criteria, self.schedule = as_criteria(criteria), _from_sparsity(as_schedule(schedule), start_sparsity)
         self.sparsifier, self.report, self.history, self._closing = None, None, [], SparsifyClosing(self)
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #aca99e99
 @patch
 def _check(self:SparsifyCallback):
     "Refuse what is wrong in any fit"
-    _check_flags(**{k: getattr(self, k) for k in ('lth', 'reset_end', 'save_tickets', 'compact', 'verbose')})
+    _check_flags(**{k: getattr(self, k) for k in ('lth', 'reset_end', 'save_tickets', 'compact', 'coupled', 'verbose')})
     check_arguments(self.granularity, self.context, self.nm, self.layer_type, self.include, self.exclude, self.round_to, self.params,
-                    self.min_sparsity, self.max_sparsity, self.budget)
+                    self.min_sparsity, self.max_sparsity, self.budget, self.coupled)
     _check_sparsities(self.sparsity)
     if isinstance(self.sparsity, (Mapping, list, tuple)) and self.context in ('global', 'lamp', 'erk'):
         raise ValueError(f'A sparsity for each layer needs context="local": with {self.context!r} there is one for all, '
@@ -198,7 +202,7 @@ def _find_layers(self:SparsifyCallback):
     if self.sparsifier is not None and self.sparsifier.model is unwrapped(model):
         self.sparsifier.processes = _processes(model)
         return False
-    own = {k: getattr(self, k) for k in ('include', 'exclude', 'params', 'data', 'min_sparsity', 'max_sparsity', 'budget')}
+    own = {k: getattr(self, k) for k in ('include', 'exclude', 'params', 'data', 'min_sparsity', 'max_sparsity', 'budget', 'coupled')}
     sp  = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type, part=self.model,
                      loss_func=self.learn.loss_func, example_inputs=self._some_inputs, **own)
     sp.counts(self.sparsity, self.round_to)  # refuses what this model cannot have
