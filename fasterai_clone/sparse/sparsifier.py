@@ -23,8 +23,9 @@ from ..core.measure import accumulated, as_criteria, batches, passes_signal
 from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped, restore
 from ..report import Report, Row
 from .compact import CompactStep, _inner, why_not_compact
-from .targets import (Part, Target, _local_target, _mesh, _patterns, _plain_name, _plainly, _processes, _summed, _types,
-                                           find_targets, hold_with, layer_sparsities, output_channels, unwrapped)
+from .targets import (Part, Target, _local_target, _mesh, _patterns, _plain_name, _plainly, _processes,
+                                           _summed, _types, find_targets, hold_with, layer_sparsities, output_channels,
+                                           unwrapped)
 
 # %% auto #0
 __all__ = ['available_contexts', 'check_arguments', 'Sparsifier', 'LayerCollapse', 'Hold']
@@ -83,8 +84,8 @@ def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, includ
     _check_granularity(granularity)
     _check_context(context, _parse_nm(nm, granularity), round_to, min_sparsity, max_sparsity, budget)
     _check_flags(coupled=coupled)
-    if coupled and granularity != 'filter': raise ValueError(f'`coupled` drops channels: it needs granularity "filter", got {granularity!r}')
-    if coupled and context == 'output': raise ValueError('`coupled` drops outputs, and context="output" compares inside of each: choose another')
+    if coupled and granularity != 'filter': raise ValueError(f'`coupled` takes channels: it needs granularity="filter", not {granularity!r}')
+    if coupled and context == 'output': raise ValueError('`coupled` drops outputs, context="output" compares inside of each: choose another')
     _types(layer_type)
     _patterns('include', include), _patterns('exclude', exclude)
     several = isinstance(params, Iterable) and getattr(params, 'ndim', 1) and all(isinstance(p, str) for p in params)
