@@ -84,8 +84,10 @@ def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, includ
     _check_granularity(granularity)
     _check_context(context, _parse_nm(nm, granularity), round_to, min_sparsity, max_sparsity, budget)
     _check_flags(coupled=coupled)
-    if coupled and granularity != 'filter': raise ValueError(f'`coupled` takes channels: it needs granularity="filter", not {granularity!r}')
-    if coupled and context == 'output': raise ValueError('`coupled` drops outputs, context="output" compares inside of each: choose another')
+    if coupled and granularity != 'filter':
+        raise ValueError(f'`coupled` takes channels: it needs granularity="filter", not {granularity!r}')
+    if coupled and context == 'output':
+        raise ValueError('`coupled` drops outputs, context="output" compares inside of each: choose another')
     _types(layer_type)
     _patterns('include', include), _patterns('exclude', exclude)
     several = isinstance(params, Iterable) and getattr(params, 'ndim', 1) and all(isinstance(p, str) for p in params)
