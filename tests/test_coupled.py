@@ -218,3 +218,40 @@ def test_anything(seed):
     for g,n in zip(sp.channel_groups, sp._gone(sp.targets)):
         for m in g.members:
             if m.role == 'producer': assert before[m.name][m.axis] - now[m.name].shape[m.axis] == n * before[m.name][m.axis] // g.n
+
+
+# -- leaders, and heads -------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('leader', ['stem', ['stem', 'a', 'c', 'd'], 'st*'])
+def test_a_leader_is_scored_alone_and_the_others_follow(leader):
+    model = net()
+    with torch.no_grad():
+        model.stem.weight.copy_(torch.arange(8.).reshape(8, 1, 1, 1).expand(8, 1, 3, 3) + 1)
+        model.b.weight.copy_(100*(8 - torch.arange(8.)).reshape(8, 1, 1, 1).expand(8, 8, 3, 3))
+    sp = Sparsifier(model, 'filter', coupled=leader, example_inputs=digits())
+    t  = next(t for t in sp.targets if t.name == 'stem.weight')
+    assert [p.name for p in t.parts] == ['stem.weight'] and 'b.weight' in [p.name for p in t.held]
+    sp.sparsify_model(50)
+    for w in (model.stem.weight, model.b.weight): assert (w == 0).flatten(1).all(1).tolist() == [True]*4 + [False]*4
+    x = digits()
+    assert widths(thin(model, example_inputs=x)) == [4, 4, 4, 3, 2] and error(model, thin(model, example_inputs=x), x) < 1e-12
+
+def test_without_a_leader_all_are_scored():
+    model = net()
+    with torch.no_grad():
+        model.stem.weight.copy_(torch.arange(8.).reshape(8, 1, 1, 1).expand(8, 1, 3, 3) + 1)
+        model.b.weight.copy_(100*(8 - torch.arange(8.)).reshape(8, 1, 1, 1).expand(8, 8, 3, 3))
+    coupled(model).sparsify_model(50)
+    assert (model.stem.weight == 0).flatten(1).all(1).tolist() == [False]*4 + [True]*4
+
+@pytest.mark.parametrize('leader, message', [('stam', "Unknown layer in `coupled` 'stam'. Did you mean 'stem'"), ([], '`coupled` is empty'), (3, '`coupled` must be True or False')])
+def test_leaders_that_are_none(leader, message):
+    with pytest.raises((TypeError, ValueError), match=message): Sparsifier(net(), 'filter', coupled=leader, example_inputs=digits())
+
+def test_heads_go_as_a_whole():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.), 2).eval()
+    Sparsifier(model, 'head', coupled=True, layer_type=nn.MultiheadAttention).sparsify_model(50)
+    x = torch.randn(2, 5, 16)
+    small = thin(model, example_inputs=x)
+    assert [l.self_attn.in_proj_weight.shape for l in small.layers] == [(24, 16)]*2 and error(model, small, x) < 1e-12

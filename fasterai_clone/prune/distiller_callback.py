@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.distiller_callback.h
 
 # %% ../../nbs/24_prune.distiller_callback.ipynb #fca837e8
 from __future__ import annotations
-import inspect, math, os
+import math, os
 from functools import partial
 from pathlib import Path
 import torch.nn as nn
@@ -214,14 +214,12 @@ def _asked(name, spec, gradual):
     return dict.fromkeys(weights, last), first/last
 
 # %% ../../nbs/24_prune.distiller_callback.ipynb #f6dbe953
-def _dependency(name, spec):
+def _dependency(name, spec, lead):
     "Arguments for what `group_dependency` asks for"
     kind = spec.get('group_dependency')
     if kind is None: return {}
     if kind != 'Leader': raise ValueError(f'`{name}`: ' + _unknown('group_dependency', kind, ['Leader']))
-    if 'coupled' in inspect.signature(SparsifyCallback).parameters: return dict(coupled=True)
-    raise ValueError(f'`{name}`: `group_dependency: Leader` cannot be honoured in training. Use `coupled_masks` after it, which drops '
-                     'the same channels wherever they are added')
+    return dict(coupled=[lead])  # the first of the weights
 
 def _callbacks(name, spec, policy, model, first_epoch, kwargs):
     "A callback for each granularity that the weights of a pruner have"
@@ -237,7 +235,7 @@ def _callbacks(name, spec, policy, model, first_epoch, kwargs):
         types  = tuple(dict.fromkeys(type(model.get_submodule(k.rpartition('.')[0])) for k in own))
         yield SparsifyCallback(levels, granularity, 'local', rank, schedule, layer_type=types, include=list(own), start_epoch=start,
                                end_epoch=start + (n - 1)*every + 1, params=list(dict.fromkeys(k.rpartition('.')[2] for k in own)),
-                               **_dependency(name, spec), **kwargs)
+                               **_dependency(name, spec, next(iter(own))), **kwargs)
 
 # %% ../../nbs/24_prune.distiller_callback.ipynb #d2d842ea
 def from_distiller_yaml(

@@ -23,7 +23,7 @@ from ..core.measure import accumulated, as_criteria, batches, passes_signal
 from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped, restore
 from ..report import Report, Row
 from .compact import CompactStep, _inner, why_not_compact
-from .targets import (Part, Target, _local_target, _mesh, _patterns, _plain_name, _plainly, _processes,
+from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name, _plainly, _processes,
                                            _summed, _types, find_targets, hold_with, layer_sparsities, output_channels,
                                            unwrapped)
 
@@ -83,9 +83,12 @@ def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, includ
     "Refuse what is wrong for any model; the arguments are those of `Sparsifier`"
     _check_granularity(granularity)
     _check_context(context, _parse_nm(nm, granularity), round_to, min_sparsity, max_sparsity, budget)
-    _check_flags(coupled=coupled)
-    if coupled and granularity != 'filter':
-        raise ValueError(f'`coupled` takes channels: it needs granularity="filter", not {granularity!r}')
+    if not isinstance(coupled, bool):
+        try: leaders = _patterns('coupled', coupled)
+        except TypeError: raise TypeError(f'`coupled` must be True or False, or name layers that are to lead; got {coupled!r}') from None
+        if not leaders: raise ValueError('`coupled` is empty: write True, or the layers that are to lead')
+    if coupled and granularity not in ('filter', 'head'):
+        raise ValueError(f'`coupled` takes channels: it needs granularity="filter" or "head", not {granularity!r}')
     if coupled and context == 'output':
         raise ValueError('`coupled` drops outputs, context="output" compares inside of each: choose another')
     _types(layer_type)
@@ -142,7 +145,7 @@ class Sparsifier:
         self.model, self.granularity, self.context, self.budget = unwrapped(model), granularity, context, budget
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen = data, loss_func, example_inputs, []
-        self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), coupled
+        self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity == 'filter' and coupled
         found = find_targets(self.model, granularity, layer_type, include, exclude, part, params)
         self.mesh = _mesh(found)  # the processes that share the weights out among them
         if self.mesh is not None: self._check_sharded(min_sparsity is max_sparsity is None)
@@ -236,6 +239,7 @@ class _Lines(Groups):
 @patch
 def _coupled_targets(self:Sparsifier, targets):
     "Targets that go together as one, with all that must be zero for their channels to be"
+    if self.coupled is not True: _patterns('coupled', self.coupled, [(t.layer, t.module, t.name) for t in targets])
     coupling = import_module('fasterai_clone.prune.coupling')  # not at the top: nothing else here needs it
     with _plainly(self.model):
         groups = coupling.coupled_groups(self.model, self._example('`coupled`'))
@@ -248,11 +252,18 @@ def _coupled_targets(self:Sparsifier, targets):
         why   = _why_left_out(g, names, own, makes)
         if why: self.left_out.update({t.label: why for t in own if t})
         else:
-            made.append(_as_one(g, own, owners))
+            made.append(_as_one(g, owners, self._leaders(own)))
             self.channel_groups.append(g)
     self.left_out.update({t.label: 'it has one filter' if t.groups.n == 1 else 'no channels of its own were seen' for t in known.values()})
     if not made: raise ValueError(f'`coupled`: no channel can go. {"; ".join(f"{k}: {why}" for k,why in self.left_out.items())}')
     return made
+
+
+@patch
+def _leaders(self:Sparsifier, targets):
+    "Those of the `targets` that `coupled` names, or all"
+    if self.coupled is True: return targets
+    return [t for t in targets if any(_matches(p, t.layer, t.module, t.name) for p in _patterns('coupled', self.coupled))] or targets
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #45664d65
 def _why_left_out(g, names, targets, makes):
@@ -263,14 +274,16 @@ def _why_left_out(g, names, targets, makes):
     uneven = any(len(set(Counter(m.channel.tolist()).values())) > 1 for m in g.members if m.role == 'producer')
     return 'its channels are not of one size' if uneven else None
 
-def _as_one(g, targets, owners):
-    "One target for the `targets` whose filters are the channels of the group `g`"
+def _as_one(g, owners, leaders):
+    "One target for those whose filters are the channels of the group `g`; those of the `leaders` are scored"
     def part(m): return Part(m.name, *owners[m.name], _Lines((g.n, math.prod(m.shape)//g.n), (1,), m.axis, tuple(m.channel.tolist())))
-    first, parts = targets[0].parts[0], tuple(part(m) for m in g.members if m.role == 'producer')
+    lead  = {t.name for t in leaders}
+    parts = tuple(part(m) for m in g.members if m.role == 'producer' and m.name in lead)
+    first = leaders[0].parts[0]
     order, shape = torch.arange(g.n), first.tensor.shape
     if first.groups.n == g.n and torch.equal(first.groups.expand(order, shape), parts[0].groups.expand(order, shape)):
         parts = (first, *parts[1:])
-    return replace(targets[0], parts=parts, held=tuple(part(m) for m in g.members if m.held and m.role != 'producer'))
+    return replace(leaders[0], parts=parts, held=tuple(part(m) for m in g.members if m.held and m.name not in lead))
 
 # %% ../../nbs/11_sparse.sparsifier.ipynb #a7a1493a
 @patch

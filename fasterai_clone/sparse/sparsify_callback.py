@@ -93,7 +93,7 @@ class SparsifyCallback(_Lean):
         rewind_step: int|None = None,             # rewind to where this many batches were done instead
         budget: str = 'groups',                   # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
         data = None,                              # for criteria that measure: a batch, a DataLoader or a `dls`; None: the batch at hand
-        coupled: bool = False,                    # drop filters that meet in sums together, so that `thin` can take their channels out
+        coupled: bool|str|list = False,           # let filters that meet in sums go together, for `thin`; or the layers that lead
         verbose: bool = True                      # print sparsity and the report
     ):
         store_attr()
@@ -105,7 +105,7 @@ class SparsifyCallback(_Lean):
 @patch
 def _check(self:SparsifyCallback):
     "Refuse what is wrong in any fit"
-    _check_flags(**{k: getattr(self, k) for k in ('lth', 'reset_end', 'save_tickets', 'compact', 'coupled', 'verbose')})
+    _check_flags(**{k: getattr(self, k) for k in ('lth', 'reset_end', 'save_tickets', 'compact', 'verbose')})
     check_arguments(self.granularity, self.context, self.nm, self.layer_type, self.include, self.exclude, self.round_to, self.params,
                     self.min_sparsity, self.max_sparsity, self.budget, self.coupled)
     _check_sparsities(self.sparsity)
