@@ -58,7 +58,7 @@ def test_killed_at_random_moments(save, load, tmp_path):
     "What was begun when the process was killed is left behind under other names, and shows that kills came in mid writing"
     assert outcomes(save, load, tmp_path/'file.bin', 30) == [True]*30
     begun = [p.name for p in tmp_path.iterdir() if p.name != 'file.bin']
-    assert len(begun) > 3 and all(n.startswith('.file.bin.') and n.endswith('.tmp') for n in begun)
+    assert len(begun) > 3 and all(n.startswith('.') for n in begun)  # hidden ones: of ours, and of safetensors
 
 def test_a_file_that_is_written_in_place_is_broken_by_such_kills(tmp_path):
     assert not all(outcomes(save_in_place, load_torch, tmp_path/'file.bin', 15))

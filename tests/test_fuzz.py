@@ -129,6 +129,7 @@ LEGAL = dict(
     min_sparsity = ['None', '0', '10', '40', "{'0': 30}", "{'*': 20, '3': 50}"],
     max_sparsity = ['None', '100', '95', '60', "{'3': 50}", "{'0.weight': 80, '*': 99}"],
     budget       = quoted(['groups', 'params', 'flops']),
+    coupled      = ['False'],
     data         = ['None', 'BATCHES', 'BATCHES[0]', 'dls', 'BATCHES[0][0]'],
     verbose      = ['True', 'False'])
 
@@ -152,6 +153,7 @@ WILD = dict(
     max_sparsity = ["{'9': 50}", "{'0': 0.5}", "{'0': 101}", '0', '10'],
     rewind_step  = ['6', '100', '2.5'],
     budget       = ["'flop'", "'Groups'"],
+    coupled      = ["'9'", "'stam'", '[]', "['0', 3]"],
     data         = ["'x'", '3', 'net', '[3]', "[(torch.ones(2), 'a')]", 'torch.ones(3)', "{'a': 1}"])
 
 # The definitions
@@ -413,14 +415,16 @@ def sources(legal, wild, first, agree=agree):
         odd    = pick(st.lists(st.sampled_from([first, *names]), min_size=n_wild, max_size=n_wild, unique=True))
         own    = {k: pick(st.sampled_from(legal[k])) for k in [first, *given]}
         if pick(st.sampled_from((True,)*7 + (False,))): own = agree(own)
-        return {**own, **{k: pick(st.sampled_from(COMMON + wild.get(k, []) * 3)) for k in odd}}
+        own |= {k: pick(st.sampled_from(COMMON + wild.get(k, []) * 3)) for k in odd}
+        if own.get('granularity') in ("'filter'", "'head'"): own.pop('coupled', None)  # these have tests/test_coupled.py
+        return own
     return draw()
 
 # The same for `Sparsifier` in a loop of one's own
 
 CALL     = ('sparsity', 'round_to', 'n', 'relative')
 SP_LEGAL = {**{k: LEGAL[k] for k in ('sparsity', 'granularity', 'context', 'criteria', 'nm', 'layer_type', 'include', 'exclude', 'params', 'min_sparsity',
-                                     'max_sparsity', 'budget', 'data', 'round_to', 'compact')},
+                                     'max_sparsity', 'budget', 'data', 'round_to', 'compact', 'coupled')},
             'part': LEGAL['model'], 'loss_func': ['None', 'nn.CrossEntropyLoss()', 'nn.functional.cross_entropy'], 'relative': ['True', 'False'],
             'example_inputs': ['None', 'BATCHES[0][0]', 'lambda: BATCHES[1][0]', '(BATCHES[0][0],)'], 'n': ['0', '1', '2', '4', '[1, 2]', '(2, 1)', '[1]']}
 SP_WILD  = {**WILD, 'part': WILD['model'], 'example_inputs': ['torch.ones(3)', "'x'"], 'loss_func': ["'mse'", 'nn.MSELoss', 'nn.MSELoss()']}

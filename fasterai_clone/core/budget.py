@@ -77,7 +77,7 @@ def check_limits(
     if least <= n <= most: return
     low, high = -(-10_000 * least // max(total, 1)) / 100, 10_000 * most // max(total, 1) / 100
     raise ValueError(f'Cannot drop {n:,} of {total:,} groups: the limits of the layers allow {least:,} to {most:,}, '
-                     f'a sparsity from {low:g} to {high:g}')
+                     f'a sparsity from {low:g} to {high:g} %, by `min_sparsity` and `max_sparsity`')
 
 # %% ../../nbs/09_core.budget.ipynb #a9fa8b35
 def _erk_weights(shapes, sizes):

@@ -7,7 +7,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsify_callback.h
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #a54e655e
 from __future__ import annotations
 import math, os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import torch, torch.nn as nn
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
@@ -15,7 +15,7 @@ from fastai.learner import SkipToEpoch, ValueMetric
 from fastcore.basics import patch, store_attr
 from ..core.criteria import Criteria, large_final
 from ..core.masks import _packed, _unpacked
-from ..core.measure import _running, as_criteria
+from ..core.measure import _running, as_criteria, batches
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
 from .compact import why_not_compact
@@ -233,12 +233,23 @@ def _split(self:SparsifyCallback, batch):
 def _try_measure(self:SparsifyCallback, sp):
     "Measure once, with a batch"
     if sp.reference != 'measure': return
-    batch = self._one_batch()
-    x, y  = self._split(batch)
+    if isinstance(self.data, Iterator): return  # it can be read once only
+    x, y = self._split(self._one_batch()) if self.data is None else self._own_batch()
     try:
-        with _running(sp.model, False), torch.no_grad(): self.learn.loss_func(sp.model(*x), *y)
+        with _running(sp.model, False), torch.no_grad():
+            out = sp.model(*x)
+            if self.data is None: self.learn.loss_func(out, *y)
     except Exception: return
-    sp._try_measure(batch)
+    sp._try_measure((*x, *y))
+
+@patch
+def _own_batch(self:SparsifyCallback):
+    "Inputs and targets of a batch of `data`"
+    loaders = getattr(self.data, 'loaders', [self.data])
+    state   = random_state(loaders)
+    try: x, y = next(batches(self.data, next(self.learn.model.parameters()).device))
+    finally: set_random_state(state, loaders)
+    return x, (y,)
 
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #506f1931
 @patch
