@@ -210,7 +210,8 @@ def _layers(model, types, part):
     inside = set((model if part is None else part).modules())
     if inside.isdisjoint(model.modules()): raise ValueError(f'`part` has no module of the model, it is another {type(part).__name__}')
     found  = [(i, _plain_name(n), m) for i,(n,m) in enumerate(model.named_modules()) if m in inside and _is_layer(m, types)]
-    if not found: raise ValueError(_no_layer(model if part is None else part, types, 'The model' if part is None else 'That part (`part`, `model` of a callback)'))
+    what = 'The model' if part is None else 'That part (`part`, `model` of a callback)'
+    if not found: raise ValueError(_no_layer(model if part is None else part, types, what))
     return found
 
 def _owner(m, param):
