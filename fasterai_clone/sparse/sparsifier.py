@@ -153,8 +153,7 @@ class Sparsifier:
         if self.mesh is not None: self.targets = [_local_target(t) for t in self.targets]
         self._share_out(min_sparsity, max_sparsity)
         self.masks = Masks(shapes={p.name: p.tensor.shape for t in self.targets for p in t.parts + t.held})
-        self.updates = 0  # how often the masks have changed
-        self.refs, self.used = {}, set()  # what the criterion compares with, and whose sums an update has used
+        self.updates, self.refs, self.used = 0, {}, set()  # changes of masks; what the criterion compares with; whose sums were used
         if self.reference in ('init', 'update'): self.refs = {p.name: p.tensor.detach().clone() for p in self._parts()}
         self._try_out()
 

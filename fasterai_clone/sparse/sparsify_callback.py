@@ -62,8 +62,7 @@ class _Lean(Callback):
 # %% ../../nbs/14_sparse.sparsify_callback.ipynb #52ed9b73
 class SparsifyCallback(_Lean):
     "Sparsify the model during `fit`, following `schedule`"
-    _active = _stepping = _midway = False
-    _due = _rewind_to = _compact = _loaded = _random = None
+    _active = _stepping = _midway = _due = _rewind_to = _compact = _loaded = _random = None
     order = 15  # after `MixedPrecision` (10) and `GradientClip` (11) have seen to the gradients, before the metrics and what saves
     def __init__(self,
         sparsity: float|list|dict,                # percent: one for all layers, a list with one for each, or by layer name or pattern
