@@ -23,7 +23,7 @@ def text_of(output):
 def test_there_are_notebooks():
     "Those of folders inside too"
     found = {p.relative_to(root/'nbs').as_posix().removesuffix('.ipynb') for p in notebooks}
-    assert {'index', '00_core.granularity', '11_sparse.sparsifier', '50_cli', 'tutorials/coming_from_torch_prune'} <= found
+    assert {'index', '01_core.granularity', '13_sparse.sparsifier', '50_cli', 'tutorials/coming_from_torch_prune'} <= found
 
 @by_name
 def test_runs(path, monkeypatch, capfd):
@@ -91,5 +91,5 @@ def test_notebooks_are_clean(path):
 @pytest.mark.parametrize('kind', ['Conv1d', 'Conv2d', 'Conv3d', 'ConvTranspose2d', 'Linear', 'Embedding'])
 def test_granularities_are_drawn(kind):
     "A saved picture with every granularity of the layer type"
-    drawn = [''.join(c['source']) for c,o in outputs(root/'nbs'/'00_core.granularity.ipynb') if 'image/png' in o.get('data', {})]
+    drawn = [''.join(c['source']) for c,o in outputs(root/'nbs'/'01_core.granularity.ipynb') if 'image/png' in o.get('data', {})]
     assert any(f'plot_granularities(nn.{kind}(' in s for s in drawn)
