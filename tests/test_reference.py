@@ -68,7 +68,9 @@ def callables(c):
     for k,v in vars(c).items():
         f = v.fget if isinstance(v, property) else v.__func__ if isinstance(v, (classmethod, staticmethod)) else v
         event = re.match(r'(before|after)_', k) and any(b.__name__ == 'Callback' for b in c.__mro__)
-        if inspect.isfunction(f) and not k.startswith('_') and not event and f.__module__.startswith('fasterai_clone'): yield k, f
+        field = k in getattr(c, '__dataclass_fields__', ())  # a default that is a function
+        ours  = inspect.isfunction(f) and not k.startswith('_') and f.__module__.startswith('fasterai_clone')
+        if ours and not event and not field: yield k, f
 
 def methods(name):
     "(class, name, function) of each method of the public classes"
@@ -86,9 +88,14 @@ def words(text): return {w for t in re.findall(r'`([^`]+)`', text or '') for w i
 
 plain = dict(model='Module', learn='Learner', optimizer='Optimizer')  # name and type say it all
 
+def commented(f):
+    "Parameters, or fields of a `NamedTuple`, that have a comment"
+    if inspect.isclass(f) and issubclass(f, tuple): return set(re.findall(r'^\s*(\w+):.*\S\s+#', inspect.getsource(f), re.M))
+    return {k for k,v in docments(f, returns=False).items() if v}
+
 def undocumented(f, *docs):
     "Parameters of `f` that have no comment, and that no docstring, its own or one of `docs`, names in back-ticks"
-    said  = {k for k,v in docments(f, returns=False).items() if v} | words(inspect.getdoc(f)).union(*map(words, docs))
+    said  = commented(f) | words(inspect.getdoc(f)).union(*map(words, docs))
     given = {k: p for k,p in inspect.signature(f).parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     given = {k for k,p in given.items() if plain.get(k, '-') not in str(p.annotation)}
     return given - said - {'self', 'cls'}
