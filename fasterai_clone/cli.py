@@ -7,6 +7,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/cli.html.md"""
 # %% ../nbs/50_cli.ipynb #c3e05b2a
 from __future__ import annotations
 import csv, os, pickle, time, warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -77,13 +78,19 @@ def _train(run, make_learner, make_callback, epochs, lr, seed):
 # %% ../nbs/50_cli.ipynb #f8aed960
 _colours = [colors['grey'], *(c for k,c in colors.items() if k != 'grey')]  # grey: dense
 
+@contextmanager
+def _styled():
+    "Inside, pictures are drawn in the style of this library"
+    import matplotlib.pyplot as plt
+    plt.draw_if_interactive()  # brings up the backend: inside, its settings would be lost with ours, and notebooks show no picture after this
+    with plt.rc_context(plot_style): yield plt
+
 def plot_schedules(
     runs: list[Run],  # trainings to compare
     sparsity: float   # percent that was asked for at the end
 ):
     "Lines: sparsity as asked; dots: as measured in the weights at the end of each epoch. Returns the figure"
-    import matplotlib.pyplot as plt
-    with plt.rc_context(plot_style):
+    with _styled() as plt:
         fig, ax = plt.subplots(figsize=(7, 4))
         for r,c in zip(runs, _colours*9):
             n = len(r.rows)
@@ -99,8 +106,7 @@ def plot_accuracy(
     runs: list[Run]  # trainings to compare
 ):
     "Accuracy on the validation images after each epoch. Returns the figure"
-    import matplotlib.pyplot as plt
-    with plt.rc_context(plot_style):
+    with _styled() as plt:
         fig, ax = plt.subplots(figsize=(7, 4))
         for r,c in zip(runs, _colours*9):
             ax.plot(range(1, len(r.rows)+1), [100*o['accuracy'] for o in r.rows], 'o-', color=c, ms=4, label=r.name)
@@ -112,9 +118,8 @@ def plot_zeros(
     runs: list[Run]  # trainings to compare, with their reports
 ):
     "Kept and zero weights of each layer, a panel a run. Returns the figure"
-    import matplotlib.pyplot as plt
     size = 3.4*len(runs) + 1, 1.3 + 0.3*len(runs[0].report.rows)
-    with plt.rc_context(plot_style):
+    with _styled() as plt:
         fig, axs = plt.subplots(1, len(runs), squeeze=False, figsize=size, sharey=True)
         for r,ax in zip(runs, axs[0]):
             r.report.plot(ax).set_title(f'{r.name}: {r.report.sparsity:.2f} % zero')

@@ -27,10 +27,11 @@ def is_example(source):
     first = [d[0].rstrip(':') for d in directives(source)]
     return not any(d.startswith(('export', 'hide', 'default_exp')) for d in first) and ['eval:', 'false'] not in directives(source)
 
+def parsed(source): return ast.parse('\n'.join(l for l in source.splitlines() if not l.lstrip().startswith(('%', '!'))))
+
 def used(source):
     "The names and attributes that code reads or calls"
-    plain = '\n'.join(l for l in source.splitlines() if not l.lstrip().startswith(('%', '!')))
-    nodes = [n for n in ast.walk(ast.parse(plain)) if not isinstance(getattr(n, 'ctx', None), (ast.Store, ast.Del))]
+    nodes = [n for n in ast.walk(parsed(source)) if not isinstance(getattr(n, 'ctx', None), (ast.Store, ast.Del))]
     return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
 
 @cache
@@ -63,14 +64,31 @@ def test_every_public_name_has_an_example(name):
     assert len(here) == 1, f'{len(here)} notebooks define {name}'
     none(set(public(name)) - here[0], 'Used in no visible cell of their notebook')
 
+def plots(source):
+    "Is the last thing this code does a call of something called `plot`?"
+    last = parsed(source).body[-1:]
+    call = last[0].value if last and isinstance(last[0], ast.Expr) else None
+    return isinstance(call, ast.Call) and getattr(call.func, 'attr', getattr(call.func, 'id', '')).startswith('plot')
+
+def test_what_is_plotted_is_shown():
+    "A picture is saved with each: one that comes up in the wrong place takes all later ones away from the reader"
+    bare = []
+    for p in examples():
+        for c in json.loads(p.read_text(encoding='utf-8'))['cells']:
+            source = ''.join(c['source'])
+            if c['cell_type'] != 'code' or not is_example(source) or not plots(source): continue
+            if not any('image/png' in o.get('data', {}) for o in c['outputs']): bare.append(f'{p.stem}: {source.splitlines()[-1]}')
+    none(bare, 'No picture in the output')
+
 def callables(c):
     "name → function of the public methods and properties of the class `c` that are ours; fastai calls its events itself"
     for k,v in vars(c).items():
         f = v.fget if isinstance(v, property) else v.__func__ if isinstance(v, (classmethod, staticmethod)) else v
         event = re.match(r'(before|after)_', k) and any(b.__name__ == 'Callback' for b in c.__mro__)
         field = k in getattr(c, '__dataclass_fields__', ())  # a default that is a function
+        known = any(hasattr(b, k) for b in c.__mro__ if not b.__module__.startswith('fasterai_clone'))  # documented where it comes from
         ours  = inspect.isfunction(f) and not k.startswith('_') and f.__module__.startswith('fasterai_clone')
-        if ours and not event and not field: yield k, f
+        if ours and not (event or field or known): yield k, f
 
 def methods(name):
     "(class, name, function) of each method of the public classes"
@@ -110,7 +128,7 @@ def test_comments_and_back_ticks_are_documentation():
 def inherited(c):
     "What the `__init__` of a class that is not ours documents, and ours takes over"
     base = next(b for b in c.__mro__ if not b.__module__.startswith('fasterai_clone'))
-    return set(inspect.signature(base).parameters) if base not in (object, dict, list) else set()
+    return set(inspect.signature(base).parameters) if base not in (object, dict) else set()
 
 def signatures(name):
     "label → undocumented parameters, of what users call"
