@@ -111,6 +111,7 @@ def plot_accuracy(
         for r,c in zip(runs, _colours*9):
             ax.plot(range(1, len(r.rows)+1), [100*o['accuracy'] for o in r.rows], 'o-', color=c, ms=4, label=r.name)
         ax.set(xlabel='epochs done', ylabel='accuracy (%)', title='Accuracy on the validation images')
+        ax.locator_params(axis='x', integer=True)
         ax.legend()
     return fig
 
