@@ -12,10 +12,12 @@ modules = ['.'.join(p.relative_to(root).with_suffix('').parts) for p in sorted(p
            if p.stem not in ('__init__', '_modidx', 'all')]
 by_module = pytest.mark.parametrize('name', modules, ids=lambda n: n.removeprefix('fasterai_clone.'))
 
+@cache
+def imported(): return {m: importlib.import_module(m) for m in modules}  # all of them: classes grow in later modules too
+
 def public(name):
     "name → object, of the module called `name`"
-    m = importlib.import_module(name)
-    return {n: getattr(m, n) for n in m.__all__}
+    return {n: getattr(imported()[name], n) for n in imported()[name].__all__}
 
 
 # Examples

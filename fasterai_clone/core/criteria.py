@@ -23,7 +23,7 @@ __all__ = ['random', 'large_final', 'small_final', 'squared_final', 'large_init'
 
 # %% ../../nbs/02_core.criteria.ipynb #d7f96261
 class Reducer:
-    "How the scores of a group's weights become one: `f(scores, dims)`, over the axes `dims` of the tensor `scores`, which are gone afterwards"
+    "How the scores of a group's weights become one: `f(scores, dims)` takes the axes `dims` out of the tensor `scores`"
     @staticmethod
     def sum (scores, dims): return scores.sum(dims)
     @staticmethod
@@ -169,7 +169,7 @@ def identity(w):
     return w
 
 def uniform(w, generator=None):
-    "Random numbers from 0 to 1 in the shape of `w`, from `generator`, or torch's global one: `torch.manual_seed` makes those repeatable"
+    "Numbers from 0 to 1 in the shape of `w`, from `generator`, or torch's global one: `torch.manual_seed` makes those repeatable"
     return torch.rand(w.shape, dtype=w.dtype, device=w.device, generator=generator)
 
 # %% ../../nbs/02_core.criteria.ipynb #46c145d6

@@ -198,7 +198,8 @@ class Tickets:
     files: tuple[Path, ...] = ()    # the ticket of each round, for `load_ticket`, if they were saved
 
     def __repr__(self):
-        return f'{type(self).__name__}({len(self.masks)} rounds to {self.masks[-1].sparsity:.2f}%, {len(self.runs)} trainings)'
+        n = len(self.masks)
+        return f'{type(self).__name__}({n} round{"s"*(n != 1)} to {self.masks[-1].sparsity:.2f}%, {len(self.runs)} trainings)'
 
     def df(self,
         epochs: bool = False  # a row for each epoch of each training
