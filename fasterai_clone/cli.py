@@ -29,7 +29,7 @@ class Run:
     schedule: Schedule|None      # None: dense
     report: Report|None = None   # the zeros of each layer after training
     seconds: float = 0.          # what training took
-    rows: list[dict] = field(default_factory=list)  # of each epoch: `epoch` (from 0), `accuracy` (0–1), `asked` and `sparsity` (percent), ...
+    rows: list[dict] = field(default_factory=list)  # of each epoch: `epoch` (from 0), `accuracy` (0–1), `sparsity` (percent), ...
 
     @property
     def accuracy(self): return self.rows[-1]['accuracy']
@@ -82,7 +82,7 @@ _colours = [colors['grey'], *(c for k,c in colors.items() if k != 'grey')]  # gr
 def _styled():
     "Inside, pictures are drawn in the style of this library"
     import matplotlib.pyplot as plt
-    plt.draw_if_interactive()  # brings up the backend: inside, its settings would be lost with ours, and notebooks show no picture after this
+    plt.draw_if_interactive()  # brings up the backend: inside, its settings would be lost with ours, and later pictures not shown
     with plt.rc_context(plot_style): yield plt
 
 def plot_schedules(

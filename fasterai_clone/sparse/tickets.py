@@ -238,7 +238,7 @@ def plot(self:Tickets,
     legal = list(self.runs[0].result)
     if metric is None: metric = legal[min(1, len(legal)-1)]
     if metric not in legal: raise ValueError(_unknown('metric', metric, legal))
-    plt.draw_if_interactive()  # brings up the backend: inside, its settings would be lost with ours, and notebooks show no picture after this
+    plt.draw_if_interactive()  # brings up the backend: inside, its settings would be lost with ours, and later pictures not shown
     with plt.rc_context(plot_style):
         return _draw(self, metric, plt.subplots(figsize=(5.2, 3.2), layout='constrained')[1] if ax is None else ax)
 
