@@ -143,6 +143,17 @@ def before_fit(self:PruneCallback):
     asked = list(dict.fromkeys(self._goal.values()))
     self._say(f'Pruning of channels until a ratio of [{", ".join(f"{r:g}" for r in asked)}]%')
     for layer,why in self.sparsifier.left_out.items(): self._say(f'  {layer} keeps all: {why}')
+    self._say_what_stays()
+
+@patch
+def _say_what_stays(self:PruneCallback):
+    "Name groups that lose less than was asked for"
+    if self.context != 'local': return
+    for k,n in self.sizes.items():
+        asked = n_dropped(n, self._goal[k])
+        goes  = max(0, _rounded(n, min(asked, n - self.min_channels), self.round_to))
+        why   = ' and '.join(f'`{what}` {v}' for what,v in (('min_channels', self.min_channels), ('round_to', self.round_to)) if v and v > 1)
+        if goes < asked: self._say(f'  {k} keeps {n - goes} of {n} channels, where {self._goal[k]:g}% would leave {n - asked}: {why}')
 
 @patch
 def _begin(self:PruneCallback):
@@ -154,7 +165,7 @@ def _begin(self:PruneCallback):
     if self.context != 'local' and n_dropped(total, asked) > most:
         raise ValueError(f'`pruning_ratio` {asked:g} would take {n_dropped(total, asked):,} of {total:,} channels, and {most:,} can go '
                          f'if each of {len(self.sizes)} groups keeps {self.min_channels}')
-    self._try_measure(sp)
+    with _eagerly(sp.model): self._try_measure(sp)
     self._use(sp)
 
 @patch
@@ -184,6 +195,19 @@ def _new_sparsifier(self:PruneCallback):
     return Sparsifier(self.learn.model, 'filter', self.context, self.criteria, loss_func=self.learn.loss_func,
                       example_inputs=self._some_inputs, coupled=True, **own)
 
+# %% ../../nbs/21_prune.prune_callback.ipynb #496fee90
+def _is_compiled(m): return '_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None
+
+@contextmanager
+def _eagerly(model):
+    "`model` as if `compile` had not been called on it or its parts"
+    found = [(m, m._compiled_call_impl) for m in model.modules() if '_compiled_call_impl' in vars(m)]
+    try:
+        for m,_ in found: m._compiled_call_impl = None
+        yield
+    finally:
+        for m,call in found: m._compiled_call_impl = call
+
 # %% ../../nbs/21_prune.prune_callback.ipynb #2ee67196
 @patch
 def _left(self:PruneCallback):
@@ -207,7 +231,7 @@ def _counts(self:PruneCallback, progress):
 def _size(self:PruneCallback):
     "Parameters, channels of the groups, and multiply-adds for one item"
     model = self.sparsifier.model
-    with _plainly(model): macs = sum(multiply_adds(model, self._some_inputs()).values())
+    with _plainly(model), _eagerly(model): macs = sum(multiply_adds(model, self._some_inputs()).values())
     return dict(params=sum(p.numel() for p in model.parameters()), channels=sum(self._left().values()), macs=macs)
 
 # %% ../../nbs/21_prune.prune_callback.ipynb #00c26830
@@ -221,12 +245,13 @@ def _prune(self:PruneCallback, progress):
     if sp.limits: sp.limits = [0]*len(sp.targets), [max(t.groups.n - self.min_channels, 0) for t in sp.targets]
     unseen = sp.reference == 'measure' or sp.reference == 'grad' and not sp.refs
     if unseen and self.data is None: sp.observe(*self.xb, *self.yb)
-    with _all_or_nothing(sp.model, self.opt, sp._params().values()):
+    with _eagerly(sp.model), _all_or_nothing(sp.model, self.opt, sp._params().values()):
         sp.update(counts, round_to=None if self.context == 'local' else self.round_to)
         dead = [torch.zeros(t.groups.n, dtype=torch.bool) if t.name not in sp.masks else ~sp._group_mask(t).flatten().cpu()
                 for t in sp.targets]
         if any(d.any() for d in dead): sp = self._take_out(sp, dead)  # else `round_to` keeps all of them
         self._use(sp)
+    if any(map(_is_compiled, self.learn.model.modules())): torch.compiler.reset()  # graphs for other sizes, which count for its limit
 
 @patch
 def _copied_sparsifier(self:PruneCallback):
