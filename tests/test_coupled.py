@@ -1,11 +1,14 @@
 "Filters that meet in sums are masked together during training, and `thin` takes out exactly those"
 import copy, pickle
 
+import fastai.callback.fp16 as fp16
 import pytest, torch, torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 from helpers import column, exact, learner, same, spy, weights
 from fasterai_clone.core.measure import mean_activation
 from fasterai_clone.prune.all import thin
 from fasterai_clone.sparse.all import *
+from processes import main, start
 from test_thin import Anything, lively
 
 
@@ -524,3 +527,59 @@ def test_channels_of_anything(seed):
     for g,n in zip(sp.channel_groups, gone):
         for m in g.members: lost[m.name, m.axis] = lost.get((m.name, m.axis), 0) + n * int((m.channel >= 0).sum()) // g.n
     for k,p in now.items(): assert list(p.shape) == [n - lost.get((k, i), 0) for i,n in enumerate(before[k])]
+
+
+# -- in half precision, and in two processes ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('granularity', ['filter', 'channel'])
+@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
+def test_autocast(monkeypatch, half, granularity):
+    "The weights stay in fp32, the layers compute in `half`; in fp16 the first steps overflow and are skipped"
+    monkeypatch.setattr(fp16, 'autocast',   lambda device, **kwargs: torch.amp.autocast('cpu', **kwargs))
+    monkeypatch.setattr(fp16, 'GradScaler', lambda device, **kwargs: torch.amp.GradScaler('cpu', **kwargs))
+    learn, seen = learner(model=net()), set()
+    learn = learn.to_bf16() if half is torch.bfloat16 else learn.to_fp16(init_scale=2.**24)
+    cb = SparsifyCallback(50, granularity, coupled=True, layer_type=(nn.Conv2d, nn.Linear), verbose=False)
+    def look():
+        seen.add(learn.pred.dtype)
+        dropped = [p[~cb.sparsifier.masks[k]] for k,p in cb.sparsifier._params().items() if k in cb.sparsifier.masks]
+        assert not any(d.any() for d in dropped)
+    watch = spy('after_pred', look, order=5)                            # before fastai makes it a float
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=[cb, watch])
+    assert half in seen and {p.dtype for p in learn.model.parameters()} == {torch.float32}
+    small, x = thin(learn.model, example_inputs=digits()), digits()
+    assert widths(small) == [4, 4, 4, 3, 2] and error(learn.model, small, x) < 1e-10
+
+def both_train(rank, world):
+    "Each process has its own digits and its own weights at first; masks and weights after each of four steps"
+    found = {}
+    for granularity in ('filter', 'channel'):
+        for criteria in ('large_final', 'gradient', 'random'):
+            model = DistributedDataParallel(net(seed=rank))
+            torch.manual_seed(10 + rank)
+            sp  = Sparsifier(model, granularity, 'global', criteria, layer_type=(nn.Conv2d, nn.Linear), coupled=True, example_inputs=digits())
+            opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            with sp.hold(opt):
+                for sparsity in (20, 40, 30, 60):
+                    nn.functional.cross_entropy(model(digits(8)), torch.randint(10, (8,))).backward()
+                    opt.step()
+                    opt.zero_grad()
+                    sp.sparsify_model(sparsity)
+                    masks = {k: m.clone() for k,m in sp.masks.items()}
+                    found.setdefault((granularity, criteria), []).append((sp._gone(sp.targets), masks, {k: p.detach().clone() for k,p in sp._params().items()}))
+            found[granularity, criteria].append(widths(thin(model.module, example_inputs=digits())))
+    return found
+
+if __name__ == '__main__': main([both_train])
+
+def test_two_processes_drop_the_same(tmp_path):
+    a, b = [r['both_train'][0] for r in start(__file__, 2, tmp_path)]
+    assert len(a) == 6
+    for case,(*steps, small) in a.items():
+        *others, also = b[case]
+        assert [sum(gone) for gone,*_ in steps] == [exact(26, s) for s in (20, 40, 30, 60)] and small == also
+        gone = steps[-1][0]
+        assert small == [8 - gone[0], 8 - gone[1], 8 - gone[0], 6 - gone[2], 4 - gone[3]]
+        for (_, masks, params),(_, same_masks, same_params) in zip(steps, others):
+            assert masks.keys() == same_masks.keys() and all(torch.equal(m, same_masks[k]) for k,m in masks.items())
+            assert all(torch.equal(p, same_params[k]) and not p[~masks[k]].any() for k,p in params.items() if k in masks)

@@ -151,8 +151,7 @@ class Sparsifier:
         found = find_targets(self.model, kind, layer_type, include, exclude, part, params)
         self.mesh = _mesh(found)  # the processes that share the weights out among them
         if self.mesh is not None: self._check_sharded(min_sparsity is max_sparsity is None)
-        self.targets = self._with_held(found, exclude)
-        if self.mesh is not None: self.targets = [_local_target(t) for t in self.targets]
+        self.targets = [t if self.mesh is None else _local_target(t) for t in self._with_held(found, exclude)]
         self._share_out(min_sparsity, max_sparsity)
         self.masks = Masks(shapes={p.name: p.tensor.shape for t in self.targets for p in t.parts + t.held})
         self.updates, self.refs, self.used = 0, {}, set()  # changes of masks; what the criterion compares with; whose sums were used
