@@ -100,7 +100,7 @@ def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, includ
     for k,v in dict(min_sparsity=min_sparsity, max_sparsity=max_sparsity).items():
         for s in v.values() if isinstance(v, dict) else [] if v is None else [v]: check_sparsity(s, k)
 
-
+# %% ../../nbs/13_sparse.sparsifier.ipynb #fd7172f2
 def _check_flags(**flags):
     "Refuse flags that are not True or False"
     for k,v in flags.items():
@@ -241,7 +241,7 @@ def _coupled_targets(self:Sparsifier, targets, exclude):
     "Targets that go together as one, with all that must be zero for their channels to be"
     if self.coupled is not True: _patterns('coupled', self.coupled, [(t.layer, t.module, t.name) for t in targets])
     with _plainly(self.model):
-        groups = coupled_groups(self.model, self._example('`coupled`'))
+        groups = coupled_groups(self.model, self._example('`coupled`'), timeout=None)
         owners = {f'{n}.{k}' if n else k: (m, k) for n,m in self.model.named_modules() for k in m._parameters}
     known, role = {id(t.weight): t for t in targets}, _coupled_roles[self.granularity]
     self.channel_groups, made, taken = [], [], set()
