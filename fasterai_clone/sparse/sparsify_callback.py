@@ -19,7 +19,7 @@ from ..core.masks import _packed, _unpacked
 from ..core.measure import _running, as_criteria, batches
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
-from ..core.style import colors, plot_style
+from ..core.style import _styled, colors
 from .compact import why_not_compact
 from .sparsifier import Sparsifier, _check_flags, _check_tools, _own_loader, check_arguments
 from .ticket_files import _restore, _snapshot, save_ticket
@@ -590,7 +590,7 @@ def _panels(self:SparsifyCallback):
             values.append(v)
     return panels
 
-_lines = dict(asked=dict(color=colors['orange'], lw=6, alpha=0.45), measured=dict(color=colors['blue'], marker='o', ms=4),
+_lines = dict(asked=dict(color=colors['orange'], lw=6), measured=dict(color=colors['blue'], marker='o', ms=4),
               train=dict(color=colors['orange'], ls='--', marker='s', ms=3.5), valid=dict(color=colors['blue'], marker='o', ms=4))
 
 def _draw(ax, title, curves):
@@ -611,10 +611,10 @@ def plot(self:SparsifyCallback,
     axs = None  # matplotlib axes to draw on: for the sparsity, the loss, and each metric
 ):
     "Draw sparsity asked and measured, losses and metrics at the end of each epoch; returns an array of axes"
-    import matplotlib.pyplot as plt, numpy as np
+    import numpy as np
     self._check_history()
     panels = self._panels()
-    with plt.rc_context(plot_style):
+    with _styled() as plt:
         if axs is None: axs = plt.subplots(1, len(panels), figsize=(3.1*len(panels), 2.5), squeeze=False, layout='constrained')[1]
         axs = np.ravel(axs)
         if len(axs) < len(panels): raise ValueError(f'There are {len(panels)} things to draw ({", ".join(panels)}), got {len(axs)} axes')
@@ -626,16 +626,15 @@ def plot_layers(self:SparsifyCallback,
     ax = None  # matplotlib axes to draw on
 ):
     "Draw the sparsity of each layer at the end of each epoch as a heat map; returns the axes"
-    import matplotlib.pyplot as plt
     self._check_history()
     names, epochs = list(self.history[0]['layers']), [h['epoch'] for h in self.history]
-    with plt.rc_context(plot_style):
+    with _styled() as plt:
         if ax is None: ax = plt.subplots(figsize=(6, 1.1 + 0.2*len(names)), layout='constrained')[1]
-        im = ax.imshow([[h['layers'][k] for h in self.history] for k in names], cmap=plot_style['image.cmap'], vmin=0, vmax=100,
-                       aspect='auto', interpolation='nearest', extent=(epochs[0]-0.5, epochs[-1]+0.5, len(names)-0.5, -0.5))
+        im = ax.imshow([[h['layers'][k] for h in self.history] for k in names], vmin=0, vmax=100, aspect='auto', interpolation='nearest',
+                       extent=(epochs[0]-0.5, epochs[-1]+0.5, len(names)-0.5, -0.5))
         ax.set_yticks(range(len(names)), [k.removesuffix('.weight') for k in names], fontsize=8)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set(xlabel='epoch', title='sparsity of each layer (%)')
+        ax.set(xlabel='epoch', ylabel='layer', title='sparsity of each layer (%)')
         ax.figure.colorbar(im, ax=ax, pad=0.02)
     return ax
 
@@ -644,11 +643,10 @@ def plot_layers(self:SparsifyCallback,
 def _show(self:SparsifyCallback):
     "Draw again, in the place where it was drawn before"
     if not in_notebook() or _rank(): return
-    import matplotlib as mpl
     from IPython.display import Image, display
     from matplotlib.figure import Figure
     panels = dict(list(self._panels().items())[:2])
-    with mpl.rc_context(plot_style), io.BytesIO() as file:
+    with _styled(), io.BytesIO() as file:
         fig = Figure(figsize=(3.1*len(panels), 2.2), layout='constrained')
         for ax,(title, curves) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             _draw(ax, title, curves)
