@@ -6,6 +6,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt, nbformat, numpy as np, pytest, torch, torch.nn as nn
 from fastai.basics import CancelFitException, Recorder
+from fastai.callback.progress import ProgressCallback
 from matplotlib.colors import to_rgb
 from nbclient import NotebookClient
 from fasterai_clone.core.granularity import Granularities, plot_granularities, plot_granularity
@@ -132,14 +133,14 @@ def test_a_failure_puts_settings_back(kind):
     wrong  = dict(weights=lambda: plot_weights(torch.randn(3), torch.ones(4) > 0),
                   filters=lambda: plot_filters(weight(), weight(), axs=plt.subplots()[1]), mask=lambda: conv_masks(2, 2).plot('c'))
     with pytest.raises((ValueError, KeyError)): wrong[kind]()
-    assert dict(plt.rcParams) == before
+    assert dict(plt.rcParams) == before and len(plt.get_fignums()) == (kind == 'filters')  # the one that was given
 
 
 # What each one shows
 
 def test_schedule():
     line, = agp.plot(90).lines
-    assert line.get_ydata() == [agp.sparsity(i/1000, 90) for i in range(1001)] and line.get_xdata()[500] == 50
+    assert list(line.get_ydata()) == [agp.sparsity(i/1000, 90) for i in range(1001)] and line.get_xdata()[500] == 50
 
 def test_report():
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 3))
@@ -287,7 +288,7 @@ def stop(learn, at, error):
         if learn.epoch == at: raise error
     return f
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt, CancelFitException, RuntimeError])
+@pytest.mark.parametrize('error', [KeyboardInterrupt, CancelFitException, RuntimeError('stop')], ids=repr)
 @pytest.mark.parametrize('live', [False, True])
 def test_an_interrupted_fit_is_plotted(error, live):
     learn, cb = learner(), SparsifyCallback(80, schedule='lin', live=live, verbose=False)
@@ -305,7 +306,7 @@ def test_train_metrics_and_a_fit_without_recorder():
     axs = cb.plot()
     assert [(ax.get_title(), [l.get_label() for l in ax.lines]) for ax in axs[1:]] == [('loss', ['train', 'valid']), ('accuracy', ['train', 'valid'])]
     learn, cb = learner(), SparsifyCallback(80, verbose=False)
-    learn.remove_cbs([learn.progress, learn.recorder])
+    learn.remove_cbs([c for c in learn.cbs if isinstance(c, (Recorder, ProgressCallback))])
     learn.fit(2, 1e-2, cbs=cb)
     assert [ax.get_title() for ax in cb.plot()] == ['sparsity (%)']
 
@@ -345,40 +346,34 @@ def test_in_a_terminal_live_changes_nothing(capsys):
         out.append(capsys.readouterr())
     assert out[0] == out[1] and 'Final Sparsity' in out[0].out and plt.get_fignums() == []
 
-def cells(live, stop=''):
-    return f'''import matplotlib.pyplot as plt
+in_notebook = ['from fasterai_clone.core.all import *', 'ax = agp.plot()', 'ax = dsd.plot()', '''import matplotlib.pyplot as plt
 from fastai.callback.all import *
 from helpers import learner, spy
 from fasterai_clone.sparse.all import *
-learn, cb = learner(), SparsifyCallback(80, live={live}, verbose=False)
-{stop}''', '''try: learn.fit(3, 1e-2, cbs=cb)
-except KeyboardInterrupt: pass''', '''print(plt.get_fignums(), cb._shown)''', 'learn.get_preds(); learn.validate(); learn.lr_find(num_it=5, show_plot=False); None', '''axs = cb.plot()'''
+learn, cb = learner(), SparsifyCallback(80, live=True, verbose=False)
+def stop():
+    if learn.epoch == 2: raise KeyboardInterrupt''', 'learn.fit(3, 1e-2, cbs=cb)', 'print(plt.get_fignums(), cb._shown)',
+'learn.fit(2, 1e-2, cbs=SparsifyCallback(80, verbose=False))',
+'''try: learn.fit(3, 1e-2, cbs=[cb, spy('before_batch', stop)])
+except KeyboardInterrupt: print(plt.get_fignums())''',
+'''with learn.added_cbs(cb): learn.get_preds(), learn.validate(), learn.lr_find(num_it=5, show_plot=False)
+assert not any(isinstance(c, SparsifyClosing) for c in learn.cbs)''', 'axs = cb.plot()']
 
-@pytest.mark.parametrize('live,stop,updates', [(True, '', 2), (False, '', 0),
-    (True, "def f():\n    if learn.epoch == 2: raise KeyboardInterrupt\nlearn.add_cb(spy('before_batch', f))", 1)], ids=['live', 'not', 'interrupted'])
-def test_live_in_a_notebook(live, stop, updates, monkeypatch, tmp_path):
-    "One figure, drawn again in its place after each epoch; none by what is no training"
+def test_in_a_notebook(monkeypatch, tmp_path):
+    "The first figure does not keep the next ones from being shown; a live one is drawn again in its place, and not by what is no training"
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(root), str(root/'tests'), os.environ.get('PYTHONPATH', '')]))
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in cells(live, stop)])
-    sent = []
+    monkeypatch.setenv('PYTHONWARNINGS', 'ignore')
+    nb, sent = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in in_notebook]), []
     class Client(NotebookClient):
         def process_message(self, msg, cell, cell_index):
             sent.append((cell_index, msg['msg_type'], 'image/png' in msg['content'].get('data', {})))
             return super().process_message(msg, cell, cell_index)
     Client(nb, timeout=120, kernel_name='python3', resources=dict(metadata=dict(path=str(tmp_path)))).execute()
-    figures = [sum('image/png' in o.get('data', {}) for o in c.outputs) for c in nb.cells]
-    assert figures == [0, int(live), 0, 0, 1]  # `plot` afterwards is shown as ever
-    assert sum(i == 1 and kind == 'update_display_data' and png for i,kind,png in sent) == updates
-    assert sum(i == 1 and kind == 'display_data' and png for i,kind,png in sent) == int(live)
-    assert nb.cells[2].outputs[0].text.startswith('[]') and not [o for c in nb.cells for o in c.outputs if o.get('name') == 'stderr']
-
-def test_figures_are_shown_after_the_first(tmp_path, monkeypatch):
-    "The first figure of a kernel does not keep the next ones from being shown"
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
-    codes = ['from fasterai_clone.core.all import *', 'ax = agp.plot()', 'ax = dsd.plot()', 'import matplotlib.pyplot as plt; ax = plt.subplots()[1]']
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in codes])
-    NotebookClient(nb, timeout=120, kernel_name='python3', resources=dict(metadata=dict(path=str(tmp_path)))).execute()
-    assert [sum('image/png' in o.get('data', {}) for o in c.outputs) for c in nb.cells] == [0, 1, 1, 1]
+    def count(kind): return {i: n for i in range(len(nb.cells)) if (n := sent.count((i, kind, True)))}
+    assert [sum('image/png' in o.get('data', {}) for o in c.outputs) for c in nb.cells] == [0, 1, 1, 0, 1, 0, 0, 1, 0, 1]
+    assert count('display_data') == {1: 1, 2: 1, 4: 1, 7: 1, 9: 1} and count('update_display_data') == {4: 2, 7: 1}
+    assert nb.cells[5].outputs[0].text == '[] None\n' and nb.cells[7].outputs[-1].text == '[]\n'
+    assert not [o for c in nb.cells for o in c.outputs if o.get('name') == 'stderr']
 
 def test_importing_draws_nothing_in():
     "matplotlib is imported by what draws"

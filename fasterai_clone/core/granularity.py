@@ -243,11 +243,13 @@ def plot_granularity(
     out, inp = (1, 0) if getattr(m, 'transposed', False) else (0, 1)
     cells = _cells(shape, out, inp)
     xs, ys = zip(*cells.values())
+    size, edge = ((1, 1), 0.7) if len(shape) == 5 else ((0.92, 0.92), 0)  # planes overlap: what is in front needs an outline
+    on  = dict(fc=colors['blue'], ec=(1, 1, 1, 0.7), lw=edge)
+    off = dict(fc=to_rgba(colors['grey'], 0.1 if edge else 0.25), ec=to_rgba(colors['grey'], 0.55), lw=edge)
     with _styled() as plt:
         if ax is None: ax = plt.subplots(figsize=(3, 3))[1]
         for idx in sorted(cells, key=lambda i: -i[2] if len(shape)==5 else 0):
-            fill = dict(fc=colors['blue']) if ids[idx] == group else dict(fc=to_rgba(colors['grey'], 0.25))
-            ax.add_patch(Rectangle(cells[idx], 0.92, 0.92, lw=0, **fill))
+            ax.add_patch(Rectangle(cells[idx], *size, **(on if ids[idx] == group else off)))
         ax.set(xlim=(-.2, max(xs)+1.2), ylim=(max(ys)+1.2, -.2), aspect='equal')
         ax.axis('off')
         ax.set_title(f'{granularity}\n{gr.n} × {gr.size}', fontsize=9)

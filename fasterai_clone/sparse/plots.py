@@ -31,26 +31,27 @@ def _threshold(kept, dropped, zero):
     least = float(np.abs(kept).min())
     return least if not len(dropped) or least >= np.abs(dropped).max() else None
 
-def _draw_weights(ax, name, weight, mask, bins):
+def _draw_weights(ax, name, kept, dropped, zero, bins):
     "One histogram"
-    kept, dropped, zero = _split(weight, mask)
-    edges = np.histogram_bin_edges(np.concatenate([kept, dropped]) if len(kept) + len(dropped) else [0.], bins)
+    seen  = np.concatenate([kept, dropped])
+    edges = np.histogram_bin_edges(seen if len(seen) else [0.], min(bins, 10 + int(2*len(seen)**0.5)))  # few weights, few bins
     low, high = (np.histogram(o, edges)[0] for o in (dropped, kept))
     if len(dropped): ax.stairs(low, edges, fill=True, color=colors['orange'], label='dropped')
     ax.stairs(low + high, edges, baseline=low, fill=True, color=colors['blue'], label='kept')
     if (at := _threshold(kept, dropped, zero)) is not None:
-        for x in (-at, at): ax.axvline(x, color=colors['grey'], ls='--', lw=1.2, label=f'±{at:.3g}' if x > 0 else None)
+        for x in (-at, at): ax.axvline(x, ymax=0.84, color=colors['grey'], ls='--', lw=1.2, label=f'±{at:.3g}' if x > 0 else None)
     if zero: ax.plot([], [], ' ', label=f'zero: {zero:,}')
-    gone, n = len(dropped) + zero, weight.numel()
+    gone, n = len(dropped) + zero, len(kept) + len(dropped) + zero
     ax.set(xlabel='weight', ylabel='weights in a bin', title=f'{name}\n{gone:,} of {n:,} dropped ({100*gone/max(n, 1):.2f}%)'.strip())
-    ax.legend(fontsize=8)
+    ax.set_ylim(0, 1.25 * max((low + high).max(), 1))  # room for the legend
+    ax.legend(fontsize=8, loc='upper center', ncols=4, columnspacing=1, handlelength=1.2)
 
 # %% ../../nbs/19_sparse.plots.ipynb #69a39975
 def plot_weights(
     weights: torch.Tensor|nn.Module|dict,  # one weight, or several by name: a model, or a `state_dict`
     masks: torch.Tensor|dict|None = None,  # True = kept: of the weight, or by name; None: what is not zero is kept
     ax = None,                             # matplotlib axes to draw on; an array of them for several weights
-    bins: int = 80                         # of each histogram
+    bins: int = 80                         # the most of each histogram
 ):
     "Draw the distribution of weights, kept and dropped, and the threshold between them; returns the axes, of several weights an array of them"
     several = not isinstance(weights, torch.Tensor)
@@ -61,12 +62,13 @@ def plot_weights(
         for k in names:
             if k not in weights: raise ValueError(_unknown('parameter', k, weights))
     else: weights, masks, names = {'': weights}, None if masks is None else {'': masks}, ['']
+    parts = [_split(weights[k], masks.get(k) if masks else None) for k in names]
     rows, cols = -(-len(names)//3), min(3, len(names))
     with _styled() as plt:
         if ax is None: ax = plt.subplots(rows, cols, figsize=(3.6*cols, 2.7*rows), squeeze=False, layout='constrained')[1]
         axs = np.ravel(ax)
         if len(axs) < len(names): raise ValueError(f'There are {len(names)} weights to draw, got {len(axs)} axes')
-        for k,a in zip(names, axs): _draw_weights(a, k.removesuffix('.weight'), weights[k], masks.get(k) if masks else None, bins)
+        for k,a,part in zip(names, axs, parts): _draw_weights(a, k.removesuffix('.weight'), *part, bins)
         for a in axs[len(names):]: a.axis('off')
     return axs[:len(names)] if several else axs[0]
 
