@@ -4,6 +4,7 @@ from pathlib import Path
 
 from docutils import nodes
 from sphinx import addnodes
+from sphinx.transforms import SphinxTransform
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.nodes import make_refnode
 
@@ -16,7 +17,6 @@ copyright        = author
 version = release = re.search(r'__version__ = "(.+?)"', (root/project/'__init__.py').read_text(encoding='utf-8'))[1]
 extensions       = ['myst_nb', 'sphinx_copybutton', 'sphinx.ext.mathjax', 'sphinx-mathjax-offline', 'sphinx.ext.linkcode']
 exclude_patterns = ['_extra']
-nitpicky         = False
 
 nb_execution_mode         = 'off'
 nb_render_markdown_format = 'myst'
@@ -40,25 +40,39 @@ toc_object_entries_show_parents = 'hide'
 python_display_short_literal_types   = True
 
 
-def linkcode_resolve(domain, info): return names().get(f'{info["module"]}.{info["fullname"]}')
+_known = {}  # full name → (name inside of its module, address of its source); filled by `setup`
 
-_names = {}
-def names():
-    "Full name → address of its source"
-    return _names
+def linkcode_resolve(domain, info): return _known[f'{info["module"]}.{info["fullname"]}'][1]
+
+
+class NameAnchors(SphinxTransform):
+    "nbdev's links end in names of lower case: they shall hold"
+    default_priority = 800
+
+    def apply(self, **kwargs):
+        for sig in self.document.findall(addnodes.desc_signature):
+            anchor = sig['fullname'].lower()
+            if anchor not in self.document.ids:
+                self.document.ids[anchor] = sig
+                sig['ids'].append(anchor)
 
 
 class LinkNames(SphinxPostTransform):
     "Names in code type lead to their entries, paths of tests and notebooks to the files"
-    default_priority = 5
+    default_priority = 5  # before other references are resolved
 
     def run(self, **kwargs):
-        domain = self.env.domains.python_domain
+        objects = self.env.domains.python_domain.objects
+        short   = {name: full for full,(name,_) in _known.items() if full in objects}
         for literal in list(self.document.findall(nodes.literal)):
-            if self._closed(literal): continue
             text = literal.astext()
-            if found := self._entry(domain, text): ref = make_refnode(self.app.builder, self.env.docname, *found, literal.deepcopy())
-            elif path := self._file(text): ref = nodes.reference('', '', literal.deepcopy(), refuri=path, internal=False)
+            name = re.fullmatch(r'([A-Za-z_][\w.]*)(\(.*\))?', text, re.S)  # a call of it as well
+            full = name and (name[1] if name[1] in objects else short.get(name[1]))
+            if self._closed(literal): continue
+            if full:
+                to  = objects[full]
+                ref = make_refnode(self.app.builder, self.env.docname, to.docname, to.node_id, literal.deepcopy())
+            elif self._is_file(text): ref = nodes.reference('', '', literal.deepcopy(), refuri=f'{blob}/{text.split("::")[0]}')
             else: continue
             literal.replace_self(ref)
 
@@ -68,32 +82,13 @@ class LinkNames(SphinxPostTransform):
             if isinstance(node, (nodes.reference, nodes.title, addnodes.pending_xref)): return True
         return False
 
-    def _entry(self, domain, text):
-        m = re.fullmatch(r'([A-Za-z_][\w.]*)(\(.*\))?', text, re.S)
-        full = m and self.short().get(m[1])
-        if not full or full not in domain.objects: return None
-        o = domain.objects[full]
-        return o.docname, o.node_id
+    def _is_file(self, text):
+        m = re.fullmatch(r'((?:tests|benchmarks|tools|nbs)/[\w./-]*\w)(::\w+)?', text)
+        return m and (root/m[1]).is_file()
 
-    def _file(self, text):
-        m = re.fullmatch(r'((?:tests|benchmarks|tools|nbs)/[\w./-]+)(::\w+)?', text)
-        if not m or not (root/m[1]).exists(): return None
-        return f'{blob}/{m[1]}'.rstrip('/')
-
-    def short(self):
-        "Name without its module → full name"
-        if not hasattr(self.env, '_short_names'):
-            self.env._short_names = {n: full for full in names() for n in (full, _inside(full))}
-        return self.env._short_names
-
-def _inside(full):
-    "The part of a full name that follows the module"
-    modules = {n.rsplit('.', 1)[0] for n in names()}
-    parts = full.split('.')
-    k = next((k for k in range(1, len(parts)) if (root/Path(*parts[:k]).with_suffix('.py')).is_file()), len(parts) - 1)
-    return '.'.join(parts[k:])
 
 def setup(app):
-    _names.update(json.loads((Path(app.srcdir)/'names.json').read_text(encoding='utf-8')))
+    _known.update(json.loads((Path(app.srcdir)/'names.json').read_text(encoding='utf-8')))
     app.config.html_extra_path = [str(Path(app.srcdir)/'_extra')]
+    app.add_transform(NameAnchors)
     app.add_post_transform(LinkNames)

@@ -354,7 +354,7 @@ def write_sources(src):
         path = root/f'{name.upper()}.md'
         (src/f'{name}.md').write_text(link_locally(path.read_text(encoding='utf-8'), Page(path, name, ''), images), encoding='utf-8')
     (src/'api.md').write_text(_api(), encoding='utf-8')
-    (src/'names.json').write_text(json.dumps({e.full: e.source for e in flat()}), encoding='utf-8')
+    (src/'names.json').write_text(json.dumps({e.full: (e.name, e.source) for e in flat()}), encoding='utf-8')
 
 def _landing(cells, images):
     "The first page: the notebook `index`, with a first screen of its own, and the sidebar"
@@ -367,16 +367,19 @@ def _landing(cells, images):
 def build(dest):
     "Write the site to the folder `dest`"
     from sphinx.cmd.build import main as sphinx_build
+    if dest.exists() and any(dest.iterdir()) and not (dest/'searchindex.js').exists():
+        raise SystemExit(f'{dest} is not empty and no earlier site: name another folder')
     with tempfile.TemporaryDirectory() as tmp:
         src, out = Path(tmp)/'src', Path(tmp)/'out'
         src.mkdir()
         write_sources(src)
         failed = sphinx_build(['-W', '--keep-going', '-q', '-b', 'html', '-c', str(root/'docs'), '-d', f'{tmp}/doctrees', str(src), str(out)])
         if failed: return failed
+        shutil.rmtree(out/'_sources', ignore_errors=True)
         wrong = list(problems(out))
         for p in wrong: print(p, file=sys.stderr)
         if wrong: return 1
-        shutil.rmtree(dest, ignore_errors=True)
+        if dest.exists(): shutil.rmtree(dest)
         shutil.copytree(out, dest)
     return 0
 
