@@ -1,5 +1,5 @@
 "The documentation site: it builds without network, every name has its entry, every link leads somewhere, and a browser shows every page as it should be"
-import importlib, inspect, json, os, re, shutil, socketserver, subprocess, sys, threading
+import importlib, inspect, json, os, re, shutil, subprocess, sys, threading
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -117,7 +117,7 @@ def methods(cls):
     for n,v in vars(cls).items():
         f = v.__func__ if isinstance(v, (classmethod, staticmethod)) else v.fget if isinstance(v, property) else v
         ours = getattr(f, '__module__', '').startswith('fasterai_clone') and getattr(f, '__doc__', None)
-        if ours and inspect.isfunction(f) and not re.match('_|before_|after_', n): yield n, f
+        if ours and inspect.isfunction(f) and f.__name__ == n and not re.match('_|before_|after_', n): yield n, f
 
 @pytest.fixture(scope='session')
 def signatures(site):
@@ -154,7 +154,8 @@ def test_comments_on_arguments_are_in_the_tables(signatures):
     def plain(s): return re.sub(r'[\W_]+', '', s)
     seen = 0
     for name,v in names():
-        if not (inspect.isfunction(v) or inspect.isclass(v)) or not (notes := docments(v)): continue
+        inherited = inspect.isclass(v) and '__init__' not in vars(v)
+        if not (inspect.isfunction(v) or inspect.isclass(v)) or inherited or not (notes := docments(v)): continue
         text = plain(signatures[name].find_next_sibling('dd').text)
         for arg,note in notes.items():
             if not note or arg == 'self': continue
@@ -251,7 +252,7 @@ def address(site):
 @pytest.fixture(scope='session')
 def browser(tmp_path_factory):
     "Headless Chromium"
-    binary, driver = shutil.which('chromium'), shutil.which('chromedriver')
+    binary, driver = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None), shutil.which('chromedriver')
     if not (binary and driver):
         say = pytest.fail if os.environ.get('NEED_BROWSER') else pytest.skip
         say('there is no Chromium to look at the pages with: `apt-get install chromium chromium-driver`')
@@ -274,6 +275,7 @@ def show(browser, url):
 
 # Contrast of what is written with what is behind it, as WCAG computes it, for every element with text of its own that can be seen
 faint = '''
+    document.head.insertAdjacentHTML('beforeend', '<style>* { transition: none !important }</style>')
     const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true})
     const rgba = c => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data] }
     const light = c => { const [r, g, b] = c.map(v => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4 }); return 0.2126*r + 0.7152*g + 0.0722*b }

@@ -2,7 +2,7 @@
 
 No notebook is run and nothing is loaded from anywhere: pages are the saved notebooks, with an entry (signature, table of arguments, link to the
 source) in the place of every exported definition. A broken link, a warning of Sphinx's or anything from another host fails the build."""
-import argparse, ast, io, json, os, re, shutil, sys, tempfile, tokenize
+import argparse, ast, builtins, io, json, os, re, shutil, sys, tempfile, tokenize
 from dataclasses import dataclass, field
 from functools import cache
 from html.parser import HTMLParser
@@ -95,7 +95,9 @@ def _of_class(module, node, comments):
         e.params = [(o.target.id, _text(o.annotation), re.sub(r'^field\(default_factory=(\w+)\)$', r'\1()', _text(o.value)), comments.get(o.end_lineno, ''))
                     for o in fields if 'init=False' not in _text(o.value)]
     elif init: e.params = _args(init, comments, 1)[0]
-    else: e.init = False
+    else:
+        e.init = False
+        if base := next((_text(b) for b in node.bases if not hasattr(builtins, _text(b))), ''): e.doc += f'\n\nTakes the arguments of `{base}`.'
     e.sig = _signature(e.params) if e.init else ''
     for o in node.body:
         if isinstance(o, ast.FunctionDef) and _is_shown(o.name) and not (o.name == '__call__' and not ast.get_docstring(o)):
@@ -305,12 +307,11 @@ def _toctree(caption, docs):
 
 def _trees():
     "The sidebar"
-    last = {'Benchmarks & guarantees': ['changelog', 'contributing'], 'Core': []}
-    trees = [(g, [p.doc for p in site_pages() if p.group == g]) for g in GROUPS]
-    names = {'Core': 'Reference: core', 'Sparse': 'Reference: sparse', 'Prune': 'Reference: prune', 'Command line': 'Reference: command line'}
-    extra = [('All names', ['api'])]
-    out   = [_toctree(names.get(g, g), docs + last.get(g, [])) for g,docs in trees if docs]
-    return '\n\n'.join(out[:1] + [_toctree('Reference', ['api'])] + out[1:])
+    docs  = {g: [p.doc for p in site_pages() if p.group == g] for g in GROUPS}
+    last  = docs.pop(GROUPS[-1]) + ['changelog', 'contributing']
+    first = docs.pop(GROUPS[0])
+    reference = [_toctree(f'Reference: {g.lower()}', d) for g,d in docs.items()]
+    return '\n\n'.join([_toctree(GROUPS[0], first), _toctree('Reference', ['api']), *reference, _toctree(GROUPS[-1], last)])
 
 def _api():
     "Every public name, in the order of the alphabet"
