@@ -338,9 +338,12 @@ def _as_markdown(cells):
 
 def write_sources(src):
     "Sphinx's sources, into the folder `src`"
-    images = set()
+    images, broken = set(), []
     for page in site_pages():
-        cells = transform(page, images)
+        try: cells = transform(page, images)
+        except BrokenLink as e:
+            broken.append(str(e))
+            continue
         if page.doc == 'index': cells = _landing(cells, images)
         for i,c in enumerate(cells): c.id = f'c{i}'
         nb = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python'),
@@ -348,6 +351,7 @@ def write_sources(src):
         for dest,text in ((src/f'{page.doc}.ipynb', nbformat.writes(nb)), (src/'_extra'/f'{page.doc}.html.md', _as_markdown(cells))):
             dest.parent.mkdir(parents=True, exist_ok=True)
             dest.write_text(text, encoding='utf-8')
+    if broken: raise SystemExit('\n'.join(broken))
     for p in images:
         (src/'images').mkdir(exist_ok=True)
         shutil.copy(p, src/'images'/p.name)
