@@ -99,6 +99,11 @@ def test_the_first_page_has_everything_in_reading_order(site):
     assert ours == [t for t in TUTORIALS if t in ours] + [t for t in ours if t not in TUTORIALS]
     assert [c.text for c in tree.select('.caption-text')][0] == 'Tutorials'
 
+def test_the_workflow_builds_it_with_the_same_command():
+    text = (root/'.github'/'workflows'/'docs.yml').read_text(encoding='utf-8')
+    for what in ('run: python tools/build_docs.py\n', 'tools/refresh.py --check && git diff --exit-code', 'upload-pages-artifact', '{path: _site}', 'deploy-pages'):
+        assert what in text
+
 
 # Reference
 
@@ -288,7 +293,7 @@ faint = '''
     }
     return found'''
 
-@pages
+@pytest.mark.parametrize('doc', [*docs, 'search'])
 def test_a_page_in_the_browser(browser, address, doc):
     "On a phone: no errors, nothing from elsewhere, every picture there, nothing that makes the page scroll sideways; and legible in both themes"
     size(browser, 390)

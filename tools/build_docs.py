@@ -217,11 +217,13 @@ def _cell_text(s): return s.replace('|', r'\|').replace('\n', ' ')
 
 def _code(s): return f'`{_cell_text(s)}`' if s else ''
 
+def _type(s): return _code(s) if '[' in s else ' \\| '.join(_code(t) for t in s.split(' | '))  # each with its own link
+
 def _table(e):
-    "The arguments of `e` as a markdown table, and what it gives back"
+    "The arguments of `e` as a markdown table, and what it gives back, if there is more to say than the type"
     named = [p for p in e.params if p[0] != '*']
-    lines = [f'| {_code(n)} | {_code(t)} | {_code(d)} | {_cell_text(c)} |' for n,t,d,c in named]
-    if e.returns and e.returns[0] not in ('', 'None'): lines.append(f'| *returns* | {_code(e.returns[0])} | | {_cell_text(e.returns[1])} |')
+    lines = [f'| {_code(n)} | {_type(t)} | {_code(d)} | {_cell_text(c)} |' for n,t,d,c in named]
+    if e.returns and e.returns[1]: lines.append(f'| *returns* | {_type(e.returns[0])} | | {_cell_text(e.returns[1])} |')
     if not any(t or c for _,t,_,c in named) and not (e.returns and e.returns[1]): return ''
     return '\n'.join(['| | Type | Default | |', '|---|---|---|---|', *lines])
 
