@@ -62,7 +62,7 @@ class LinkNames(SphinxPostTransform):
     default_priority = 5  # before other references are resolved
 
     def run(self, **kwargs):
-        objects = self.env.domains.python_domain.objects
+        objects = self.env.get_domain('py').objects
         short   = {name: full for full,(name,_) in _known.items() if full in objects}
         for literal in list(self.document.findall(nodes.literal)):
             text = literal.astext()
@@ -87,8 +87,21 @@ class LinkNames(SphinxPostTransform):
         return m and (root/m[1]).is_file()
 
 
+def link_code(app, pagename, templatename, context, doctree):
+    "Names in blocks of code lead to their entries, if they can be taken for nothing else"
+    objects = app.env.get_domain('py').objects
+    body    = context.get('body') or ''
+    defined = set(re.findall(r'<span class="k">(?:def|class)</span><span class="w"> </span><span class="n[cf]">(\w+)</span>', body))
+    to      = {name: objects[full] for full,(name,_) in _known.items() if full in objects and re.search('[A-Z]|._', name) and name not in defined}
+    def link(m):
+        if m[2] not in to: return m[0]
+        return f'<a class="in-code" href="{app.builder.get_relative_uri(pagename, to[m[2]].docname)}#{to[m[2]].node_id}">{m[1]}</a>'
+    if doctree is not None: context['body'] = re.sub(r'(<span class="n[cfn]?">(\w+)</span>)(?!<span class="o">=</span>)', link, body)
+
+
 def setup(app):
     _known.update(json.loads((Path(app.srcdir)/'names.json').read_text(encoding='utf-8')))
     app.config.html_extra_path = [str(Path(app.srcdir)/'_extra')]
     app.add_transform(NameAnchors)
     app.add_post_transform(LinkNames)
+    app.connect('html-page-context', link_code)

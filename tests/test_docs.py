@@ -179,8 +179,12 @@ def test_the_index_of_names_is_complete_and_in_order(site):
 @pages
 def test_names_in_the_text_lead_to_their_entries(site, doc):
     known = {n for _,n,_ in public()}
-    bare  = [c for c in soup(site/f'{doc}.html').select('article p code, article li code') if c.text in known and not c.find_parent('a')]
+    bare  = [c for c in soup(site/f'{doc}.html').select('article p code, article li code, article td code') if c.text in known and not c.find_parent('a')]
     assert [c.text for c in bare] == []
+
+def test_names_in_code_lead_to_their_entries(site):
+    links = {a.text: a['href'] for a in soup(site/'tutorials'/'coming_from_torch_prune.html').select('article pre a.in-code')}
+    assert links['Sparsifier'] == '../sparse.sparsifier.html#fasterai_clone.sparse.sparsifier.Sparsifier'
 
 def test_addresses_that_modules_give_exist(site):
     from fasterai_clone._modidx import d
