@@ -7,14 +7,13 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/cli.html.md"""
 # %% ../nbs/50_cli.ipynb #c3e05b2a
 from __future__ import annotations
 import csv, os, pickle, time, warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from fastcore.script import call_parse, store_true
 from .core.granularity import _unknown
 from .core.schedule import Schedule, as_schedule
-from .core.style import colors, plot_style
+from .core.style import _styled, colors
 from .report import Report, report_tensors
 from .sparse.sparsifier import Sparsifier
 
@@ -78,13 +77,6 @@ def _train(run, make_learner, make_callback, epochs, lr, seed):
 # %% ../nbs/50_cli.ipynb #f8aed960
 _colours = [colors['grey'], *(c for k,c in colors.items() if k != 'grey')]  # grey: dense
 
-@contextmanager
-def _styled():
-    "Inside, pictures are drawn in the style of this library"
-    import matplotlib.pyplot as plt
-    plt.draw_if_interactive()  # brings up the backend: inside, its settings would be lost with ours, and later pictures not shown
-    with plt.rc_context(plot_style): yield plt
-
 def plot_schedules(
     runs: list[Run],  # trainings to compare
     sparsity: float   # percent that was asked for at the end
@@ -124,7 +116,7 @@ def plot_zeros(
         fig, axs = plt.subplots(1, len(runs), squeeze=False, figsize=size, sharey=True)
         for r,ax in zip(runs, axs[0]):
             r.report.plot(ax).set_title(f'{r.name}: {r.report.sparsity:.2f} % zero')
-            if ax is not axs[0, 0]: ax.get_legend().remove()
+            if ax is not axs[0, -1]: ax.get_legend().remove()
             ax.tick_params(axis='x', labelsize=8)
         axs[0, 0].yaxis.set_inverted(True)
     return fig

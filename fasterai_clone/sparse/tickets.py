@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from ..core.criteria import Criteria, large_final
 from ..core.granularity import _unknown
 from ..core.masks import Masks
-from ..core.style import colors, plot_style
+from ..core.style import _styled, colors
 from .sparsifier import Sparsifier
 from .sparsify_callback import SparsifyCallback, _Lean, _check_whole
 from .ticket_files import _restore, _snapshot, save_ticket
@@ -234,12 +234,10 @@ def plot(self:Tickets,
     ax = None                 # matplotlib axes to draw on; None: new ones
 ):
     "Draw tickets and controls over sparsity, the dense network as a line; returns the axes"
-    import matplotlib.pyplot as plt
     legal = list(self.runs[0].result)
     if metric is None: metric = legal[min(1, len(legal)-1)]
     if metric not in legal: raise ValueError(_unknown('metric', metric, legal))
-    plt.draw_if_interactive()  # brings up the backend: inside, its settings would be lost with ours, and later pictures not shown
-    with plt.rc_context(plot_style):
+    with _styled() as plt:
         return _draw(self, metric, plt.subplots(figsize=(5.2, 3.2), layout='constrained')[1] if ax is None else ax)
 
 # %% ../../nbs/18_sparse.tickets.ipynb #e87fc212
