@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 import numpy as np, torch, torch.nn as nn
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import Learner
@@ -21,8 +21,9 @@ from ..core.measure import as_criteria
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import n_dropped
 from ..core.masks import Masks
-from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _shrink, _verify, _without, reshape_to,
-                                       sizes_of)
+from .coupling import group_masks
+from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _removable, _shrink, _tensors_of,
+                                       _verify, _without, reshape_to, sizes_of)
 from ..sparse.compact import _inner, _like
 from ..sparse.sparsifier import Sparsifier, _check_flags, _check_tools, _rounded, check_arguments
 from ..sparse.sparsify_callback import SparsifyCallback, _check_sparsities, _check_whole, _Lean
@@ -166,7 +167,18 @@ def _begin(self:PruneCallback):
         raise ValueError(f'`pruning_ratio` {asked:g} would take {n_dropped(total, asked):,} of {total:,} channels, and {most:,} can go '
                          f'if each of {len(self.sizes)} groups keeps {self.min_channels}')
     with _eagerly(sp.model): self._try_measure(sp)
+    if self.check: self._try_out(sp)
     self._use(sp)
+
+@patch
+def _try_out(self:PruneCallback, sp):
+    "Take a channel of each group out of a copy, so that a model which cannot be cut is found now"
+    groups = sp.channel_groups
+    with _plainly(sp.model):
+        masked = deepcopy(sp.model)
+        group_masks(groups, [torch.arange(g.n) > 0 for g in groups]).apply(dict(masked.named_parameters()))
+        dead = _removable(groups, _tensors_of(masked))
+        _verify(masked, _without(masked, groups, dead), groups, dead, self._some_inputs())
 
 @patch
 def _use(self:PruneCallback, sp):
