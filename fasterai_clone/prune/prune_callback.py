@@ -72,7 +72,8 @@ def _carry_over(optimizer, replaced):
 # %% ../../nbs/21_prune.prune_callback.ipynb #83246fdd
 class PruneCallback(_Lean):
     "Take channels out of the model during `fit`, following `schedule`"
-    _active, _midway, _due, _loaded, _random, order = False, False, None, None, None, 70  # after what saves, stops and reloads: it prints last
+    _active, _midway, _due, _loaded, _random = False, False, None, None, None
+    order = 70  # after what saves, stops and reloads, so that it prints last
     _say, _one_batch, _split   = SparsifyCallback._say, SparsifyCallback._one_batch, SparsifyCallback._split
     _first_epoch               = SparsifyCallback._first_epoch
     _some_inputs, _try_measure = SparsifyCallback._some_inputs, SparsifyCallback._try_measure
@@ -146,6 +147,7 @@ def before_fit(self:PruneCallback):
     for layer,why in self.sparsifier.left_out.items(): self._say(f'  {layer} keeps all: {why}')
     self._say_what_stays()
 
+# %% ../../nbs/21_prune.prune_callback.ipynb #35d17562
 @patch
 def _say_what_stays(self:PruneCallback):
     "Name groups that lose less than was asked for"
@@ -153,9 +155,10 @@ def _say_what_stays(self:PruneCallback):
     for k,n in self.sizes.items():
         asked = n_dropped(n, self._goal[k])
         goes  = max(0, _rounded(n, min(asked, n - self.min_channels), self.round_to))
-        why   = ' and '.join(f'`{what}` {v}' for what,v in (('min_channels', self.min_channels), ('round_to', self.round_to)) if v and v > 1)
+        why   = ' and '.join(f'`{k}` {v}' for k in ('min_channels', 'round_to') if (v := getattr(self, k) or 1) > 1)
         if goes < asked: self._say(f'  {k} keeps {n - goes} of {n} channels, where {self._goal[k]:g}% would leave {n - asked}: {why}')
 
+# %% ../../nbs/21_prune.prune_callback.ipynb #fb2d2874
 @patch
 def _begin(self:PruneCallback):
     "Count the channels of a model that is new to this callback"
@@ -197,6 +200,7 @@ def _knows_model(self:PruneCallback):
         self._use(sp)
     return True
 
+# %% ../../nbs/21_prune.prune_callback.ipynb #f33c8e86
 @patch
 def _most(self:PruneCallback): return sum(max(n - self.min_channels, 0) for n in self.sizes.values())
 
@@ -265,6 +269,7 @@ def _prune(self:PruneCallback, progress):
         self._use(sp)
     if any(map(_is_compiled, self.learn.model.modules())): torch.compiler.reset()  # graphs for other sizes, which count for its limit
 
+# %% ../../nbs/21_prune.prune_callback.ipynb #97271f67
 @patch
 def _copied_sparsifier(self:PruneCallback):
     "One to work with, so that `sparsifier` is what it was if that fails"
@@ -328,6 +333,7 @@ def after_train(self:PruneCallback):
     if (self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.n_epoch: self._prune((self.epoch + 1) / self.n_epoch)
     self._due, self._done, self._midway = self.epoch, self.epoch + 1, False
 
+# %% ../../nbs/21_prune.prune_callback.ipynb #c1356b8b
 @patch
 def after_epoch(self:PruneCallback):
     "The line of the epoch, once"
