@@ -173,6 +173,7 @@ def _begin(self:PruneCallback):
     if self.check: self._try_out(sp)
     self._use(sp)
 
+# %% ../../nbs/21_prune.prune_callback.ipynb #617ee5ba
 @patch
 def _try_out(self:PruneCallback, sp):
     "Take a channel of each group out of a copy, so that a model which cannot be cut is found now"

@@ -124,6 +124,7 @@ def save(self, file, **kwargs):
         file.write(whole.getvalue())
     return file
 
+# %% ../../nbs/14_sparse.state.ipynb #f0d35574
 class _States(list):
     "What was loaded, for the next `fit`: an export or a copy has none of it"
     def __reduce__(self): return list, ()
