@@ -44,7 +44,9 @@ def zeros(model, kind=nn.Conv2d): return [int((m.weight == 0).sum()) for m in mo
 def percent(model): return 100 * sum(zeros(model)) / sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
 def printed(said): return [float(s) for s in re.findall(r'end of epoch \d+: \[?([\d.]+)', said)]
 def shown(numbers): return ' '.join(f'{n:g}' for n in numbers)
-def error(e): return f'{type(e).__name__}: {str(e).splitlines()[0][:110]}'
+def error(e):
+    lines = [l.strip() for l in str(e).splitlines() if l.strip() and not l.startswith('Exception occured in')]  # fastai adds that line
+    return f'{type(e).__name__}: {" ".join(lines)[:150]}'
 
 class Count(Callback):
     "The percentage of zeros when an epoch ends, and how many batches were done"
