@@ -36,7 +36,7 @@ def networks(rounds):
               '2:4 zeros, dense tensors': sparse(model, 50, nm=True, exclude='conv1')[0], '50 % of filters zero': halved, '50 % of filters out': thinned}
     for batch,few in ((1, 1), (16, 4)):
         x = torch.randn(batch, 3, 224, 224)
-        yield from in_turns('network', f'batch of {batch}', {k: lambda m=m: m(x) for k,m in models.items()}, max(3, rounds//few), 'dense')
+        yield from in_turns('network', f'batch of {batch}', {k: lambda m=m: m(x) for k,m in models.items()}, max(5, rounds//few), 'dense', calls=3)
 
 def layouts(n, sparsity, block):
     "A weight of `n` × `n` with so many percent zero, dense and in the layouts torch has for it"
@@ -106,21 +106,25 @@ def steps(rounds):
         yield from in_turns('step', f'the step alone, {sparsity} %', alone, rounds, 'no masks', calls=3)
         yield from in_turns('step', f'a training step, 4 images, {sparsity} %', whole, rounds, 'no masks')
 
+PARTS = dict(network=networks, matrix=matrices, file=lambda rounds: file_sizes(), step=steps)
+
 def main():
     p = argparse.ArgumentParser(prog='python -m benchmarks.faster', description=__doc__)
     p.add_argument('--rounds', type=int, default=11)
+    p.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), help='parts to measure; rows of the others stay')
     p.add_argument('--out', type=Path, default=Path('benchmarks/results/faster.csv'))
     args = p.parse_args()
     torch.set_num_threads(1)
-    start, table = time.perf_counter(), []
+    start, table = time.perf_counter(), {}
     about = {k: v for k,v in machine('cpu').items() if k in ('date', 'cpu', 'threads', 'load', 'python', 'torch', 'torchvision', 'fasterai-clone')}
-    for part in (networks(args.rounds), matrices(args.rounds), file_sizes(), steps(args.rounds)):
-        table += part
-        print(f'{table[-1][0]} done, {time.perf_counter() - start:.0f} s', flush=True)
-    about |= dict(rounds=args.rounds, mkl=torch.backends.mkl.is_available(), minutes=round((time.perf_counter() - start) / 60, 1))
+    if len(args.only) < len(PARTS):
+        for row in csv.reader(l for l in args.out.read_text(encoding='utf-8').splitlines() if not l.startswith('#')): table.setdefault(row[0], []).append(row)
+    for k in args.only:
+        table[k] = [(*r[:4], *[f'{v:.6g}' if isinstance(v, float) else v for v in r[4:]]) for r in PARTS[k](args.rounds)]
+        print(f'{k} done, {time.perf_counter() - start:.0f} s', flush=True)
+    about |= dict(measured=' '.join(args.only), rounds=args.rounds, mkl=torch.backends.mkl.is_available(), minutes=round((time.perf_counter() - start) / 60, 1))
     with open(args.out, 'w', newline='', encoding='utf-8') as f:
         f.writelines(f'# {k}: {v}\n' for k,v in about.items())
-        writer = csv.writer(f, lineterminator='\n')
-        writer.writerows([FIELDS, *[(*r[:4], *[f'{v:.6g}' if isinstance(v, float) else v for v in r[4:]]) for r in table]])
+        csv.writer(f, lineterminator='\n').writerows([FIELDS, *[r for k in PARTS for r in table[k]]])
 
 if __name__ == '__main__': main()
