@@ -13,6 +13,7 @@ import torch
 from fastcore.script import call_parse, store_true
 from .core.granularity import _unknown
 from .core.schedule import Schedule, as_schedule
+from .core.style import _styled, colors
 from .report import Report, report_tensors
 from .sparse.sparsifier import Sparsifier
 
@@ -23,11 +24,11 @@ __all__ = ['Run', 'plot_schedules', 'plot_accuracy', 'plot_zeros', 'sparsify_dem
 @dataclass
 class Run:
     "One training: a row an epoch, and the report at its end"
-    name: str
+    name: str                    # as tables and pictures call it
     schedule: Schedule|None      # None: dense
-    report: Report|None = None
-    seconds: float = 0.
-    rows: list[dict] = field(default_factory=list)
+    report: Report|None = None   # the zeros of each layer after training
+    seconds: float = 0.          # what training took
+    rows: list[dict] = field(default_factory=list)  # of each epoch: `epoch` (from 0), `accuracy` (0–1), `sparsity` (percent), ...
 
     @property
     def accuracy(self): return self.rows[-1]['accuracy']
@@ -74,43 +75,50 @@ def _train(run, make_learner, make_callback, epochs, lr, seed):
     return run
 
 # %% ../nbs/50_cli.ipynb #f8aed960
-_colours = ['#555555', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']  # Okabe & Ito: safe for colour-blind readers
+_colours = [colors['grey'], *(c for k,c in colors.items() if k != 'grey')]  # grey: dense
 
-def _axes(n=1, **kwargs):
-    import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, n, squeeze=False, **kwargs)
-    for ax in axs.flat: ax.spines[['top', 'right']].set_visible(False)
-    return fig, axs[0]
-
-def plot_schedules(runs, sparsity):
+def plot_schedules(
+    runs: list[Run],  # trainings to compare
+    sparsity: float   # percent that was asked for at the end
+):
     "Lines: sparsity as asked; dots: as measured in the weights at the end of each epoch. Returns the figure"
-    fig, (ax,) = _axes(figsize=(7, 4))
-    for r,c in zip(runs, _colours*9):
-        n = len(r.rows)
-        asked = [r.schedule.sparsity(i/500, sparsity) for i in range(501)] if r.schedule else None
-        if asked: ax.plot([n*i/500 for i in range(501)], asked, color=c, lw=1.5, alpha=.7)
-        ax.plot(range(1, n+1), [o['sparsity'] for o in r.rows], 'o', color=c, ms=5, label=r.name)
-    ax.set(xlabel='epochs done', ylabel='sparsity (%)', title='Sparsity: asked (lines) and measured (dots)', ylim=(-3, 103))
-    ax.legend(frameon=False)
+    with _styled() as plt:
+        fig, ax = plt.subplots(figsize=(7, 4))
+        for r,c in zip(runs, _colours*9):
+            n = len(r.rows)
+            asked = [r.schedule.sparsity(i/500, sparsity) for i in range(501)] if r.schedule else None
+            if asked: ax.plot([n*i/500 for i in range(501)], asked, color=c, lw=1.5, alpha=.7)
+            ax.plot(range(1, n+1), [o['sparsity'] for o in r.rows], 'o', color=c, ms=5, label=r.name)
+        ax.set(xlabel='epochs done', ylabel='sparsity (%)', title='Sparsity: asked (lines) and measured (dots)', ylim=(-3, 103))
+        ax.legend()
     return fig
 
-def plot_accuracy(runs):
+# %% ../nbs/50_cli.ipynb #efdf510a
+def plot_accuracy(
+    runs: list[Run]  # trainings to compare
+):
     "Accuracy on the validation images after each epoch. Returns the figure"
-    fig, (ax,) = _axes(figsize=(7, 4))
-    for r,c in zip(runs, _colours*9):
-        ax.plot(range(1, len(r.rows)+1), [100*o['accuracy'] for o in r.rows], 'o-', color=c, ms=4, label=r.name)
-    ax.set(xlabel='epochs done', ylabel='accuracy (%)', title='Accuracy on the validation images')
-    ax.legend(frameon=False)
+    with _styled() as plt:
+        fig, ax = plt.subplots(figsize=(7, 4))
+        for r,c in zip(runs, _colours*9):
+            ax.plot(range(1, len(r.rows)+1), [100*o['accuracy'] for o in r.rows], 'o-', color=c, ms=4, label=r.name)
+        ax.set(xlabel='epochs done', ylabel='accuracy (%)', title='Accuracy on the validation images')
+        ax.locator_params(axis='x', integer=True)
+        ax.legend()
     return fig
 
-def plot_zeros(runs):
+def plot_zeros(
+    runs: list[Run]  # trainings to compare, with their reports
+):
     "Kept and zero weights of each layer, a panel a run. Returns the figure"
-    fig, axs = _axes(len(runs), figsize=(3.4*len(runs) + 1, 1.3 + 0.3*len(runs[0].report.rows)), sharey=True)
-    for r,ax in zip(runs, axs):
-        r.report.plot(ax).set_title(f'{r.name}: {r.report.sparsity:.2f} % zero', fontsize=10)
-        if ax is not axs[0]: ax.get_legend().remove()
-        ax.tick_params(axis='x', labelsize=8)
-    axs[0].yaxis.set_inverted(True)
+    size = 3.4*len(runs) + 1, 1.3 + 0.3*len(runs[0].report.rows)
+    with _styled() as plt:
+        fig, axs = plt.subplots(1, len(runs), squeeze=False, figsize=size, sharey=True)
+        for r,ax in zip(runs, axs[0]):
+            r.report.plot(ax).set_title(f'{r.name}: {r.report.sparsity:.2f} % zero')
+            if ax is not axs[0, -1]: ax.get_legend().remove()
+            ax.tick_params(axis='x', labelsize=8)
+        axs[0, 0].yaxis.set_inverted(True)
     return fig
 
 # %% ../nbs/50_cli.ipynb #64ae1fc9

@@ -16,7 +16,7 @@ __all__ = ['digits_dls', 'digits_net']
 
 # %% ../nbs/45_digits.ipynb #e9aae39f
 def digits_dls(
-    bs: int = 64,      # batch size
+    bs: int = 64,      # images a batch of the training data; validation has 256
     n: int|None = None # only the first `n` training images; None: all
 ) -> DataLoaders:      # of (B, 1, 8, 8) images with values 0–1, and labels 0–9
     "scikit-learn's digits: 1,437 for training and 360 for validation"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch, torch.nn as nn
 from fastcore.basics import patch
+from .core.style import _styled, colors
 
 # %% auto #0
 __all__ = ['Row', 'Report', 'report_tensors']
@@ -129,7 +130,7 @@ def to_pandas(self:Report):
 # %% ../nbs/06_report.ipynb #653e4daa
 def _bar(pct):
     "A table cell with `pct` as a bar and a number; the colours suit light and dark pages"
-    fill = f'linear-gradient(to right,rgba(0,114,178,.32) {pct:.2f}%,transparent {pct:.2f}%)'
+    fill = f'linear-gradient(to right,rgba(42,127,186,.38) {pct:.2f}%,transparent {pct:.2f}%)'
     return f'<td style="text-align:right;min-width:9em;background:{fill}">{pct:.2f}%</td>'
 
 @patch
@@ -154,19 +155,20 @@ def plot(self:Report,
     ax = None  # matplotlib axes to draw on
 ):
     "Weights and zeros of each layer as bars; returns the axes"
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(7, 0.8 + 0.24*len(self.rows)))[1]
     names, y = [f'{r.layer}: {r.name}' if r.name else r.layer for r in self.rows], range(len(self.rows))
-    ax.barh(y, [r.params for r in self.rows], color='#d5dbe1', label='kept')
-    ax.barh(y, [r.zeros  for r in self.rows], color='#0072B2', label='zero')
-    for i,r in enumerate(self.rows):
-        ax.annotate(f'{r.sparsity:.1f}%', (r.params, i), (4, 0), textcoords='offset points', va='center', fontsize=8)
-    ax.set_yticks(y, names, fontsize=8)
-    ax.invert_yaxis()
-    ax.margins(x=0.12)
-    ax.set(xlabel='weights', title=f'{self.zeros:,} of {self.params:,} weights are zero ({self.sparsity:.2f}%)')
-    ax.spines[['top', 'right']].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
+    zeros, kept = [r.zeros for r in self.rows], [r.params - r.zeros for r in self.rows]
+    with _styled() as plt:
+        if ax is None: ax = plt.subplots(figsize=(7, 0.9 + 0.24*len(self.rows)), layout='constrained')[1]
+        ax.barh(y, zeros, color=colors['blue'], label='zero')
+        ax.barh(y, kept, left=zeros, color=colors['grey'], alpha=0.45, label='kept')
+        for i,r in enumerate(self.rows):
+            ax.annotate(f'{r.sparsity:.1f}%', (r.params, i), (4, 0), textcoords='offset points', va='center', fontsize=8)
+        ax.set_yticks(y, names, fontsize=8)
+        ax.invert_yaxis()
+        ax.margins(x=0.12)
+        ax.xaxis.set_major_formatter('{x:,.0f}')
+        ax.set(xlabel='weights', title=f'{self.zeros:,} of {self.params:,} weights are zero ({self.sparsity:.2f}%)')
+        ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))  # the longest bar may be anywhere
     return ax
 
 # %% ../nbs/06_report.ipynb #23ceb545

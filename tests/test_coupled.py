@@ -1,11 +1,14 @@
 "Filters that meet in sums are masked together during training, and `thin` takes out exactly those"
 import copy, pickle
 
+import fastai.callback.fp16 as fp16
 import pytest, torch, torch.nn as nn
-from helpers import column, learner, same, spy, weights
+from torch.nn.parallel import DistributedDataParallel
+from helpers import column, exact, learner, same, spy, weights
 from fasterai_clone.core.measure import mean_activation
 from fasterai_clone.prune.all import thin
 from fasterai_clone.sparse.all import *
+from processes import main, start
 from test_thin import Anything, lively
 
 
@@ -139,7 +142,7 @@ def test_report_counts_each_parameter_once():
     assert [o.layer for o in r.rows] == [f'Layer {[*model.modules()].index(m)}' for m in (model.stem, model.b, model.a, model.c, model.d)]
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(granularity='weight'), 'filter'), (dict(granularity='channel'), 'filter'), (dict(coupled=1), 'True or False'),
+    (dict(granularity='weight'), 'filter'), (dict(granularity='kernel'), 'channel'), (dict(coupled=1), 'True or False'),
     (dict(example_inputs=None), 'example_inputs'), (dict(criteria=mean_activation), 'go together'), (dict(context='output'), 'output'),
     (dict(include='stem'), 'no channel can go'), (dict(context='global', min_sparsity=100), 'min_sparsity')])
 def test_refused(kwargs, message):
@@ -255,3 +258,328 @@ def test_heads_go_as_a_whole():
     x = torch.randn(2, 5, 16)
     small = thin(model, example_inputs=x)
     assert [l.self_attn.in_proj_weight.shape for l in small.layers] == [(24, 16)]*2 and error(model, small, x) < 1e-12
+
+
+# -- channels, by what reads them ---------------------------------------------------------------------------------------------------------
+
+class Parallel(nn.Module):
+    "Two layers read the same channels"
+    def __init__(self):
+        super().__init__()
+        self.stem, self.q, self.k, self.head = conv(1, 8), conv(8, 4), conv(8, 4, bias=False), conv(4, 2)
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head((self.q(x) + self.k(x)).relu())
+
+class Flat(nn.Module):
+    "A linear layer reads four pixels of each channel"
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn, self.fc, self.out = conv(1, 8), nn.BatchNorm2d(8), nn.Linear(32, 6), nn.Linear(6, 2)
+    def forward(self, x):
+        x = nn.functional.adaptive_avg_pool2d(self.bn(self.stem(x)).relu(), 2).flatten(1)
+        return self.out(self.fc(x).relu())
+
+def same_place(c): return [c]
+def pixels(c): return range(4*c, 4*c + 4)
+def behind(n): return lambda c: [n + c]
+
+# for each: the model, and its groups: how many channels, what reads them (columns) and what makes them (positions on axis 0)
+CHANNELS = dict(
+    two=(lambda: nn.Sequential(conv(1, 4), nn.ReLU(), conv(4, 6), nn.ReLU(), conv(6, 2)), [
+        (4, {'2.weight': same_place}, {'0.weight': same_place, '0.bias': same_place}),
+        (6, {'4.weight': same_place}, {'2.weight': same_place, '2.bias': same_place})]),
+    norm=(lambda: nn.Sequential(conv(1, 6), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 2)), [
+        (6, {'3.weight': same_place}, {k: same_place for k in ('0.weight', '0.bias', '1.weight', '1.bias')})]),
+    parallel=(Parallel, [
+        (8, {'q.weight': same_place, 'k.weight': same_place}, {'stem.weight': same_place, 'stem.bias': same_place}),
+        (4, {'head.weight': same_place}, {'q.weight': same_place, 'q.bias': same_place, 'k.weight': same_place})]),
+    flat=(Flat, [
+        (8, {'fc.weight': pixels}, {k: same_place for k in ('stem.weight', 'stem.bias', 'bn.weight', 'bn.bias')}),
+        (6, {'out.weight': same_place}, {'fc.weight': same_place, 'fc.bias': same_place})]),
+    residual=(Residual, [
+        (8, {k: same_place for k in ('a.weight', 'c.weight', 'd.weight')},
+            {k: same_place for k in ('stem.weight', 'bn0.weight', 'bn0.bias', 'b.weight', 'bn2.weight', 'bn2.bias')}),
+        (8, {'b.weight': same_place}, {k: same_place for k in ('a.weight', 'a.bias', 'bn1.weight', 'bn1.bias')}),
+        (6, {'head.weight': same_place}, {k: same_place for k in ('c.weight', 'c.bias', 'bn3.weight', 'bn3.bias')}),
+        (4, {'head.weight': behind(6)}, {'d.weight': same_place, 'd.bias': same_place, 'bn3.weight': behind(6), 'bn3.bias': behind(6)})]))
+
+def numbered(name):
+    "The model, the numbers 1, 2, 3, ... of both signs in the weights of each layer, in another order in each"
+    torch.manual_seed(0)
+    model = CHANNELS[name][0]()
+    with torch.no_grad():
+        for p in model.parameters():
+            n = torch.randperm(p.numel()) + 1.
+            p.copy_((n * (-1)**n).reshape(p.shape))
+    return model
+
+def by_channel(model, context='local', criteria=large_final, **kwargs):
+    return Sparsifier(model, 'channel', context, criteria, **dict(layer_type=(nn.Conv2d, nn.Linear), coupled=True, example_inputs=digits()) | kwargs)
+
+def naive_scores(weights, group):
+    n, reads, _ = group
+    return [torch.cat([weights[k][:, list(at(c))].flatten().abs() for k,at in reads.items()]).double().mean().item() for c in range(n)]
+
+def naive_masks(weights, groups, dropped):
+    masks = {}
+    def of(k): return masks.setdefault(k, torch.ones(weights[k].shape, dtype=torch.bool))
+    for (_, reads, makes), gone in zip(groups, dropped):
+        for c in gone:
+            for k,at in reads.items(): of(k)[:, list(at(c))] = False
+            for k,at in makes.items(): of(k)[list(at(c))] = False
+    return masks
+
+def naive_choice(scores, sparsity, gone, context):
+    "What was dropped stays so, the lowest go next, one of each group stays"
+    gone = [list(g) for g in gone]
+    for pool in [range(len(scores))] if context == 'global' else [[i] for i in range(len(scores))]:
+        while sum(len(gone[i]) for i in pool) < exact(sum(len(scores[i]) for i in pool), sparsity):
+            left = [(x, i, c) for i in pool for c,x in enumerate(scores[i]) if c not in gone[i] and len(gone[i]) < len(scores[i]) - 1]
+            gone[min(left)[1]].append(min(left)[2])
+    return gone
+
+@pytest.mark.parametrize('context', ['local', 'global'])
+@pytest.mark.parametrize('name', CHANNELS)
+def test_channels_against_a_naive_reference(name, context):
+    "The masks after each of three rounds, and the weights, bit for bit"
+    model, groups = numbered(name), CHANNELS[name][1]
+    sp, gone = by_channel(model, context), [[] for _ in groups]
+    assert [t.groups.n for t in sp.targets] == [n for n,*_ in groups]
+    for sparsity in (25, 40, 60):
+        before = weights(model)
+        gone   = naive_choice([naive_scores(before, g) for g in groups], sparsity, gone, context)
+        want   = naive_masks(before, groups, gone)
+        sp.sparsify_model(sparsity)
+        assert {k: m for k,m in sp.masks.items() if not m.all()}.keys() == want.keys() and all(torch.equal(sp.masks[k], m) for k,m in want.items())
+        assert same(weights(model), {k: v * want[k] if k in want else v for k,v in before.items()})
+        assert sp._gone(sp.targets) == list(map(len, gone))
+
+@pytest.mark.parametrize('name', CHANNELS)
+def test_channels_are_zero_and_thin_takes_out_exactly_those(name):
+    model, groups, x = numbered(name), CHANNELS[name][1], digits()
+    sp = by_channel(model)
+    sp.sparsify_model(50)
+    want, seen = {k: list(p.shape) for k,p in model.named_parameters()}, []
+    for t,(n, reads, makes) in zip(sp.targets, groups):
+        dead = (~sp._group_mask(t)).flatten().nonzero()[:, 0].tolist()
+        assert len(dead) == n//2
+        for k,at in reads.items():
+            want[k][1] -= sum(len(at(c)) for c in dead)
+            inputs = [i for c in dead for i in at(c)]
+            def look(m, args, inputs=inputs): seen.append(args[0][:, inputs].count_nonzero().item())
+            model.get_submodule(k.removesuffix('.weight')).register_forward_pre_hook(look)
+        for k,at in makes.items(): want[k][0] -= len(dead)
+    model.train()(x), model.eval()(x)
+    assert seen and not any(seen)
+    for m in model.modules(): m._forward_pre_hooks.clear()
+    small = thin(model, example_inputs=x)
+    assert {k: list(p.shape) for k,p in small.named_parameters()} == want and error(model, small, x) < 1e-10
+
+def test_channels_by_hand():
+    "Columns 2, 3, 6, 7 of two filters: their means are 2, 3 and 1"
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    with torch.no_grad(): model[1].weight.copy_(torch.tensor([[1., 6, 1], [-3, 0, 1]]))
+    sp = by_channel(model, example_inputs=torch.randn(4, 2))
+    assert sp._scores(sp.targets[0]).flatten().tolist() == [2, 3, 1]
+    sp.sparsify_model(n=1)
+    assert model[1].weight.tolist() == [[1, 6, 0], [-3, 0, 0]] and not model[0].weight[2].any() and model[0].bias[2] == 0
+    assert sp.left_out == {'0': 'it sums over no channels of a layer'}
+
+def test_report_of_channels():
+    model = numbered('residual')
+    sp = by_channel(model)
+    sp.sparsify_model(50)
+    r = sp.report()
+    assert r.total == sum(p.numel() for p in model.parameters())
+    assert [(o.name, o.groups, o.zero_groups) for o in r.rows] == [('a', 8, 4), ('c.weight', 0, 0), ('d.weight', 0, 0), ('b', 8, 4), ('head', 10, 5)]
+    for o in r.rows:
+        w = model.get_submodule(o.name.removesuffix('.weight')).weight
+        assert o.zeros == int((w == 0).sum()) and (w == 0).transpose(0, 1).flatten(1).all(1).sum() == w.shape[1]//2
+
+def test_what_channels_are_left_out():
+    sp = by_channel(numbered('residual'), layer_type=nn.Conv2d)         # the linear layer is not asked for
+    assert [t.layer for t in sp.targets] == ['a', 'b'] and sp.left_out == {'stem': 'it sums over no channels of a layer'}
+    sp = by_channel(numbered('parallel'), include=['q', 'head'])        # `k` stays dense, and reads zeros
+    assert [[p.name for p in t.parts] for t in sp.targets] == [['q.weight'], ['head.weight']] and 'k.weight' not in {p.name for p in sp.targets[0].held}
+    sp = by_channel(numbered('residual'), exclude='c')                  # neither what it reads nor what it makes
+    assert [t.layer for t in sp.targets] == ['b', 'head'] and [p.name for t in sp.targets for p in t.held if 'weight' in p.name] == [
+        'a.weight', 'bn1.weight', 'd.weight', 'bn3.weight']
+    assert sp.left_out['a'] == sp.left_out['d'] == 'its inputs from stem stay: they are those of c.weight too, which is left out'
+    assert sp.left_out['head'] == 'its inputs from c stay: they are those of c.weight too, which is left out'
+    with pytest.raises(ValueError, match='no channel can go. q: its inputs from stem stay: they are those of k.weight too'):
+        by_channel(numbered('parallel'), exclude='k')
+
+@pytest.mark.parametrize('model, why', [
+    (nn.Sequential(conv(1, 4), nn.Sigmoid(), conv(4, 6), nn.ReLU(), conv(6, 2)), 'makes something else of zero'),
+    (nn.Sequential(conv(1, 4), nn.Softmax(1), conv(4, 6), nn.ReLU(), conv(6, 2)), 'takes its `softmax`')])
+def test_channels_that_must_stay_are_named(model, why):
+    sp = by_channel(model)
+    assert [t.layer for t in sp.targets] == ['4'] and why in sp.left_out['2'] and sp.left_out['2'].startswith('its inputs from 0 stay: ')
+
+@pytest.mark.parametrize('leader', ['c', ['c', 'head', 'b'], ['c*']])
+def test_channels_of_a_leader(leader):
+    "Of the layers that read the stem, `c` alone is scored; the columns of the others go with it"
+    model = numbered('residual')
+    with torch.no_grad():
+        model.c.weight.copy_(torch.arange(1., 9).reshape(1, 8, 1, 1).expand(6, 8, 3, 3))
+        model.a.weight.copy_(100*torch.arange(8., 0, -1).reshape(1, 8, 1, 1).expand(8, 8, 3, 3))
+    sp = by_channel(model, coupled=leader)
+    assert [p.name for p in sp.targets[0].parts] == ['c.weight'] and {'a.weight', 'd.weight'} <= {p.name for p in sp.targets[0].held}
+    sp.sparsify_model(50)
+    assert sp._group_mask(sp.targets[0]).flatten().tolist() == [False]*4 + [True]*4
+    for m in (model.a, model.c, model.d): assert not m.weight[:, :4].any()
+    assert widths(thin(model, example_inputs=digits())) == [4, 4, 4, 3, 2]
+
+def test_one_layer_and_back():
+    "`sparsify_layer` means what a layer reads; a lower sparsity brings back only its own channels"
+    model = numbered('residual')
+    sp = by_channel(model)
+    sp.sparsify_layer('b', 50)
+    assert sp._gone(sp.targets) == [0, 4, 0, 0]
+    sp.sparsify_layer('a', 50)
+    assert sp._gone(sp.targets) == [4, 4, 0, 0]
+    sp.sparsify_layer('b', 25)
+    assert sp._gone(sp.targets) == [4, 2, 0, 0] and int((~sp.masks['b.weight']).sum()) == 9*(64 - 4*6)
+    sp.sparsify_layer('head', n=2)                                      # of each of the two that it reads
+    assert sp._gone(sp.targets) == [4, 2, 2, 2] and int((~sp.masks['head.weight']).sum()) == 40
+
+@pytest.mark.parametrize('context', ['local', 'global', 'lamp', 'erk'])
+@pytest.mark.parametrize('criteria', [squared_final, fpgm, random, movement])
+def test_channels_in_all_contexts(context, criteria):
+    if (context, criteria) == ('lamp', movement): criteria = large_final
+    model, x = net(), digits()
+    sp = by_channel(model, context, criteria)
+    sp.sparsify_model(50)
+    gone = sp._gone(sp.targets)
+    assert sum(gone) == 13 and widths(thin(model, example_inputs=x)) == [8 - gone[0], 8 - gone[1], 8 - gone[0], 6 - gone[2], 4 - gone[3]]
+    assert error(model, thin(model, example_inputs=x), x) < 1e-10
+
+@pytest.mark.parametrize('budget', ['params', 'flops'])
+def test_channels_within_a_budget(budget):
+    model = numbered('residual')
+    sp = by_channel(model, 'global', budget=budget)
+    sp.sparsify_model(50)
+    _, zero, total = sp._budget_used()
+    columns = dict(params=9*(64 + 48 + 32) + 9*64 + 100, flops=64*9*(64 + 48 + 32) + 64*9*64 + 100)
+    assert total == columns[budget] and 40 < 100*zero/total <= 50
+
+def test_gradients_are_counted_once():
+    "`head` reads channels of two targets: its sum of gradients is that of one parameter"
+    model = net()
+    sp = by_channel(model, criteria='gradient')
+    model(digits()).sum().backward()
+    sp.accumulate_gradients()
+    sp.accumulate_gradients()
+    for k,ref in sp.refs.items(): torch.testing.assert_close(ref, 2*sp.criteria.step_fn(model.get_parameter(k), model.get_parameter(k).grad).detach())
+
+def test_zero_channels_are_adopted():
+    model = numbered('residual')
+    with torch.no_grad(): model.b.weight[:, :2] = 0; model.head.weight[:, [1, 7]] = 0
+    sp = by_channel(model)
+    assert sp.adopt() == 4 and sp._gone(sp.targets) == [0, 2, 1, 1]
+    sp.apply_masks()
+    assert widths(thin(model, example_inputs=digits())) == [8, 6, 8, 5, 3]
+
+def test_channels_go_on_from_a_file(tmp_path):
+    model = numbered('residual')
+    sp = by_channel(model, criteria=movement)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn_like(p))
+    sp.sparsify_model(40)
+    torch.save(dict(model=model.state_dict(), sp=sp.state_dict()), tmp_path/'state.pt')
+    state, other = torch.load(tmp_path/'state.pt', weights_only=True), numbered('residual')
+    other.load_state_dict(state['model'])
+    again = by_channel(other, criteria=movement)
+    again.load_state_dict(state['sp'])
+    assert again._gone(again.targets) == sp._gone(sp.targets)
+    for o in (sp, again): o.sparsify_model(70)
+    assert dict(again.masks).keys() == dict(sp.masks).keys() and all(torch.equal(again.masks[k], m) for k,m in sp.masks.items())
+    assert same(weights(model), weights(other)) and len(pickle.loads(pickle.dumps(sp)).targets) == 4
+
+@pytest.mark.parametrize('context', ['local', 'global'])
+def test_channels_in_training(context):
+    learn, x = learner(model=net()), digits()
+    cb = SparsifyCallback(50, 'channel', context, 'large_final', agp, coupled=True, layer_type=(nn.Conv2d, nn.Linear), verbose=False)
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=cb)
+    sp, gone = cb.sparsifier, cb.sparsifier._gone(cb.sparsifier.targets)
+    assert sum(gone) == 13 and (context == 'global' or gone == [4, 4, 3, 2])
+    small = thin(learn.model, example_inputs=x)
+    assert widths(small) == [8 - gone[0], 8 - gone[1], 8 - gone[0], 6 - gone[2], 4 - gone[3]] and small.head.in_features == 10 - gone[2] - gone[3]
+    assert error(learn.model, small, x) < 1e-10
+
+@pytest.mark.parametrize('seed', range(20))
+def test_channels_of_anything(seed):
+    "Random networks: `thin` takes out as many channels of each group as were dropped, and nothing else"
+    torch.manual_seed(seed)
+    model, x = lively(Anything(seed), seed), torch.randn(2, 3, 5, 5)
+    try: sp = Sparsifier(model, 'channel', ['local', 'global'][seed % 2], layer_type=nn.Module, coupled=True, example_inputs=x)
+    except ValueError as e:
+        assert 'no channel can go' in str(e)
+        return
+    before = {k: p.shape for k,p in model.named_parameters()}
+    sp.sparsify_model(60)
+    gone = sp._gone(sp.targets)
+    assert sum(gone) == exact(sum(sp.sizes), 60) if seed % 2 else gone == [exact(n, 60) for n in sp.sizes]
+    small = thin(model, example_inputs=x)
+    assert error(model, small, x) < 1e-10
+    lost, now = {}, dict(small.named_parameters())
+    for g,n in zip(sp.channel_groups, gone):
+        for m in g.members: lost[m.name, m.axis] = lost.get((m.name, m.axis), 0) + n * int((m.channel >= 0).sum()) // g.n
+    for k,p in now.items(): assert list(p.shape) == [n - lost.get((k, i), 0) for i,n in enumerate(before[k])]
+
+
+# -- in half precision, and in two processes ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('granularity', ['filter', 'channel'])
+@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
+def test_autocast(monkeypatch, half, granularity):
+    "The weights stay in fp32, the layers compute in `half`; in fp16 the first steps overflow and are skipped"
+    monkeypatch.setattr(fp16, 'autocast',   lambda device, **kwargs: torch.amp.autocast('cpu', **kwargs))
+    monkeypatch.setattr(fp16, 'GradScaler', lambda device, **kwargs: torch.amp.GradScaler('cpu', **kwargs))
+    learn, seen = learner(model=net()), set()
+    learn = learn.to_bf16() if half is torch.bfloat16 else learn.to_fp16(init_scale=2.**24)
+    cb = SparsifyCallback(50, granularity, coupled=True, layer_type=(nn.Conv2d, nn.Linear), verbose=False)
+    def look():
+        seen.add(learn.pred.dtype)
+        dropped = [p[~cb.sparsifier.masks[k]] for k,p in cb.sparsifier._params().items() if k in cb.sparsifier.masks]
+        assert not any(d.any() for d in dropped)
+    watch = spy('after_pred', look, order=5)                            # before fastai makes it a float
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=[cb, watch])
+    assert half in seen and {p.dtype for p in learn.model.parameters()} == {torch.float32}
+    small, x = thin(learn.model, example_inputs=digits()), digits()
+    assert widths(small) == [4, 4, 4, 3, 2] and error(learn.model, small, x) < 1e-10
+
+def both_train(rank, world):
+    "Each process has its own digits and its own weights at first; masks and weights after each of four steps"
+    found = {}
+    for granularity in ('filter', 'channel'):
+        for criteria in ('gradient', 'random'):
+            model = DistributedDataParallel(net(seed=rank))
+            torch.manual_seed(10 + rank)
+            sp  = Sparsifier(model, granularity, 'global', criteria, layer_type=(nn.Conv2d, nn.Linear), coupled=True, example_inputs=digits())
+            opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            with sp.hold(opt):
+                for sparsity in (20, 40, 30, 60):
+                    nn.functional.cross_entropy(model(digits(8)), torch.randint(10, (8,))).backward()
+                    opt.step()
+                    opt.zero_grad()
+                    sp.sparsify_model(sparsity)
+                    masks = {k: m.clone() for k,m in sp.masks.items()}
+                    found.setdefault((granularity, criteria), []).append((sp._gone(sp.targets), masks, {k: p.detach().clone() for k,p in sp._params().items()}))
+            found[granularity, criteria].append(widths(thin(model.module, example_inputs=digits())))
+    return found
+
+if __name__ == '__main__': main([both_train])
+
+def test_two_processes_drop_the_same(tmp_path):
+    a, b = [r['both_train'][0] for r in start(__file__, 2, tmp_path)]
+    assert len(a) == 4
+    for case,(*steps, small) in a.items():
+        *others, also = b[case]
+        assert [sum(gone) for gone,*_ in steps] == [exact(26, s) for s in (20, 40, 30, 60)] and small == also
+        gone = steps[-1][0]
+        assert small == [8 - gone[0], 8 - gone[1], 8 - gone[0], 6 - gone[2], 4 - gone[3]]
+        for (_, masks, params),(_, same_masks, same_params) in zip(steps, others):
+            assert masks.keys() == same_masks.keys() and all(torch.equal(m, same_masks[k]) for k,m in masks.items())
+            assert all(torch.equal(p, same_params[k]) and not p[~masks[k]].any() for k,p in params.items() if k in masks)

@@ -122,9 +122,11 @@ def test_installed_metadata_is_that_of_settings():
     assert dist.version == __version__ and dist.metadata['Summary'] == settings()['description']
     assert dist.metadata['Requires-Python'] == f">={settings()['min_python']}" and settings()['license'] in str(dist.metadata)
     def plain(r): return Requirement(r).name, Requirement(r).specifier
-    assert {plain(r) for r in dist.requires} == {plain(r) for k in ('', 'dev_', 'bench_') for r in lines_of(f'{k}requirements')}
+    assert {plain(r) for r in dist.requires} == {plain(r) for k in ('', 'dev_', 'docs_', 'bench_') for r in lines_of(f'{k}requirements')}
     assert {Requirement(r).name for r in dist.requires if 'extra' not in r} == {Requirement(r).name for r in lines_of('requirements')}
-    assert sorted(dist.metadata.get_all('Provides-Extra')) == ['bench', 'dev']
+    assert sorted(dist.metadata.get_all('Provides-Extra')) == ['bench', 'dev', 'docs']
+    def of(extra): return {Requirement(r).name for r in dist.requires if Requirement(r).marker and Requirement(r).marker.evaluate(dict(extra=extra))}
+    assert of('dev') >= of('docs') == {Requirement(r).name for r in lines_of('docs_requirements')}, 'the tests build the site'
 
 def test_entry_points():
     points = {(p.group, p.name): p.value for p in importlib.metadata.distribution('fasterai_clone').entry_points}

@@ -1,15 +1,17 @@
 "Channels are taken out during training: the loss stays, the optimizer goes on, the learner is as usable as before"
-import copy
+import copy, io, os, random, subprocess, sys
 from functools import partial
+from pathlib import Path
 
 import pytest, torch, torch.nn as nn
 from fastai.basics import (Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, OptimWrapper, RMSProp, SGD, TfmdLists,
                            load_learner, noop, ranger)
 from fastai.callback.all import EarlyStoppingCallback, GradientAccumulation, GradientClip, SaveModelCallback
-from fasterai_clone.prune.prune_callback import PruneCallback
-from fasterai_clone.prune.thin import load_thinned, save_thinned
+from fasterai_clone.prune.all import *
 from fasterai_clone.sparse.all import *
+from fasterai_clone.sparse.state import read_state
 from helpers import learner, spy
+import test_faults
 from test_coupled import Residual, net, widths
 from test_thin import Anything, lively
 
@@ -257,3 +259,322 @@ def test_refused_before_the_first_batch(cb, kwargs, message):
     learn, seen = learner(model=net(), **kwargs), []
     with pytest.raises(ValueError, match=message): fit(learn, 1, *cb(), spy('before_batch', lambda: seen.append(1)))
     assert not seen and n_params(learn.model) == n_full
+
+
+# -- stop and resume ---------------------------------------------------------------------------------------------------------------------
+
+resumes = [('SGD', {}), ('fastai SGD', dict(context='global')), ('fastai Adam', dict(criteria='movement')), ('AdamW', dict(criteria='gradient')),
+           ('fastai Adam', dict(criteria='random', every=2))]
+def of_case(i, seed=0, folder='.'):
+    "Learner and callback of case `i`"
+    opt, kwargs = resumes[i]
+    return learner(n=64, seed=seed, model=net(), opt_func=opts[opt], path=folder), quiet(50, 'lin', **kwargs)
+
+def resume_all(folder):
+    "What the other process does"
+    ends = []
+    for i in range(len(resumes)):
+        learn, cb = of_case(i, 100 + i, folder)
+        torch.rand(13)
+        learn.load(f'case{i}_1')
+        fit(learn, 4, cb, start_epoch=2)
+        ends.append(dict(weights=learn.model.state_dict(), history=cb.history, left=cb._left()))
+    torch.save(ends, folder/'ends.pt')
+
+def same_weights(a, b): return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
+
+def test_resumed_in_a_new_process_bit_for_bit(tmp_path):
+    whole = []
+    for i in range(len(resumes)):
+        learn, cb = of_case(i, folder=tmp_path)
+        fit(learn, 4, cb, SaveModelCallback(fname=f'case{i}', every_epoch=True, with_opt=True))
+        whole.append((learn.model.state_dict(), cb.history, cb._left()))
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get('PYTHONPATH', '')])
+    run  = subprocess.run([sys.executable, '-W', 'ignore', __file__, tmp_path], env={**os.environ, 'PYTHONPATH': path}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for (weights, history, left), end in zip(whole, torch.load(tmp_path/'ends.pt', weights_only=True)):
+        assert same_weights(weights, end['weights']) and history == end['history'] and left == end['left'] and len(history) == 4
+
+def saved(tmp_path, *args, n=3, **kwargs):
+    "A training of which every epoch is saved"
+    learn, cb = learner(n=64, model=net(), path=tmp_path), quiet(50, *(args or ['lin']), **kwargs)
+    return fit(learn, n, cb, SaveModelCallback(every_epoch=True, with_opt=True)), cb
+
+def check_optimizer(learn):
+    state, lists = state_of(learn.opt)
+    assert [id(p) for p in lists] == [id(p) for p in learn.model.parameters()]
+    assert {id(p) for p in state} <= {id(p) for p in lists} and all(v.shape == p.shape for p,s in state.items() for v in s.values())
+
+def test_what_is_said_of_a_resume(tmp_path, capsys):
+    whole, _ = saved(tmp_path)
+    capsys.readouterr()
+    learn, cb = learner(n=64, seed=3, model=net(), path=tmp_path), PruneCallback(50, 'lin')
+    learn.load('model_0')
+    assert capsys.readouterr().out == (f'The checkpoint is of a network with other sizes: the model has {n_params(learn.model):,} parameters now, '
+                                       f'and had {n_full:,}\n')
+    fit(learn, 3, cb, start_epoch=1)
+    out = capsys.readouterr().out
+    assert out.startswith('Resuming at epoch 1\nPruning of channels until a ratio of [50]%\n') and f'Final: {n_full:,} → ' in out and '26 → 13 channels' in out
+    assert same_weights(whole.model.state_dict(), learn.model.state_dict())
+    for start, ratio, says in ((2, 50, 'goes on at epoch 1, and this fit at epoch 2: sizes are taken over'), (1, 60, 'with another target')):
+        learn, cb = learner(n=64, model=net(), path=tmp_path), PruneCallback(ratio, 'lin')
+        learn.load('model_0')
+        fit(learn, 3, cb, start_epoch=start)
+        assert says in capsys.readouterr().out and sum(cb._left().values()) == sum(n - int(ratio*n/100) for n in cb.sizes.values())
+    fit(learner(n=64, model=net()), 3, PruneCallback(50), start_epoch=1)
+    assert 'No state was loaded: this fit begins anew at epoch 1' in capsys.readouterr().out
+
+def test_by_layer_again(tmp_path):
+    ratios = {'a': 50, 'c': 50}
+    learn = learner(n=64, model=net(), path=tmp_path)
+    fit(learn, 3, quiet(ratios, 'lin'), SaveModelCallback(every_epoch=True, with_opt=True))
+    again = learner(n=64, seed=3, model=net(), path=tmp_path).load('model_1')
+    fit(again, 3, quiet(ratios, 'lin'), start_epoch=2)
+    assert widths(again.model) == [8, 4, 8, 3, 4] and same_weights(learn.model.state_dict(), again.model.state_dict())
+
+def test_the_same_callback_after_a_crash(tmp_path):
+    whole, _ = saved(tmp_path)
+    learn, cb = learner(n=64, model=net(), path=tmp_path), quiet(50, 'lin')
+    def crash():
+        if learn.epoch == 2: raise RuntimeError('power')
+    with pytest.raises(RuntimeError, match='power'): fit(learn, 3, cb, spy('after_batch', crash), SaveModelCallback(fname='b', every_epoch=True, with_opt=True))
+    learn.load('b_0')  # larger than the model is by now
+    check_optimizer(learn)
+    fit(learn, 3, cb, start_epoch=1)
+    assert same_weights(whole.model.state_dict(), learn.model.state_dict())
+
+def test_one_channel_each_again(tmp_path):
+    learn = learner(n=64, model=net(), path=tmp_path)
+    fit(learn, 3, quiet(99, agp(end_pct=0.6)), SaveModelCallback(every_epoch=True, with_opt=True))
+    assert set(widths(learn.model)) == {1}
+    again, cb = learner(n=64, seed=3, model=net(), path=tmp_path).load('model_1'), quiet(99, agp(end_pct=0.6))
+    fit(again, 3, cb, start_epoch=2)
+    assert same_weights(learn.model.state_dict(), again.model.state_dict()) and sum(cb._left().values()) == 4
+
+def test_state_by_hand(tmp_path):
+    whole, _ = saved(tmp_path)
+    learn, cb = learner(n=64, model=net(), path=tmp_path), quiet(50, 'lin')
+    with pytest.raises(ValueError, match='no state before the first `fit`'): cb.state_dict()
+    with pytest.raises(ValueError, match='it has no asked, at_first'): cb.load_state_dict(dict(sizes={}))
+    states = []
+    fit(learn, 3, cb, spy('after_epoch', lambda: states.append((cb.state_dict(), copy.deepcopy(learn.model), copy.deepcopy(learn.opt.state_dict()))), 61))
+    state, model, opt = states[0]
+    again, cb = learner(n=64, seed=3, model=net()), quiet(50, 'lin')
+    cb.load_state_dict(state)
+    with pytest.raises(ValueError, match='other sizes than the state'): fit(again, 3, cb, start_epoch=1)
+    reshape_to(again.model, state['sizes']).load_state_dict(model.state_dict())
+    again.create_opt()
+    again.opt.load_state_dict(opt)
+    fit(again, 3, cb, start_epoch=1)
+    assert same_weights(whole.model.state_dict(), again.model.state_dict())
+
+def test_a_checkpoint_of_the_end(tmp_path, capsys):
+    "Saved without the callback; a dense learner takes its sizes, plain PyTorch refuses it, and a dense checkpoint has no sizes"
+    learn, _ = saved(tmp_path)
+    learn.model_dir = '.'
+    assert read_state(learn.save('end')) [0].keys() == {'sizes'}
+    x, y  = learn.dls.valid.one_batch()
+    dense = learner(n=64, seed=4, model=net(), path=tmp_path, model_dir='.')
+    dense.create_opt()
+    dense.load('end')
+    assert torch.equal(dense.model.eval()(x), learn.model.eval()(x)) and 'other sizes' in capsys.readouterr().out
+    check_optimizer(dense)
+    fit(dense, 1)
+    with pytest.raises(RuntimeError, match='size mismatch'): net().load_state_dict(torch.load(tmp_path/'end.pth', weights_only=False)['model'])
+    plain = learner(n=64, model=net(), path=tmp_path, model_dir='.')
+    plain.create_opt()
+    assert read_state(plain.save('dense')) is None
+    with pytest.raises(RuntimeError, match='size mismatch'): learn.load('dense')
+    check_optimizer(learn)
+    file = io.BytesIO()
+    learn.save(file)
+    file.seek(0)
+    assert widths(learner(n=64, model=net()).load(file).model) == [4, 4, 4, 3, 2]
+
+def test_without_the_prune_modules(tmp_path):
+    learn, _ = saved(tmp_path, n=1)
+    code = f'''if True:
+        from fasterai_clone.sparse.all import *
+        import sys
+        from fastai.basics import *
+        learn = Learner(DataLoaders(*[DataLoader(list(range(4)), bs=2)]*2), nn.Linear(2, 3), CrossEntropyLossFlat(), path={str(tmp_path)!r})
+        try: learn.load('model_0')
+        except ValueError as e: print(e)
+        if 'fasterai_clone.prune.prune_callback' in sys.modules: raise SystemExit('imported')'''
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert run.returncode == 0 and 'import `fasterai_clone.prune.all`' in run.stdout, run.stderr
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
+def test_a_load_that_fails_changes_nothing(tmp_path, monkeypatch, error):
+    saved(tmp_path)
+    learn = learner(n=64, model=net(), path=tmp_path)
+    fit(learn, 1)
+    before, ids = copy.deepcopy(learn.model.state_dict()), [id(p) for p in learn.model.parameters()]
+    state = {k: dict(v) for k,v in enumerate(learn.opt.state_dict()['state'])}
+    def fails(*args, **kwargs): raise error('stop')
+    monkeypatch.setattr('fastai.learner.load_model', fails)
+    with pytest.raises(error): learn.load('model_1')
+    assert [id(p) for p in learn.model.parameters()] == ids and same_weights(learn.model.state_dict(), before)
+    assert learn.model.stem.out_channels == 8
+    check_optimizer(learn)
+    for a,b in zip(state.values(), learn.opt.state_dict()['state']): assert all(torch.equal(a[k], b[k]) if torch.is_tensor(b[k]) else a[k] == b[k] for k in b)
+    monkeypatch.undo()
+    assert widths(learn.load('model_1').model) == [6, 6, 6, 4, 3]
+    with pytest.raises(ValueError, match='is not what was thinned'): learner(n=64, path=tmp_path).load('model_1')
+
+def test_save_model_goes_back_to_an_epoch_of_other_sizes(tmp_path, capsys):
+    "As when no later epoch has a loss that is a number"
+    learn, cb, keep = learner(n=64, model=net(), path=tmp_path), PruneCallback(50, 'lin', criteria='movement'), SaveModelCallback()
+    def never_better(): keep.best = -float('inf') if learn.epoch else float('inf')
+    fit(learn, 3, cb, keep, spy('after_validate', never_better))
+    out = capsys.readouterr().out
+    assert widths(learn.model) == [7, 7, 7, 5, 4] and 'of an epoch in which the network had other sizes: these are its sizes now' in out
+    assert f'{n_full:,} → {n_params(learn.model):,} parameters' in out and '26 → 23 channels' in out
+    assert all(v.shape == dict(learn.model.named_parameters())[k].shape for k,v in cb.sparsifier.refs.items())
+    check_optimizer(learn)
+    fit(learn, 2, cb)
+    assert widths(learn.model) == [4, 4, 4, 3, 2]
+
+def test_attention_goes_back_to_all_its_heads(tmp_path):
+    attn  = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.)
+    whole = copy.deepcopy(attn)
+    x     = torch.randn(2, 5, 16)
+    groups = coupled_groups(attn, x)
+    small = thin(attn, coupled_masks(groups, channel_scores(groups, {k: p.abs() for k,p in attn.named_parameters()}), 50), x)
+    sizes = sizes_of(small)
+    again = reshape_to(reshape_to(small, sizes_of(whole)), sizes_of(whole))
+    again.load_state_dict(whole.state_dict())
+    torch.testing.assert_close(again.eval()(x), whole.eval()(x))
+    assert sizes_of(again)['tensors'] == sizes_of(whole)['tensors'] and again.self_attn.num_heads == 4
+    assert sizes_of(reshape_to(again, sizes)) == sizes
+
+
+# -- stopped in the middle ---------------------------------------------------------------------------------------------------------------
+
+class Stop(test_faults.Interrupt):
+    "Ctrl-C at a line inside of a removal; what puts things back is not stopped itself"
+    def __call__(self, frame, what, arg):
+        names, f = set(), frame
+        while f is not None:
+            names.add(f.f_code.co_name)
+            f = f.f_back
+        return super().__call__(frame, what, arg) if '_prune' in names and 'put_back' not in names else None
+
+def small_learner():
+    torch.manual_seed(0)
+    items = [(torch.randn(1, 6, 6), torch.tensor(i % 10)) for i in range(8)]
+    return Learner(DataLoaders(*[DataLoader(TfmdLists(items, noop), bs=4) for _ in 'tv']), net(), loss_func=CrossEntropyLossFlat())
+
+@pytest.mark.parametrize('criteria, opt', [('large_final', Adam), ('movement', opts['SGD']), ('gradient', opts['fastai SGD'])])
+def test_ctrl_c_in_a_removal(criteria, opt):
+    "The network and what the optimizer knows are those before or those after it"
+    def train(stop):
+        learn, cb, trained = small_learner(), quiet(50, 'one_shot', criteria=criteria), {}
+        learn.opt_func = opt
+        def keep(): trained.update(copy.deepcopy(learn.model.state_dict()))
+        try:
+            with stop: fit(learn, 1, cb, spy('after_train', keep, 69))
+        except KeyboardInterrupt: pass
+        return learn, cb, trained
+    with Stop() as lines: want = train(lines)[0].model.state_dict()
+    rng, seen = random.Random(3), set()
+    last = max(n for ns in lines.seen.values() for n in ns)
+    for nth in sorted({*(rng.choice(lines.seen[l]) for l in rng.sample(sorted(lines.seen), 25)), *range(last - 15, last + 1)}):
+        learn, cb, trained = train(stop := Stop(nth))
+        if stop.at is None: continue  # at a `with`
+        state = learn.model.state_dict()
+        is_before, is_after = same_weights(state, trained), same_weights(state, want)
+        assert is_before != is_after, stop.at
+        seen.add(is_after)
+        assert learn.model.stem.out_channels == (4 if is_after else 8) and cb.sparsifier.model is learn.model, stop.at
+        assert {t.name: t.groups.n for t in cb.sparsifier.targets}['stem.weight'] == len(state['stem.weight']), stop.at
+        check_optimizer(learn)
+        fit(learn, 1, cb)
+        assert widths(learn.model) == [4, 4, 4, 3, 2], stop.at
+    assert False in seen
+
+@pytest.mark.parametrize('where', ['_verify', '_shrink', '_carry_over', '_measure_sizes', '_new_sparsifier'])
+def test_an_error_in_a_removal(where, monkeypatch):
+    import fasterai_clone.prune.prune_callback as module
+    def fails(*args, **kwargs): raise RuntimeError('stop')
+    learn, cb, before = small_learner(), quiet(50, 'one_shot'), {}
+    def keep():
+        before.update(copy.deepcopy(learn.model.state_dict()))
+        if where == '_new_sparsifier': monkeypatch.setattr(PruneCallback, where, fails)
+        elif where == '_measure_sizes': monkeypatch.setattr(module, '_bare', fails)
+        else: monkeypatch.setattr(module, where, fails)
+    with pytest.raises(RuntimeError, match='stop'): fit(learn, 1, cb, spy('after_train', keep, 69))
+    assert same_weights(learn.model.state_dict(), before) and learn.model.stem.out_channels == 8
+    check_optimizer(learn)
+    monkeypatch.undo()
+    fit(learn, 1, cb)
+    assert widths(learn.model) == [4, 4, 4, 3, 2]
+
+
+# -- compiled ----------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('how', ['whole', 'in place', 'part'])
+def test_compiled(how, tmp_path):
+    "In more steps than torch compiles a function anew, and without a break in the graph"
+    def train(compiled):
+        learn, graphs = small_learner(), []
+        learn.path = tmp_path
+        def backend(gm, inputs): graphs.append(gm); return gm.forward
+        if not compiled: pass
+        elif how == 'whole':    learn.model = torch.compile(learn.model, backend=backend, fullgraph=True)
+        elif how == 'in place': learn.model.compile(backend=backend, fullgraph=True)
+        else:                   learn.model.a = torch.compile(learn.model.a, backend=backend, fullgraph=True)
+        fit(learn, 7, quiet(80, 'lin', context='global'), SaveModelCallback(every_epoch=True))
+        return learn, graphs
+    (learn, graphs), (plain, _) = train(True), train(False)
+    ours, theirs = learn.model.state_dict(), plain.model.state_dict()
+    assert len(graphs) > 8 and all(torch.allclose(a, b) for a,b in zip(ours.values(), theirs.values(), strict=True))
+    learn.load('model_2') if how != 'in place' else None
+    torch._dynamo.reset()
+
+
+# -- what cannot be done ------------------------------------------------------------------------------------------------------------------
+
+class Wild(nn.Module):
+    "Reads the numbers in its weights: no trace can follow"
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3), nn.Linear(4, 10)
+    def forward(self, x): return self.b(torch.from_numpy(self.a(x).detach().numpy()).mean((2, 3)))
+
+class Alone(nn.Module):
+    "One layer, which is the output"
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(36, 10)
+    def forward(self, x): return self.a(x.flatten(1))
+
+@pytest.mark.parametrize('model, x, message', [
+    (Wild, (1, 6, 6), 'Wild does not run on `example_inputs`|no channel can go'), (Alone, (1, 6, 6), 'no channel can go. a: it is the output of the model'),
+    (net, (3, 6, 6), r'does not run on `example_inputs`, in `stem` \(Conv2d\)')])
+def test_models_that_cannot_be_pruned(model, x, message):
+    items = [(torch.randn(*x), torch.tensor(i % 10)) for i in range(8)]
+    learn = Learner(DataLoaders(*[DataLoader(TfmdLists(items, noop), bs=4) for _ in 'tv']), model(), loss_func=CrossEntropyLossFlat())
+    before, inside = copy.deepcopy(learn.model.state_dict()), sorted(vars(learn.model))
+    with pytest.raises(ValueError, match=message): fit(learn, 1, quiet(50))
+    assert same_weights(learn.model.state_dict(), before) and sorted(vars(learn.model)) == inside
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
+
+def test_what_stays_is_said(capsys):
+    learn = learner(n=64, model=net())
+    fit(learn, 1, PruneCallback(99, 'one_shot', min_channels=3))
+    assert '  stem.weight keeps 3 of 8 channels, where 99% would leave 1: `min_channels` 3\n' in capsys.readouterr().out
+    assert set(widths(learn.model)) == {3}
+    learn = learner(n=64, model=net())
+    fit(learn, 1, PruneCallback(40, 'one_shot', round_to=4))
+    out = capsys.readouterr().out
+    assert 'keeps 8 of 8 channels, where 40% would leave 5: `round_to` 4\n' in out and 'd.weight' not in out.split('Param')[0].replace('d.weight keeps 4 of 4', '')
+
+def test_outputs_are_never_pruned():
+    learn = learner(n=64, model=net())
+    fit(learn, 1, quiet(90, 'one_shot'))
+    assert learn.model.head.out_features == 10 and learn.get_preds()[0].shape[1] == 10
+
+
+if __name__ == '__main__': resume_all(Path(sys.argv[1]))

@@ -23,7 +23,7 @@ __all__ = ['random', 'large_final', 'small_final', 'squared_final', 'large_init'
 
 # %% ../../nbs/02_core.criteria.ipynb #d7f96261
 class Reducer:
-    "How the scores of a group's weights become one: `f(scores, dims)`"
+    "How the scores of a group's weights become one: `f(scores, dims)` takes the axes `dims` out of the tensor `scores`"
     @staticmethod
     def sum (scores, dims): return scores.sum(dims)
     @staticmethod
@@ -37,7 +37,7 @@ class Reducer:
 @dataclass(frozen=True)
 class LnNorm:
     "The Ln norm of each group, a reducer"
-    n: float|str  # a number, `inf`, `'fro'` or `'nuc'`
+    n: float|str  # any number, infinity, `'fro'` (as 2) or `'nuc'`
 
     def __post_init__(self):
         if self.n not in ('fro', 'nuc') and (isinstance(self.n, (bool, str)) or not isinstance(self.n, numbers.Real)):
@@ -51,7 +51,7 @@ class LnNorm:
 
 # %% ../../nbs/02_core.criteria.ipynb #573a1e9d
 class Normalizer:
-    "How the group scores of one layer are rescaled before layers are compared: `f(scores)`"
+    "How the group scores of one layer are rescaled before layers are compared: `f(scores)`, of the same shape"
     @staticmethod
     def sum     (scores): return scores / scores.sum()
     @staticmethod
@@ -63,9 +63,9 @@ class Normalizer:
     @staticmethod
     def gaussian(scores): return (scores - scores.mean()) / scores.std()
 
-# %% ../../nbs/02_core.criteria.ipynb #2cac4591
+# %% ../../nbs/02_core.criteria.ipynb #019e3ade
 def taylor(w, g):
-    "|w · ∂L/∂w|: by how much the loss would change without the weight, to first order"
+    "|`w` · `g`| with the gradient `g` = ∂L/∂`w`: by how much the loss would change without the weight, to first order"
     return (w * g).abs_()
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ def __call__(self:Criteria,
 # %% ../../nbs/02_core.criteria.ipynb #e5095ea7
 @torch.no_grad()
 def group_scores(
-    criteria: Criteria,
-    w: torch.Tensor,                    # a weight
+    criteria: Criteria,                 # how to score
+    w: torch.Tensor,                    # a weight, any shape
     groups: Groups,                     # how it splits into groups
-    reference: torch.Tensor|None=None,  # for criteria that compare
+    reference: torch.Tensor|None=None,  # what `criteria` compares it with, of a shape that broadcasts to `w`
     *others: tuple                      # `(weight, groups, reference)` of further weights that the groups lie in
 ) -> torch.Tensor:                      # of shape `groups.score_shape`
     "One score a group"
@@ -153,23 +153,23 @@ def group_scores(
 
 # %% ../../nbs/02_core.criteria.ipynb #b70d6a7d
 def magnitude(w):
-    "|w|"
+    "|`w`|"
     return w.abs()
 
 def neg_magnitude(w):
-    "−|w|"
+    "−|`w`|"
     return -w.abs()
 
 def square(w):
-    "w²"
+    "`w`²"
     return w.square()
 
 def identity(w):
-    "w"
+    "`w` as it is"
     return w
 
 def uniform(w, generator=None):
-    "Uniform random numbers from `generator`, or torch's global one: `torch.manual_seed` makes those repeatable"
+    "Numbers from 0 to 1 in the shape of `w`, from `generator`, or torch's global one: `torch.manual_seed` makes those repeatable"
     return torch.rand(w.shape, dtype=w.dtype, device=w.device, generator=generator)
 
 # %% ../../nbs/02_core.criteria.ipynb #46c145d6
@@ -180,23 +180,23 @@ squared_final = Criteria(square)
 
 # %% ../../nbs/02_core.criteria.ipynb #2dd2577b
 def smaller(now, ref):
-    "The smaller of the two"
+    "The smaller of `now` and `ref`"
     return torch.minimum(now, ref)
 
 def neg_larger(now, ref):
-    "Minus the larger of the two"
+    "Minus the larger of `now` and `ref`"
     return -torch.maximum(now, ref)
 
 def increase(now, ref):
-    "now − ref"
+    "`now` − `ref`"
     return now - ref
 
 def distance(now, ref):
-    "|now − ref|"
+    "|`now` − `ref`|"
     return (now - ref).abs_()
 
 def distance_times_magnitude(now, ref):
-    "|now · (now − ref)|"
+    "|`now` · (`now` − `ref`)|"
     return (now - ref).mul_(now).abs_()
 
 # %% ../../nbs/02_core.criteria.ipynb #2e00fce8
@@ -215,19 +215,19 @@ updating_movmag             = Criteria(identity,  needs_update=True, output_fn=d
 
 # %% ../../nbs/02_core.criteria.ipynb #6a2454e6
 def squared_gradient(w, g):
-    "(∂L/∂w)²"
+    "`g`² with the gradient `g` = ∂L/∂`w`"
     return g.square()
 
 def away_from_zero(w, g):
-    "−w · ∂L/∂w: positive where a step of gradient descent makes |w| larger"
+    "−`w` · `g` with the gradient `g` = ∂L/∂`w`: positive where a step of gradient descent makes |`w`| larger"
     return (w * g).neg_()
 
 def half_square_times(now, ref):
-    "½ · now² · ref"
+    "½ · `now`² · `ref`"
     return now.square().mul_(ref).mul_(0.5)
 
 def scaled(now, ref):
-    "now · ref"
+    "`now` · `ref`"
     return now * ref
 
 gradient = grad_crit = Criteria(identity, needs_grad=True, return_init=True)
@@ -246,14 +246,14 @@ def elementwise(self:Criteria) -> bool:
 
 # %% ../../nbs/02_core.criteria.ipynb #de0e03b0
 def ln_norm(
-    n: float|str  # a number, `inf`, `'fro'` or `'nuc'`
+    n: float|str  # any number, infinity, `'fro'` (as 2) or `'nuc'`
 ) -> Criteria:
     "Groups by their Ln norm, as in `torch.nn.utils.prune.ln_structured`"
     return Criteria(identity if n == 'nuc' else magnitude, reducer=LnNorm(n), structured=n == 'nuc')
 
 # %% ../../nbs/02_core.criteria.ipynb #f354d974
 def distances(rows):
-    "The sum of the distances of each row to all rows"
+    "The sum of the distances of each of the `rows`, of shape (n, size), to all of them"
     return torch.cat([torch.cdist(part, rows, compute_mode='donot_use_mm_for_euclid_dist').sum(1) for part in rows.split(1024)])
 
 fpgm = Criteria(identity, group_fn=distances, structured=True)

@@ -283,7 +283,7 @@ def _is_model(model):
     if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
 
 def trace_flow(
-    model: nn.Module,
+    model: nn.Module,      # looked at in eval mode, left as it was
     example_inputs = None  # what the model is called with, to run what can't be traced: a tensor, a tuple of arguments, or a dict of them
 ) -> Flow:
     "Which norms get the output channels of which layer, as `model` runs in eval mode"
@@ -326,8 +326,8 @@ class _FlopSplit:
 
 # %% ../../nbs/07_core.flow.ipynb #de3b5b00
 def multiply_adds(
-    model: nn.Module,
-    example_inputs  # what the model is called with, the batch first: a tensor, a tuple of arguments, or a dict of them
+    model: nn.Module,     # looked at in eval mode, left as it was
+    example_inputs        # what the model is called with, the batch first: a tensor, a tuple of arguments, or a dict of them
 ) -> dict[str, int]:  # by name of the module, for those that have parameters of their own
     "Multiply-adds of each layer in a forward pass in eval mode, for one item of the batch"
     from torch.utils.flop_counter import FlopCounterMode  # slow to import: only who counts pays

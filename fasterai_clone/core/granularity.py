@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 import torch, torch.nn as nn
 from fastcore.basics import patch
+from .style import _styled, colors
 
 # %% auto #0
 __all__ = ['Groups', 'Granularities', 'plot_granularity', 'plot_granularities']
@@ -235,20 +236,23 @@ def plot_granularity(
     ax = None                # matplotlib axes to draw on
 ):
     "Draw the weight of `m` with one group coloured; returns the axes"
-    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
     gr, shape = Granularities.groups(m, granularity), tuple(m.weight.shape)
-    if ax is None: ax = plt.subplots(figsize=(3, 3))[1]
     ids = gr.expand(torch.arange(gr.n), shape)
     out, inp = (1, 0) if getattr(m, 'transposed', False) else (0, 1)
     cells = _cells(shape, out, inp)
-    for idx in sorted(cells, key=lambda i: -i[2] if len(shape)==5 else 0):
-        on = ids[idx] == group
-        ax.add_patch(Rectangle(cells[idx], 1, 1, fc='#0072B2' if on else '#e8edf2', ec='white', lw=0.8))
     xs, ys = zip(*cells.values())
-    ax.set(xlim=(-.2, max(xs)+1.2), ylim=(max(ys)+1.2, -.2), aspect='equal')
-    ax.axis('off')
-    ax.set_title(f'{granularity}\n{gr.n} × {gr.size}', fontsize=9)
+    size, edge = ((1, 1), 0.7) if len(shape) == 5 else ((0.92, 0.92), 0)  # planes overlap: what is in front needs an outline
+    on  = dict(fc=colors['blue'], ec=(1, 1, 1, 0.7), lw=edge)
+    off = dict(fc=to_rgba(colors['grey'], 0.1 if edge else 0.25), ec=to_rgba(colors['grey'], 0.55), lw=edge)
+    with _styled() as plt:
+        if ax is None: ax = plt.subplots(figsize=(3, 3))[1]
+        for idx in sorted(cells, key=lambda i: -i[2] if len(shape)==5 else 0):
+            ax.add_patch(Rectangle(cells[idx], *size, **(on if ids[idx] == group else off)))
+        ax.set(xlim=(-.2, max(xs)+1.2), ylim=(max(ys)+1.2, -.2), aspect='equal')
+        ax.axis('off')
+        ax.set_title(f'{granularity}\n{gr.n} × {gr.size}', fontsize=9)
     return ax
 
 # %% ../../nbs/01_core.granularity.ipynb #d76b1b72
@@ -258,9 +262,9 @@ def plot_granularities(
     cols: int = 6     # drawings in a row
 ):
     "Draw every granularity `m` can have, one group coloured in each; returns the figure"
-    import matplotlib.pyplot as plt
     names = list(Granularities.allowed_granularities(m, 'weight'))
-    fig, axs = plt.subplots(-(-len(names)//cols), cols, figsize=(1.65*cols, 1.9*-(-len(names)//cols)), squeeze=False)
+    with _styled() as plt:
+        fig, axs = plt.subplots(-(-len(names)//cols), cols, figsize=(1.65*cols, 1.9*-(-len(names)//cols)), squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for g,ax in zip(names, axs.flat): plot_granularity(m, g, min(group, Granularities.groups(m, g).n - 1), ax)
     fig.tight_layout()

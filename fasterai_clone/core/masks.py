@@ -18,6 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 from .granularity import _unknown
+from .style import _styled, colors
 
 # %% auto #0
 __all__ = ['Masks']
@@ -120,6 +121,44 @@ def apply(self:Masks,
             mask = mask.to(p.device)
             if not whole: self._own(k, mask)  # a copy of the model may be elsewhere, the parameters of each step are not
         _zero(p, mask)
+
+# %% ../../nbs/05_core.masks.ipynb #bdbc3355
+def _tiled(t):
+    "`t` as a matrix: the first axis down, the second across, a kernel at each crossing; NaN in the gaps"
+    t = t.detach().float().cpu()
+    if t.ndim < 2: return t.reshape(1, -1).numpy()
+    out, inp, h, w = *t.shape[:2], *([1, 1, *t.shape[2:]][-2:])
+    h  = t[0, 0].numel() // w if t.numel() else h  # the planes of a 3-d kernel below each other
+    t  = t.reshape(out, inp, h, w)
+    if h*w > 1 and max(out*(h+1), inp*(w+1)) <= 600: t = nn.functional.pad(t, (0, 1, 0, 1), value=math.nan)
+    gap = t.shape[2] - h
+    t   = t.permute(0, 2, 1, 3).reshape(out*t.shape[2], inp*t.shape[3])
+    return t[:len(t)-gap, :t.shape[1]-gap].numpy()
+
+def _draw_tiles(ax, tiles, **kwargs):
+    "An image of `tiles` without axes, in its own proportions unless it would be a thread"
+    long = not 0.2 < len(tiles) / tiles.shape[1] < 5
+    im   = ax.imshow(tiles, aspect='auto' if long else 'equal', interpolation_stage='rgba', **kwargs)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    return im
+
+# %% ../../nbs/05_core.masks.ipynb #fad31545
+@patch
+def plot(self:Masks,
+    name: str,  # of a parameter
+    ax = None   # matplotlib axes to draw on
+):
+    "Draw one mask: kept weights coloured, dropped ones pale; returns the axes"
+    from matplotlib.colors import ListedColormap, to_rgba
+    if name not in self: raise KeyError(_unknown('parameter', name, self))
+    mask = self[name]
+    n, dropped, shape = mask.numel(), mask.numel() - int(mask.count_nonzero()), '×'.join(map(str, mask.shape))
+    with _styled() as plt:
+        if ax is None: ax = plt.subplots(figsize=(3.6, 3.6) if mask.ndim > 1 else (5, 0.8), layout='constrained')[1]
+        _draw_tiles(ax, _tiled(mask), vmin=0, vmax=1, cmap=ListedColormap([to_rgba(colors['grey'], 0.3), colors['blue']]))
+        ax.set_title(f'{name}, {shape}\n{dropped:,} of {n:,} dropped ({100*dropped/max(n, 1):.2f}%)')
+    return ax
 
 # %% ../../nbs/05_core.masks.ipynb #c9e5475e
 @contextmanager

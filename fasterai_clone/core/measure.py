@@ -29,7 +29,7 @@ __all__ = ['wanda', 'snip', 'grasp', 'synflow', 'apoz', 'mean_activation', 'bn_s
 # %% ../../nbs/09_core.measure.ipynb #fe7d34aa
 @contextmanager
 def untouched(
-    model: nn.Module
+    model: nn.Module  # whatever is done to it in the block
 ) -> Iterator[None]:
     "Give the modes, buffers, gradients and `requires_grad` of `model` back as they were, and the state of random numbers"
     modes   = [(m, m.training) for m in model.modules()]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from fastcore.basics import patch
 from .granularity import _unknown
+from .style import _styled, colors
 
 # %% auto #0
 __all__ = ['one_shot', 'iterative', 'agp', 'one_cycle', 'cos', 'lin', 'dsd', 'Schedule', 'sched_oneshot', 'sched_iterative',
@@ -123,12 +124,11 @@ def plot(self:Schedule,
     **kwargs              # passed to `ax.plot`
 ):
     "Draw sparsity over training; returns the axes"
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(4, 2.6))[1]
     pcts = [i/1000 for i in range(1001)]
-    ax.plot([100*p for p in pcts], [self.sparsity(p, target) for p in pcts], **{'color': '#0072B2', 'lw': 2, **kwargs})
-    ax.set(xlabel='training done (%)', ylabel='sparsity (%)', xlim=(0, 100), ylim=(-3, 103))
-    ax.spines[['top', 'right']].set_visible(False)
+    with _styled() as plt:
+        if ax is None: ax = plt.subplots(figsize=(4, 2.6), layout='constrained')[1]
+        ax.plot([100*p for p in pcts], [self.sparsity(p, target) for p in pcts], **{'color': colors['blue'], **kwargs})
+        ax.set(xlabel='training done (%)', ylabel='sparsity (%)', xlim=(0, 100), ylim=(-3, 103))
     return ax
 
 # %% ../../nbs/03_core.schedule.ipynb #bc5468ee

@@ -32,8 +32,8 @@ def check_sparsity(
 
 # %% ../../nbs/04_core.selection.ipynb #26f0401b
 def n_dropped(
-    n: int,           # groups
-    sparsity: float   # percent
+    n: int,           # groups there are
+    sparsity: float   # percent, 0–100
 ) -> int:
     "How many of `n` groups are zero at `sparsity`"
     exact = sparsity * n / 100
@@ -252,8 +252,8 @@ def _stream(keys, parts, lo, hi, up, cap, journal):
 
 # %% ../../nbs/04_core.selection.ipynb #4c95da7d
 def restore(
-    journal: list,  # from `keep_masks`
-    start: int = 0  # from this entry on
+    journal: list,  # as `keep_masks` filled it; what is put back is taken off
+    start: int = 0  # put back from this entry on
 ) -> None:
     "Put back what was written over earlier masks in place"
     for mask,old in reversed(journal[start:]):

@@ -7,6 +7,10 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.style.html.md"""
 # %% auto #0
 __all__ = ['colors', 'plot_style']
 
+# %% ../../nbs/00_core.style.ipynb #6d223006
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 # %% ../../nbs/00_core.style.ipynb #440f7f26
 colors = dict(blue='#2a7fba', orange='#d9730d', green='#0c9a6f', pink='#c4679b', sky='#3d9bd1', red='#d2553b', grey='#808489')
 
@@ -17,3 +21,13 @@ plot_style = {
     'xtick.color': colors['grey'], 'ytick.color': colors['grey'], 'axes.spines.top': False, 'axes.spines.right': False,
     'axes.prop_cycle': f'cycler("color", {[c for k,c in colors.items() if k != "grey"]})', 'lines.linewidth': 2,
     'font.size': 9, 'axes.titlesize': 10, 'image.cmap': 'viridis'}
+
+# %% ../../nbs/00_core.style.ipynb #e45c13e7
+@contextmanager
+def _styled() -> Iterator:
+    "`matplotlib.pyplot`, with `plot_style` inside of the `with` block"
+    import matplotlib.pyplot as plt
+    yours = {k: plt.rcParams[k] for k in plot_style}
+    plt.rcParams.update(plot_style)
+    try: yield plt
+    finally: plt.rcParams.update(yours)

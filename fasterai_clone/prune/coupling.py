@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.coupling.html.md"""
 
 # %% ../../nbs/12_prune.coupling.ipynb #d74bcbc1
 from __future__ import annotations
-import copy, math
+import copy, math, time
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -102,8 +102,9 @@ def _along(layers, axis):
 # %% ../../nbs/12_prune.coupling.ipynb #691dc79a
 class _Trace(TorchDispatchMode):
     "Follows labels through a run of `model`"
-    def __init__(self, model):
+    def __init__(self, model, timeout=None):
         super().__init__()
+        self.timeout, self.until          = timeout, math.inf if timeout is None else time.monotonic() + timeout
         self.model, self.all, self.inside = model, _Together(), []  # `inside`: the names of the modules that run
         self.values, self.alive           = {}, []                  # `alive`: so that no other tensor gets the id of one we know
         self.cuts, self.grids             = [], []
@@ -127,9 +128,16 @@ class _Trace(TorchDispatchMode):
         "Where the run is now, for messages"
         return f'`{self.inside[-1]}` ({type(self.module).__name__})' if self.inside and self.inside[-1] else 'the model'
 
+    def hurry(self):
+        "Stop if the time is up"
+        if time.monotonic() < self.until: return
+        raise TimeoutError(f'Following {type(self.model).__name__} took longer than {self.timeout:g} s, and has come to {self.where}: '
+                           'give smaller `example_inputs`, or raise `timeout` (seconds; None is no limit)')
+
 # %% ../../nbs/12_prune.coupling.ipynb #da97c129
 @patch
 def __torch_dispatch__(self:_Trace, func, types, args=(), kwargs=None):
+    self.hurry()
     kwargs = kwargs or {}
     out, used = func(*args, **kwargs), [self.get(t) for t in _tensors((args, kwargs))]
     name = func._schema.name.split('::')[1]
@@ -561,19 +569,20 @@ def run(self:_Trace, args, kwargs):
         for l in self.get(t).layers: self.all.fix(l, 'it is the output of the model')
 
 # %% ../../nbs/12_prune.coupling.ipynb #5c3ea5f1
-def _followed(model, example_inputs):
-    "The trace of a run of `model`, which must be a copy"
+def _followed(model, example_inputs, timeout=None):
+    "The trace of a run of `model`, which must be a copy, in at most `timeout` seconds"
     if example_inputs is None: raise ValueError('`example_inputs` is needed: what is coupled is seen when the model runs')
-    trace, (args, kwargs) = _Trace(model), _arguments(example_inputs)
+    trace, (args, kwargs) = _Trace(model, timeout), _arguments(example_inputs)
     with _undisturbed(model), _plain_attention(), sdpa_kernel(SDPBackend.MATH):
         try: trace.run(args, kwargs)
         except Exception as e:
+            trace.hurry()  # it may come as another error, out of a scripted part
             raise ValueError(f'{type(model).__name__} does not run on `example_inputs`, in {trace.where}: {_first_line(e)}') from e
         used = {trace.all.axes[k][0] for k in trace.all.role}
         if any(k not in used for k,p in model.named_parameters() if p.numel() > 1):
             model.train()
             try: trace.run(args, kwargs)
-            except Exception: pass  # batch norms need more than one number in train mode
+            except Exception: trace.hurry()  # else: batch norms need more than one number in train mode
     trace.settle()
     return trace
 
@@ -671,10 +680,14 @@ def _left_out(trace, exclude):
 def coupled_groups(
     model: nn.Module,
     example_inputs,     # what the model is called with: a tensor, a tuple of arguments, or a dict of them
-    exclude = None      # layers to keep as they are: names, patterns, regular expressions, types or functions of (name, module)
+    exclude = None,     # layers to keep as they are: names, patterns, regular expressions, types or functions of (name, module)
+    *,
+    timeout: float|None = 60.  # seconds for the run, looked at before each operation; None: no limit
 ) -> CoupledGroups:
     "Which channels of `model` can be removed, and what goes with each; the model stays as it is"
-    trace = _followed(_copied(model), example_inputs)
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
+        raise ValueError(f'`timeout` must be a number of seconds above 0, or None for no limit; got {timeout!r}')
+    trace = _followed(_copied(model), example_inputs, timeout)
     _left_out(trace, exclude)
     return _listed(trace)
 

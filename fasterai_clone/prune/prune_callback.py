@@ -8,8 +8,11 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.prune_callback.html.
 from __future__ import annotations
 import math
 from collections.abc import Mapping
+from contextlib import contextmanager
+from copy import copy
 import numpy as np, torch, torch.nn as nn
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
+from fastai.learner import Learner
 from fastcore.basics import patch, store_attr
 from ..core.criteria import Criteria, large_final
 from ..core.flow import multiply_adds
@@ -17,11 +20,14 @@ from ..core.granularity import _unknown
 from ..core.measure import as_criteria
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import n_dropped
-from .thin import _bare, _kept_positions, _measure, _shrink, _verify, _without
+from ..core.masks import Masks
+from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _shrink, _verify, _without, reshape_to,
+                                       sizes_of)
 from ..sparse.compact import _inner, _like
 from ..sparse.sparsifier import Sparsifier, _check_flags, _check_tools, _rounded, check_arguments
 from ..sparse.sparsify_callback import SparsifyCallback, _check_sparsities, _check_whole, _Lean
-from ..sparse.targets import _plainly, _processes, unwrapped
+from ..sparse.state import _States, random_state, set_random_state
+from ..sparse.targets import _plainly, _processes, _rank, unwrapped
 
 # %% auto #0
 __all__ = ['PruneCallback']
@@ -48,25 +54,26 @@ def _why_not_cut(optimizer):
 # %% ../../nbs/21_prune.prune_callback.ipynb #8e73af3a
 @torch.no_grad()
 def _carry_over(optimizer, replaced):
-    "Let `optimizer` go on with other parameters: `replaced` has (old, new, axis → kept positions)"
+    "Let `optimizer` go on with other parameters: `replaced` has (old, new, axis → kept positions, or None: nothing is known of it)"
     opt   = _inner(optimizer)
-    lists = getattr(opt, 'param_lists', None) or [g['params'] for g in opt.param_groups]
     known = {id(old): (new, axes) for old,new,axes in replaced}
     for old,new,axes in replaced:
-        if old.grad is not None: new.grad = _cut(old.grad, axes)
-    for ps in lists:
+        if axes is not None and old.grad is not None: new.grad = _cut(old.grad, axes)
+    for ps in _param_lists(opt):
         for i,p in enumerate(ps):
             if id(p) not in known: continue
             ps[i], axes = known[id(p)]
             if p in opt.state:
                 state = opt.state.pop(p)
-                opt.state[ps[i]] = {k: _cut(v, axes) if _like(v, p) else v for k,v in state.items()}
+                if axes is None: opt.state[ps[i]] = {k: v for k,v in state.items() if isinstance(v, bool)}  # fastai's flags
+                else: opt.state[ps[i]] = {k: _cut(v, axes) if _like(v, p) else v for k,v in state.items()}
 
 # %% ../../nbs/21_prune.prune_callback.ipynb #83246fdd
 class PruneCallback(_Lean):
     "Take channels out of the model during `fit`, following `schedule`"
-    _active, _due, order = False, None, 70  # after what saves, stops and reloads, so that it prints last
+    _active, _midway, _due, _loaded, _random, order = False, False, None, None, None, 70  # after what saves, stops and reloads: it prints last
     _say, _one_batch, _split   = SparsifyCallback._say, SparsifyCallback._one_batch, SparsifyCallback._split
+    _first_epoch               = SparsifyCallback._first_epoch
     _some_inputs, _try_measure = SparsifyCallback._some_inputs, SparsifyCallback._try_measure
     def __init__(self,
         pruning_ratio: float|list|dict,             # percent of channels: one for all groups, a list, or by layer name or pattern
@@ -126,12 +133,27 @@ def before_fit(self:PruneCallback):
     self._active = not hasattr(self.learn, 'lr_finder')
     if not self._active: return
     self._refuse()
-    if self.sparsifier is None or self.sparsifier.model is not unwrapped(self.learn.model): self._begin()
-    self._due, self.history = None, []
-    self._at_first = self._size()
+    self._done, self._midway, self._due, self.history, self._random = (first := self._first_epoch()), False, None, [], None
+    state = self._loaded or self._claim(first)
+    if state: self._take_over(state)
+    elif not self._knows_model(): self._begin()
+    self._at_first = state['at_first'] if state else self._size()
+    self._asked    = self._asked_for()
+    self._resume(first, state)
     asked = list(dict.fromkeys(self._goal.values()))
     self._say(f'Pruning of channels until a ratio of [{", ".join(f"{r:g}" for r in asked)}]%')
     for layer,why in self.sparsifier.left_out.items(): self._say(f'  {layer} keeps all: {why}')
+    self._say_what_stays()
+
+@patch
+def _say_what_stays(self:PruneCallback):
+    "Name groups that lose less than was asked for"
+    if self.context != 'local': return
+    for k,n in self.sizes.items():
+        asked = n_dropped(n, self._goal[k])
+        goes  = max(0, _rounded(n, min(asked, n - self.min_channels), self.round_to))
+        why   = ' and '.join(f'`{what}` {v}' for what,v in (('min_channels', self.min_channels), ('round_to', self.round_to)) if v and v > 1)
+        if goes < asked: self._say(f'  {k} keeps {n - goes} of {n} channels, where {self._goal[k]:g}% would leave {n - asked}: {why}')
 
 @patch
 def _begin(self:PruneCallback):
@@ -143,8 +165,25 @@ def _begin(self:PruneCallback):
     if self.context != 'local' and n_dropped(total, asked) > most:
         raise ValueError(f'`pruning_ratio` {asked:g} would take {n_dropped(total, asked):,} of {total:,} channels, and {most:,} can go '
                          f'if each of {len(self.sizes)} groups keeps {self.min_channels}')
-    self._try_measure(sp)
-    self.sparsifier = sp
+    with _eagerly(sp.model): self._try_measure(sp)
+    self._use(sp)
+
+@patch
+def _use(self:PruneCallback, sp):
+    "Choose with `sp` from now on"
+    self.sparsifier, self._known = sp, _shapes(sp.model)
+
+def _shapes(model): return {k: tuple(p.shape) for k,p in model.named_parameters()}
+
+@patch
+def _knows_model(self:PruneCallback):
+    "Is the model that of the last fit? If a checkpoint of it with other sizes was loaded, look at it again"
+    if self.sparsifier is None or self.sparsifier.model is not unwrapped(self.learn.model): return False
+    if self._known != _shapes(self.sparsifier.model):
+        sp = self._new_sparsifier()
+        if not {t.name for t in sp.targets} <= self.sizes.keys(): return False
+        self._use(sp)
+    return True
 
 @patch
 def _most(self:PruneCallback): return sum(max(n - self.min_channels, 0) for n in self.sizes.values())
@@ -155,6 +194,19 @@ def _new_sparsifier(self:PruneCallback):
     own = {k: getattr(self, k) for k in ('layer_type', 'include', 'exclude', 'data')}
     return Sparsifier(self.learn.model, 'filter', self.context, self.criteria, loss_func=self.learn.loss_func,
                       example_inputs=self._some_inputs, coupled=True, **own)
+
+# %% ../../nbs/21_prune.prune_callback.ipynb #496fee90
+def _is_compiled(m): return '_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None
+
+@contextmanager
+def _eagerly(model):
+    "`model` as if `compile` had not been called on it or its parts"
+    found = [(m, m._compiled_call_impl) for m in model.modules() if '_compiled_call_impl' in vars(m)]
+    try:
+        for m,_ in found: m._compiled_call_impl = None
+        yield
+    finally:
+        for m,call in found: m._compiled_call_impl = call
 
 # %% ../../nbs/21_prune.prune_callback.ipynb #2ee67196
 @patch
@@ -179,33 +231,39 @@ def _counts(self:PruneCallback, progress):
 def _size(self:PruneCallback):
     "Parameters, channels of the groups, and multiply-adds for one item"
     model = self.sparsifier.model
-    with _plainly(model): macs = sum(multiply_adds(model, self._some_inputs()).values())
+    with _plainly(model), _eagerly(model): macs = sum(multiply_adds(model, self._some_inputs()).values())
     return dict(params=sum(p.numel() for p in model.parameters()), channels=sum(self._left().values()), macs=macs)
 
 # %% ../../nbs/21_prune.prune_callback.ipynb #00c26830
 @patch
 def _prune(self:PruneCallback, progress):
     "Bring the network to where it should be when `progress` of this fit is done"
-    sp, counts = self.sparsifier, self._counts(progress)
+    counts = self._counts(progress)
     if not any(counts): return
     self._check_optimizer()
+    sp = self._copied_sparsifier()
     if sp.limits: sp.limits = [0]*len(sp.targets), [max(t.groups.n - self.min_channels, 0) for t in sp.targets]
     unseen = sp.reference == 'measure' or sp.reference == 'grad' and not sp.refs
     if unseen and self.data is None: sp.observe(*self.xb, *self.yb)
-    sp.update(counts, round_to=None if self.context == 'local' else self.round_to)
-    dead = [torch.zeros(t.groups.n, dtype=torch.bool) if t.name not in sp.masks else ~sp._group_mask(t).flatten().cpu() for t in sp.targets]
-    if not any(d.any() for d in dead): return  # `round_to` keeps all of them
-    replaced, refs = self._take_out(sp, dead)
-    _carry_over(self.opt, replaced)
-    if all(int(d.sum()) >= len(d) - 1 for d in dead): sp.targets, sp.pools = [], []  # one channel each: nothing more can go
-    else: self.sparsifier = self._new_sparsifier()
-    self.sparsifier.refs, self.sparsifier.used = refs, sp.used
-    for cb in self.learn.cbs:  # what was best so far has other shapes
-        if isinstance(cb, SaveModelCallback): cb.best = math.inf if cb.comp == np.less else -math.inf
+    with _eagerly(sp.model), _all_or_nothing(sp.model, self.opt, sp._params().values()):
+        sp.update(counts, round_to=None if self.context == 'local' else self.round_to)
+        dead = [torch.zeros(t.groups.n, dtype=torch.bool) if t.name not in sp.masks else ~sp._group_mask(t).flatten().cpu()
+                for t in sp.targets]
+        if any(d.any() for d in dead): sp = self._take_out(sp, dead)  # else `round_to` keeps all of them
+        self._use(sp)
+    if any(map(_is_compiled, self.learn.model.modules())): torch.compiler.reset()  # graphs for other sizes, which count for its limit
 
 @patch
+def _copied_sparsifier(self:PruneCallback):
+    "One to work with, so that `sparsifier` is what it was if that fails"
+    sp = copy(self.sparsifier)
+    sp.masks, sp.refs, sp.used, sp.seen = Masks(shapes=sp.masks.shapes), {k: v.clone() for k,v in sp.refs.items()}, set(sp.used), []
+    return sp
+
+# %% ../../nbs/21_prune.prune_callback.ipynb #c0218289
+@patch
 def _take_out(self:PruneCallback, sp, dead):
-    "Take the `dead` channels out of the model; (old parameter, new one, axis → kept positions), and what the criterion compares with"
+    "Take the `dead` channels out of model and optimizer; who chooses among those that are left"
     model, groups, inputs = sp.model, sp.channel_groups, self._some_inputs()
     with _plainly(model):
         if self.check: _verify(model, _without(model, groups, dead), groups, dead, inputs)
@@ -214,35 +272,68 @@ def _take_out(self:PruneCallback, sp, dead):
         if any(map(_bare, model.modules())): _measure(model, inputs)
         after = dict(model.named_parameters())
     refs = {k: _cut(v, keep.get(k, {})) if v.shape == before[k].shape else v for k,v in sp.refs.items()}
-    return [(before[k], after[k], axes) for k,axes in keep.items() if k in before], refs
+    _carry_over(self.opt, [(before[k], after[k], axes) for k,axes in keep.items() if k in before])
+    last = all(int(d.sum()) >= len(d) - 1 for d in dead)  # one channel each: nothing more can go
+    new  = self._no_sparsifier(sp) if last else self._new_sparsifier()
+    new.refs, new.used, self.learn._smaller = refs, sp.used, True
+    for cb in self.learn.cbs:  # what was best so far has other shapes
+        if isinstance(cb, SaveModelCallback): cb.best = math.inf if cb.comp == np.less else -math.inf
+    return new
+
+@patch
+def _no_sparsifier(self:PruneCallback, sp):
+    "A copy of `sp` that has nothing to choose from"
+    sp = copy(sp)
+    sp.targets, sp.pools = [], []
+    return sp
 
 # %% ../../nbs/21_prune.prune_callback.ipynb #e88dc0e0
 @patch
+def before_epoch(self:PruneCallback):
+    "Random numbers as they were, after a resume"
+    if not self._active or self.learn.lock.locked(): return
+    if first := self._first_epoch():  # fastai tells those that save of epochs that are skipped, too
+        for cb in self.learn.cbs:
+            if isinstance(cb, TrackerCallback): cb.run = self.epoch >= first
+    if self._random: set_random_state(self._random, self.dls.loaders)  # epochs that are skipped may draw some
+
+@patch
+def before_train(self:PruneCallback):
+    self._random = None
+    if self._active: self.learn.__dict__.pop('_pruned_states', None)  # not before: a `fit` that was refused can be corrected
+
+@patch
 def before_step(self:PruneCallback):
     "Gradients are complete, unscaled and clipped here"
-    if self._active and self.sparsifier.reference == 'grad': self.sparsifier.accumulate_gradients()
+    if not self._active: return
+    self._midway = True
+    if self.sparsifier.reference == 'grad': self.sparsifier.accumulate_gradients()
 
 @patch
 def after_train(self:PruneCallback):
     "The epoch is trained: take out what the schedule asks for"
     if not self._active: return
     if (self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.n_epoch: self._prune((self.epoch + 1) / self.n_epoch)
-    self._due = self.epoch
+    self._due, self._done, self._midway = self.epoch, self.epoch + 1, False
 
 @patch
 def after_epoch(self:PruneCallback):
     "The line of the epoch, once"
     if not self._active or self._due is None or self.learn.lock.locked(): return
-    now = dict(epoch=self._due, **self._size())
-    self.history.append(now)
+    self.history.append(now := self._record())
     self._say(f'Parameters at the end of epoch {self._due}: {now["params"]:,} ({100*now["params"]/self._at_first["params"]:.2f}%), '
               f'in {now["channels"]:,} channels')
     self._due = None
 
 @patch
+def _record(self:PruneCallback): return dict(epoch=self._due, **self._size())
+
+@patch
 def after_fit(self:PruneCallback):
     "What there was, and what is left"
     if not self._active or self.learn.lock.locked(): return
+    if self._known != _shapes(self.sparsifier.model): self._reloaded()
+    self.learn.__dict__.pop('_pruned_states', None)  # of a checkpoint that was reloaded at the end
     self.after_epoch()  # if a callback stopped training in its last one
     self._active = False
     was, now, names = self._at_first, self._size(), dict(params='parameters', channels='channels', macs='multiply-adds')
@@ -255,3 +346,118 @@ def table(self:PruneCallback) -> str:
     left, width = self._left(), max([len(k) for k in self.sizes] + [5])
     lines = [f'{"Group":<{width}}  Channels  Left', '-'*(width + 16)]
     return '\n'.join(lines + [f'{k:<{width}}  {n:>8,}  {left[k]:>4,}' for k,n in self.sizes.items()])
+
+# %% ../../nbs/21_prune.prune_callback.ipynb #e2de4282
+@patch
+def _sizes_to_save(self:Learner):
+    "What a checkpoint of a smaller network has to say"
+    with _plainly(model := unwrapped(self.model)): return dict(sizes=sizes_of(model))
+
+@patch
+@contextmanager
+def _resized(self:Learner, states):
+    "The model and the optimizer at the sizes in `states`; as they were, if the checkpoint cannot be loaded"
+    model, opt = unwrapped(self.model), self.opt
+    sizes = next((s['sizes'] for s in states if 'sizes' in s), None)
+    with _plainly(model): new = sizes is not None and sizes['tensors'] != sizes_of(model)['tensors']
+    if not new:
+        yield
+        return
+    before = dict(model.named_parameters())
+    with _all_or_nothing(model, opt):
+        with _plainly(model): reshape_to(model, sizes)
+        after = dict(model.named_parameters())
+        if opt is not None: _carry_over(opt, [(p, after[k], None) for k,p in before.items() if p is not after[k]])
+        yield
+    self._smaller, n = True, [sum(map(torch.numel, ps.values())) for ps in (before, after)]
+    _say(f'The checkpoint is of a network with other sizes: the model has {n[1]:,} parameters now, and had {n[0]:,}')
+
+def _say(s):
+    if _rank() == 0: print(s)
+
+# %% ../../nbs/21_prune.prune_callback.ipynb #aac17865
+@patch
+def _asked_for(self:PruneCallback):
+    "Numbers that are others if a target or schedule is another"
+    return [round(self.schedule.sparsity(i/20, r), 6) for r in dict.fromkeys(self._goal.values()) for i in range(21)] + [self.n_epoch]
+
+@patch
+def state_dict(self:PruneCallback) -> dict:
+    "Sizes, progress, what the criterion compares with, and the random numbers of now: plain numbers and tensors"
+    if self.sparsifier is None: raise ValueError('There is no state before the first `fit`')
+    sp, due = self.sparsifier, [] if self._due is None else [self._record()]  # of an epoch that is not printed yet
+    with _plainly(sp.model): sizes = sizes_of(sp.model)
+    scaler = self.learn and self.learn.__dict__.get('scaler')  # of `MixedPrecision`
+    return dict(sizes=sizes, channels=dict(self.sizes), left=self._left(), at_first=self._at_first, ratio=repr(self.pruning_ratio),
+                goal=dict(self._goal), asked=self._asked, epoch=self._done, midway=self._midway, history=self.history + due,
+                refs={k: v.clone() for k,v in sp.refs.items()}, used=sorted(sp.used), scaler=scaler.state_dict() if scaler else {},
+                random=random_state(self.dls.loaders if self.learn else []))
+
+@patch
+def load_state_dict(self:PruneCallback,
+    state: dict  # from `state_dict`
+) -> None:
+    "Go on from `state` in the next `fit`, of a model that has its sizes: see `reshape_to`"
+    missing = {'sizes', 'channels', 'left', 'at_first', 'ratio', 'goal', 'asked', 'epoch', 'history', 'refs', 'used', 'random'} - set(state)
+    if missing: raise ValueError(f'Not the state of a `PruneCallback`: it has no {", ".join(sorted(missing))}')
+    self._loaded = state
+
+@patch
+def _state_to_save(self:PruneCallback):
+    "What `learn.save` takes along"
+    return None if self.sparsifier is None or self.sparsifier.model is not unwrapped(self.learn.model) else self.state_dict()
+
+# %% ../../nbs/21_prune.prune_callback.ipynb #a9af89c6
+@patch
+def _claim(self:PruneCallback, first):
+    "The state that `learn.load` found, if this fit begins with a later epoch"
+    states = self.learn.__dict__.get('_pruned_states') or []
+    if not first: states.clear()
+    return next((s for s in states if 'epoch' in s), None)
+
+@patch
+def _take_over(self:PruneCallback, state):
+    "Sizes at first, target and references of `state`"
+    model = unwrapped(self.learn.model)
+    with _plainly(model): same = sizes_of(model)['tensors'] == state['sizes']['tensors']
+    if not same:
+        raise ValueError('The model has other sizes than the state: load its checkpoint with `learn.load`, or `reshape_to(model, '
+                         'state["sizes"])` and load its weights')
+    sp = self._new_sparsifier() if max(state['left'].values()) > 1 else self._nothing_left()
+    if state['ratio'] == repr(self.pruning_ratio): goal = dict(state['goal'])
+    elif isinstance(self.pruning_ratio, (Mapping, list, tuple)):
+        goal = {**dict.fromkeys(state['channels'], 0.), **dict(zip((t.name for t in sp.targets), sp.sparsities(self.pruning_ratio)))}
+    else: goal = dict.fromkeys(state['channels'], self.pruning_ratio)
+    params = sp._params()
+    sp.refs, sp.used = {k: v.to(params[k].device, copy=True) for k,v in state['refs'].items() if k in params}, set(state['used'])
+    self.sizes, self._goal = dict(state['channels']), goal
+    self._use(sp)
+
+@patch
+def _nothing_left(self:PruneCallback):
+    "Who chooses in a model of which each group has one channel"
+    return self._no_sparsifier(Sparsifier(self.learn.model, 'filter', layer_type=nn.Module))
+
+# %% ../../nbs/21_prune.prune_callback.ipynb #b038083a
+@patch
+def _resume(self:PruneCallback, first, state):
+    "Go on from the state that was loaded, if there is one"
+    self._loaded = None
+    if state is None:
+        if first: self._say(f'No state was loaded: this fit begins anew at epoch {first}, with the network as it is')
+        return
+    midway = ', from the middle of it' if state.get('midway') else ''
+    if state['epoch'] != first:
+        return self._say(f'The state that was loaded goes on at epoch {state["epoch"]}{midway}, and this fit at epoch {first}: '
+                         'sizes are taken over, progress is not')
+    self.history, self._random = list(state['history']), state['random']
+    if state.get('scaler') and (scaler := self.learn.__dict__.get('scaler')): scaler.load_state_dict(state['scaler'])
+    same = len(state['asked']) == len(self._asked) and all(abs(a - b) < 1e-6 for a,b in zip(self._asked, state['asked']))
+    self._say(f'Resuming at epoch {first}{midway}' + ('' if same else ', with another target, schedule or number of epochs'))
+
+@patch
+def _reloaded(self:PruneCallback):
+    "A checkpoint with other sizes was loaded at the end, as by `SaveModelCallback`: that is the network now"
+    if state := next((s for s in self.learn.__dict__.get('_pruned_states') or [] if 'epoch' in s), None): self._take_over(state)
+    elif not self._knows_model(): self._begin()
+    self._say('The checkpoint that was reloaded at the end is of an epoch in which the network had other sizes: these are its sizes now')

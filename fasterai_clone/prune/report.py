@@ -13,6 +13,7 @@ import torch, torch.nn as nn
 from fastcore.basics import patch
 from ..core.flow import _arguments, _first_line, _plain_attention, _tensors, _undisturbed, multiply_adds
 from ..core.measure import _device, _to
+from ..core.style import colors, plot_style
 from .coupling import _copied
 from ..report import _bar
 
@@ -294,11 +295,10 @@ def _repr_html_(self:Comparison):
 def _bars(ax, values, wholes, names):
     "Bars before `wholes`, grey, with `values`, blue, over them"
     y = range(len(names))
-    ax.barh(y, wholes, color='#d5dbe1', label='before')
-    ax.barh(y, values, color='#0072B2', label='after', height=0.5)
+    ax.barh(y, wholes, color=colors['grey'], alpha=0.35, label='before')
+    ax.barh(y, values, color=colors['blue'], label='after', height=0.5)
     ax.set_yticks(y, names, fontsize=8)
     ax.invert_yaxis()
-    ax.spines[['top', 'right']].set_visible(False)
 
 @patch
 def plot(self:Comparison,
@@ -306,18 +306,22 @@ def plot(self:Comparison,
 ):
     "Costs in percent of those before, and output channels of each layer, as bars; returns both axes"
     import matplotlib.pyplot as plt
-    if axes is None: axes = plt.subplots(1, 2, figsize=(10, max(2.4, 1 + 0.2*len(self.layers))), layout='constrained')[1]
-    left, right = axes
+    with plt.rc_context(plot_style):
+        if axes is None: axes = plt.subplots(1, 2, figsize=(10, max(2.4, 1 + 0.2*len(self.layers))), layout='constrained')[1]
+        _draw(self, *axes)
+    return axes
+
+def _draw(self, left, right):
+    "Costs on `left`, layers on `right`"
     costs = [(name, 100/r, tb, ta) for name,_,_,r,tb,ta in _lines(self) if r]
     _bars(left, [p for _,p,_,_ in costs], [100]*len(costs), [name for name,*_ in costs])
     for i,(name,p,tb,ta) in enumerate(costs):
         if name.startswith('Latency'):
             _, lo, hi = self.speedup(name.removeprefix('Latency, '))
-            left.plot([100/hi, 100/lo], [i, i], color='#000000', lw=1)
+            left.plot([100/hi, 100/lo], [i, i], color=colors['orange'])
         left.annotate(f'{p:.0f}%', (max(100, p), i), (4, 0), textcoords='offset points', va='center', fontsize=8)
     left.set(xlabel='percent of before (line: least–most)', xlim=(0, max(115, *[1.15*p for _,p,_,_ in costs])))
     _bars(right, [a.outputs if a else 0 for _,a in self.layers.values()], [b.outputs if b else 0 for b,_ in self.layers.values()],
           [k or 'the model' for k in self.layers])
     right.set(xlabel='output channels')
-    right.legend(frameon=False, fontsize=8)
-    return axes
+    right.legend(fontsize=8)

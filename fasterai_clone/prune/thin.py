@@ -8,6 +8,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.thin.html.md"""
 from __future__ import annotations
 import copy, json, math
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 import torch, torch.nn as nn
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from ..core.flow import _arguments, _first_line, _tensors
 from ..core.masks import Masks, _whole_file
 from .coupling import _copied, _followed, _left_out, _listed
+from ..sparse.compact import _inner
 
 # %% auto #0
 __all__ = ['ThinAttention', 'thin', 'sizes_of', 'reshape_to', 'save_thinned', 'load_thinned']
@@ -177,6 +179,45 @@ def _resize_attention(prefix, m, keep):
     if line is not None: heads = [h for h,k in zip(heads, line.reshape(m.num_heads, -1).all(1).tolist()) if k]
     _as_thin(m, heads)
 
+# %% ../../nbs/20_prune.thin.ipynb #7e23e18b
+class _Before:
+    "What the modules of `model` and `optimizer` refer to, and the numbers in some `tensors`"
+    def __init__(self, model, optimizer=None, tensors=()):
+        opt = _inner(optimizer)
+        self.modules = [(m, type(m), dict(vars(m)), dict(m._parameters.items()), dict(m._buffers.items())) for m in model.modules()]
+        self.lists   = [] if opt is None else [(ps, list(ps)) for ps in _param_lists(opt)]
+        self.state   = None if opt is None else (opt.state, dict(opt.state))
+        self.tensors = [(t, t.detach().clone()) for t in tensors]
+
+    @torch.no_grad()
+    def put_back(self):
+        "Everything as it was"
+        for m,kind,attributes,params,buffers in self.modules:
+            if type(m) is not kind: m.__class__ = kind
+            for k in vars(m).keys() - attributes.keys(): del vars(m)[k]
+            vars(m).update(attributes)
+            for table,old in ((m._parameters, params), (m._buffers, buffers)):
+                for k,t in old.items():
+                    if table[k] is not t: table[k] = t
+        for ps,old in self.lists:
+            for i,p in enumerate(old): ps[i] = p
+        if self.state:
+            self.state[0].clear()
+            self.state[0].update(self.state[1])
+        for t,numbers in self.tensors: t.copy_(numbers)
+
+def _param_lists(opt): return getattr(opt, 'param_lists', None) or [g['params'] for g in opt.param_groups]
+
+# %% ../../nbs/20_prune.thin.ipynb #a5783b44
+@contextmanager
+def _all_or_nothing(model, optimizer=None, tensors=()):
+    "If it ends with an error or Ctrl-C, `model`, `optimizer` and the numbers in `tensors` are what they were"
+    before = _Before(model, optimizer, tensors)
+    try: yield
+    except BaseException:
+        before.put_back()
+        raise
+
 # %% ../../nbs/20_prune.thin.ipynb #79830037
 def _doubled(o):
     "`o` with its floating-point tensors as fp64"
@@ -316,16 +357,25 @@ def reshape_to(
     wrong = {*sizes['tensors']} ^ {*state} or {n for n in (*sizes['modules'], *sizes['heads']) if n not in dict(model.named_modules())}
     if wrong:
         raise ValueError(f'This {type(model).__name__} is not what was thinned: only one of both has {", ".join(sorted(wrong)[:5])}')
-    for k,shape in sizes['tensors'].items():
-        if len(shape) != state[k].ndim: raise ValueError(f'{k!r} has {state[k].ndim} axes, and {len(shape)} in the description')
-        if tuple(state[k].shape) != tuple(shape): _replace(model, k, state[k].new_zeros(shape))
-    for n,heads in sizes['heads'].items(): _as_thin(model.get_submodule(n), heads)
-    for n,attributes in sizes['modules'].items():
-        m = model.get_submodule(n)
-        if attributes.keys() != _sizes(m).keys():
-            raise ValueError(f'{n!r} is {type(m).__name__}, for which the description has {attributes}')
-        vars(m).update(attributes)
+    with _all_or_nothing(model):
+        for k,shape in sizes['tensors'].items():
+            if len(shape) != state[k].ndim: raise ValueError(f'{k!r} has {state[k].ndim} axes, and {len(shape)} in the description')
+            if tuple(state[k].shape) != tuple(shape): _replace(model, k, state[k].new_zeros(shape))
+        _give_heads(model, sizes['heads'])
+        for n,attributes in sizes['modules'].items():
+            m = model.get_submodule(n)
+            if attributes.keys() != _sizes(m).keys() and not isinstance(m, ThinAttention):
+                raise ValueError(f'{n!r} is {type(m).__name__}, for which the description has {attributes}')
+            vars(m).update(attributes)
     return model
+
+def _give_heads(model, heads):
+    "Let the attentions in `model` have the `heads`, all of them if nothing is said of one"
+    for n,m in model.named_modules():
+        if n in heads: _as_thin(m, heads[n])
+        elif isinstance(m, ThinAttention):
+            _as_thin(m, list(range(m.projections()[0].shape[0] // m.head_dim)))
+            vars(m).update(_sizes(m))
 
 # %% ../../nbs/20_prune.thin.ipynb #33ce6ed2
 def save_thinned(

@@ -7,3 +7,4 @@ from .sparsify_callback import *
 from .ticket_files import *
 from .keep import *
 from .tickets import *
+from .plots import *

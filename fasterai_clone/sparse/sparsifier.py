@@ -33,6 +33,7 @@ __all__ = ['available_contexts', 'check_arguments', 'Sparsifier', 'LayerCollapse
 # %% ../../nbs/13_sparse.sparsifier.ipynb #3d0656e3
 _contexts = ('local', 'global', 'erk', 'lamp', 'output')
 _budgets  = ('groups', 'params', 'flops')
+_coupled_roles = dict(filter='producer', channel='consumer')  # granularity → the role of what is scored
 
 def available_contexts() -> list[str]:
     "The names of the contexts"
@@ -87,8 +88,8 @@ def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, includ
         try: leaders = _patterns('coupled', coupled)
         except TypeError: raise TypeError(f'`coupled` must be True or False, or name layers that are to lead; got {coupled!r}') from None
         if not leaders: raise ValueError('`coupled` is empty: write True, or the layers that are to lead')
-    if coupled and granularity not in ('filter', 'head'):
-        raise ValueError(f'`coupled` takes channels: it needs granularity="filter" or "head", not {granularity!r}')
+    if coupled and granularity not in (*_coupled_roles, 'head'):
+        raise ValueError(f'`coupled` takes channels: it needs granularity="filter", "channel" or "head", not {granularity!r}')
     if coupled and context == 'output':
         raise ValueError('`coupled` drops outputs, context="output" compares inside of each: choose another')
     _types(layer_type)
@@ -99,7 +100,7 @@ def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, includ
     for k,v in dict(min_sparsity=min_sparsity, max_sparsity=max_sparsity).items():
         for s in v.values() if isinstance(v, dict) else [] if v is None else [v]: check_sparsity(s, k)
 
-
+# %% ../../nbs/13_sparse.sparsifier.ipynb #fd7172f2
 def _check_flags(**flags):
     "Refuse flags that are not True or False"
     for k,v in flags.items():
@@ -137,7 +138,7 @@ class Sparsifier:
         max_sparsity: float|dict|None = None,    # ... and the most
         budget: str = 'groups',                  # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
         example_inputs = None,                   # inputs to try the model with, or a function that gives them; None: those in `data`
-        coupled: bool = False                    # drop filters that meet in sums together, so that their channels can be taken out
+        coupled: bool|str|list = False           # drop what makes a channel together, so that it can be taken out; or the layers that lead
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
         check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget, coupled)
@@ -145,12 +146,12 @@ class Sparsifier:
         self.model, self.granularity, self.context, self.budget = unwrapped(model), granularity, context, budget
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen = data, loss_func, example_inputs, []
-        self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity == 'filter' and coupled
-        found = find_targets(self.model, granularity, layer_type, include, exclude, part, params)
+        self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity in _coupled_roles and coupled
+        kind  = 'weight' if self.coupled and granularity == 'channel' else granularity  # all layers have it; what goes is seen later
+        found = find_targets(self.model, kind, layer_type, include, exclude, part, params)
         self.mesh = _mesh(found)  # the processes that share the weights out among them
         if self.mesh is not None: self._check_sharded(min_sparsity is max_sparsity is None)
-        self.targets = self._with_held(found)
-        if self.mesh is not None: self.targets = [_local_target(t) for t in self.targets]
+        self.targets = [t if self.mesh is None else _local_target(t) for t in self._with_held(found, exclude)]
         self._share_out(min_sparsity, max_sparsity)
         self.masks = Masks(shapes={p.name: p.tensor.shape for t in self.targets for p in t.parts + t.held})
         self.updates, self.refs, self.used = 0, {}, set()  # changes of masks; what the criterion compares with; whose sums were used
@@ -161,7 +162,7 @@ class Sparsifier:
 @patch
 def _parts(self:Sparsifier, names=None):
     "What is scored, of all targets or of those with one of `names`"
-    return [p for t in self.targets if names is None or t.name in names for p in t.parts]
+    return [*{p.name: p for t in self.targets if names is None or t.name in names for p in t.parts}.values()]
 
 @patch
 def _params(self:Sparsifier): return {p.name: p.tensor for t in self.targets for p in t.parts + t.held}
@@ -199,10 +200,10 @@ def _example(self:Sparsifier, why):
     return x() if callable(x) else x
 
 @patch
-def _with_held(self:Sparsifier, targets):
+def _with_held(self:Sparsifier, targets, exclude):
     "`targets` with what is held with their filters"
     self.targets, self.why_not, self.left_out, self.flow = targets, {}, {}, None
-    if self.coupled: return self._coupled_targets(targets)
+    if self.coupled: return self._coupled_targets(targets, exclude)
     if not any(output_channels(t) for t in targets): return targets
     with _plainly(self.model):
         self.flow = trace_flow(self.model)
@@ -236,23 +237,27 @@ class _Lines(Groups):
 
 # %% ../../nbs/13_sparse.sparsifier.ipynb #73021f0d
 @patch
-def _coupled_targets(self:Sparsifier, targets):
+def _coupled_targets(self:Sparsifier, targets, exclude):
     "Targets that go together as one, with all that must be zero for their channels to be"
     if self.coupled is not True: _patterns('coupled', self.coupled, [(t.layer, t.module, t.name) for t in targets])
     with _plainly(self.model):
-        groups = coupled_groups(self.model, self._example('`coupled`'))
+        groups = coupled_groups(self.model, self._example('`coupled`'), timeout=None)
         owners = {f'{n}.{k}' if n else k: (m, k) for n,m in self.model.named_modules() for k in m._parameters}
-    known, self.channel_groups, made = {id(t.weight): t for t in targets}, [], []
+    known, role = {id(t.weight): t for t in targets}, _coupled_roles[self.granularity]
+    self.channel_groups, made, taken = [], [], set()
     makes = Counter(m.name for g in groups for m in g.members if m.role == 'producer')
     for g in groups:
-        names = [m.name for m in g.members if m.role == 'producer']
-        own   = [known.pop(id(m._parameters.get(k)), None) for m,k in (owners.get(n, (self.model, '')) for n in names)]
-        why   = _why_left_out(g, names, own, makes)
-        if why: self.left_out.update({t.label: why for t in own if t})
-        else:
-            made.append(_as_one(g, owners, self._leaders(own)))
-            self.channel_groups.append(g)
-    self.left_out.update({t.label: 'it has one filter' if t.groups.n == 1 else 'no channels of its own were seen' for t in known.values()})
+        names = [m.name for m in g.members if m.role == role]
+        own   = [known.get(id(m._parameters.get(k))) for m,k in (owners.get(n, (self.model, '')) for n in names)]
+        chosen = [t for t in own if t]
+        why   = _why_left_out(g, names, own, makes) if role == 'producer' else _why_unread(g, chosen, owners, exclude)
+        for t in chosen if why else (): self.left_out.setdefault(t.label, why)
+        if why or not chosen: continue
+        taken |= {t.name for t in chosen}
+        made.append(_as_one(g, owners, role, chosen, self._leaders(chosen)))
+        self.channel_groups.append(g)
+    for t in targets:
+        if t.name not in taken: self.left_out.setdefault(t.label, _unseen(t, role))
     if not made: raise ValueError(f'`coupled`: no channel can go. {"; ".join(f"{k}: {why}" for k,why in self.left_out.items())}')
     return made
 
@@ -263,36 +268,60 @@ def _leaders(self:Sparsifier, targets):
     return [t for t in targets if any(_matches(p, t.layer, t.module, t.name) for p in _patterns('coupled', self.coupled))] or targets
 
 # %% ../../nbs/13_sparse.sparsifier.ipynb #45664d65
+def _uneven(g, names):
+    "Are the channels of `g` of different sizes in one of the parameters `names`?"
+    return any(len({n for c,n in Counter(m.channel.tolist()).items() if c >= 0}) > 1 for m in g.members if m.name in names)
+
 def _why_left_out(g, names, targets, makes):
     "Why the channels of the group `g` stay, which the parameters `names` of `targets` make; or None"
     if g.why_not: return g.why_not
     if None in targets: return f'its channels are those of {names[targets.index(None)]} too, which is left out'
     if (several := [k for k in names if makes[k] > 1]): return f'{several[0]} has channels of several groups'
-    uneven = any(len(set(Counter(m.channel.tolist()).values())) > 1 for m in g.members if m.role == 'producer')
-    return 'its channels are not of one size' if uneven else None
+    return 'its channels are not of one size' if _uneven(g, names) else None
 
-def _as_one(g, owners, leaders):
-    "One target for those whose filters are the channels of the group `g`; those of the `leaders` are scored"
-    def part(m): return Part(m.name, *owners[m.name], _Lines((g.n, math.prod(m.shape)//g.n), (1,), m.axis, tuple(m.channel.tolist())))
-    lead  = {t.name for t in leaders}
-    parts = tuple(part(m) for m in g.members if m.role == 'producer' and m.name in lead)
-    first = leaders[0].parts[0]
+def _why_unread(g, targets, owners, exclude):
+    "Why the channels of the group `g` stay, which the `targets` read; or None"
+    whole = [m for m in g.members if m.role in _coupled_roles.values() and m.name in owners]
+    dense = [m.name for m in whole if any(_matches(p, m.module, owners[m.name][0], m.name) for p in _patterns('exclude', exclude))]
+    why   = g.why_not or (f'they are those of {dense[0]} too, which is left out' if dense else
+                          'they are not of one size' if _uneven(g, [t.name for t in targets]) else None)
+    return why and f'its inputs from {g.name} stay: {why}'
+
+def _unseen(t, role):
+    "Why no channels of the target `t` are known"
+    if role == 'consumer': return 'it sums over no channels of a layer'
+    return 'it has one filter' if t.groups.n == 1 else 'no channels of its own were seen'
+
+# %% ../../nbs/13_sparse.sparsifier.ipynb #da84c22d
+def _as_one(g, owners, role, targets, leaders):
+    "One target for the channels of the group `g`, which the `targets` make or read, whatever the `role`; those of the `leaders` are scored"
+    def part(m):
+        size = int((m.channel >= 0).sum()) * math.prod(m.shape) // (len(m.channel) * g.n)
+        return Part(m.name, *owners[m.name], _Lines((g.n, size), (1,), m.axis, tuple(m.channel.tolist())))
+    names, lead = {t.name for t in targets}, {t.name for t in leaders}
+    scored = [m for m in g.members if m.role == role and m.name in lead]
+    held   = [m for m in g.members if (m.held or m.role == role and m.name in names) and m not in scored]
+    parts, first = [part(m) for m in scored], leaders[0].parts[0]
     order, shape = torch.arange(g.n), first.tensor.shape
-    if first.groups.n == g.n and torch.equal(first.groups.expand(order, shape), parts[0].groups.expand(order, shape)):
-        parts = (first, *parts[1:])
-    return replace(leaders[0], parts=parts, held=tuple(part(m) for m in g.members if m.held and m.name not in lead))
+    if first.groups.dims and first.groups.n == g.n and torch.equal(first.groups.expand(order, shape), parts[0].groups.expand(order, shape)):
+        parts[0] = first
+    return replace(leaders[0], parts=tuple(parts), held=tuple(map(part, held)))
 
 # %% ../../nbs/13_sparse.sparsifier.ipynb #a7a1493a
 @patch
-def _join_shared(self:Sparsifier):
-    "Let what holds channels of several targets drop those that any of them drops"
-    if not self.coupled: return
-    masked = [(t, p) for t in self.targets if t.name in self.masks for p in t.held]
-    shared = [k for k,n in Counter(p.name for _,p in masked).items() if n > 1]
-    for k in shared:
-        masks = [p.groups.expand(self._group_mask(t), p.tensor.shape) for t,p in masked if p.name == k]
-        self.masks._own(k, torch.stack(masks).all(0))
+def _spread(self:Sparsifier, chosen):
+    "Masks by parameter name, for `chosen`: pairs of a target and the groups it keeps"
+    if self.coupled:
+        new    = {id(t) for t,_ in chosen}
+        chosen = chosen + [(t, m) for t in self.targets if id(t) not in new and (m := self._group_mask(t)) is not None]
+    masks = {}
+    for t,keep in chosen:
+        for p in t.parts + t.held:
+            mask = p.groups.expand(keep, p.tensor.shape).contiguous()
+            masks[p.name] = masks[p.name] & mask if p.name in masks else mask
+    return masks
 
+# %% ../../nbs/13_sparse.sparsifier.ipynb #9105af85
 @patch
 def _keep_last(self:Sparsifier):
     "Limit what is dropped where layers compete, so that each keeps a channel; elsewhere `counts` sees to that"
@@ -593,9 +622,9 @@ def _group_mask(self:Sparsifier, t):
 @patch
 def dropped(self:Sparsifier) -> list[int]:
     "How many groups each pool has dropped by now, or what they cost"
-    price = dict(zip((t.name for t in self.targets), self.costs or [1]*len(self.targets)))
-    gone  = dict(zip(price, self._gone(self.targets)))
-    return [sum(price[t.name] * gone[t.name] for t in pool) for pool in self.pools]
+    prices = self.costs or [1]*len(self.targets)
+    spent  = {id(t): c*n for t,c,n in zip(self.targets, prices, self._gone(self.targets))}
+    return [sum(spent[id(t)] for t in pool) for pool in self.pools]
 
 @patch
 def _gone(self:Sparsifier, targets):
@@ -656,7 +685,7 @@ def _lazy_scores(self:Sparsifier, t):
 # %% ../../nbs/13_sparse.sparsifier.ipynb #9acb2e24
 @patch
 def _choose(self:Sparsifier, pool, k, journal, round_to):
-    "New masks for `pool`, by parameter name; those of single weights are updated in place"
+    "What each target of `pool` keeps, in pairs; masks of single weights are updated in place, and left out"
     if self.mesh is not None: return self._choose_sharded(pool, k, round_to)
     scores = [t.weight if self.plain else self._lazy_scores(t) if self.lazy else self._scores(t) for t in pool]
     old    = [self._group_mask(t) for t in pool]
@@ -673,8 +702,7 @@ def _choose(self:Sparsifier, pool, k, journal, round_to):
         names  = ', '.join(n for n,s in ranked if not torch.isfinite(s).all())
         raise ValueError(f'{names}: {e}. Has the training diverged?' if names else str(e)) from None
     if k < sum(m.numel() for m in keep): _warn_collapse([t.label or t.name for t,m in zip(pool, keep) if _all_gone(m)])
-    if reuse and self.context != 'output': return {}
-    return {p.name: p.groups.expand(m, p.tensor.shape).contiguous() for t,m in zip(pool, keep) for p in t.parts + t.held}
+    return [] if reuse and self.context != 'output' else [*zip(pool, keep)]
 
 def _all_gone(mask):
     "Is nothing kept? The beginning says no for most masks, and to look at all of each would take as long as half of the choice"
@@ -730,14 +758,14 @@ def _rounds(self:Sparsifier, counts, pools):
 def _update(self:Sparsifier, counts, pools, round_to):
     "Choose once"
     with _plainly(self.model): self._measure()
-    new, journal = {}, []
+    chosen, journal = [], []
     try:
-        for pool,k in zip(pools, counts): new.update(self._choose(pool, k, journal, round_to))
+        for pool,k in zip(pools, counts): chosen += self._choose(pool, k, journal, round_to)
+        new = self._spread(chosen)
     except BaseException:
         restore(journal)
         raise
     for k,m in new.items(): self.masks._own(k, m)
-    self._join_shared()
     self.updates += 1
     self.apply_masks()
     self._renew_refs({t.name for pool in pools for t in pool})
@@ -846,19 +874,16 @@ def adopt(self:Sparsifier,
     most: list[int]|None = None  # the most groups to adopt of each pool, as from `counts`; one that has more is left alone. None: any
 ) -> int:                        # how many groups were adopted
     "Take over groups that are all zero already as dropped"
-    adopted = 0
+    found, adopted = [], 0
     if self.nm or self.costs or self.context == 'output': return adopted  # zeros that are there need not fit the pattern
     for i,pool in enumerate(self.pools):
-        keep = {t.name: self._alive(t) for t in pool if t.name not in self.masks}
-        zero = {k: v.numel() - int(v.count_nonzero()) for k,v in keep.items()}
-        zero  = dict(zip(keep, self._total([t.parts[0] for t in pool if t.name in keep], list(zero.values()))))
-        found = [t for t in pool if t.name in keep and 0 < zero[t.name] < t.groups.n]
-        n = sum(zero[t.name] for t in found)
+        alive = [(t, self._alive(t)) for t in pool if t.name not in self.masks]
+        zeros = self._total([t.parts[0] for t,_ in alive], [m.numel() - int(m.count_nonzero()) for _,m in alive])
+        some  = [(pair, n) for pair,n in zip(alive, zeros) if 0 < n < pair[0].groups.n]
+        n     = sum(n for _,n in some)
         if not n or most is not None and n > most[i]: continue
-        for t in found:
-            for p in t.parts + t.held: self.masks._own(p.name, p.groups.expand(keep[t.name], p.tensor.shape).contiguous())
-        adopted += n
-    if adopted: self._join_shared()
+        found, adopted = found + [pair for pair,_ in some], adopted + n
+    for k,m in self._spread(found).items(): self.masks._own(k, m)
     return adopted
 
 @patch
@@ -970,7 +995,7 @@ def _check_sharded(self:Sparsifier, free):
 
 @patch
 def _choose_sharded(self:Sparsifier, pool, k, round_to):
-    "New masks for what this process has of `pool`, by parameter name"
+    "What each target of `pool` keeps, in pairs, of what this process has"
     if round_to and self.context == 'global': raise ValueError('`round_to` needs context="local" or "erk" where weights are sharded')
     scores, error = [], None
     try: scores = [t.weight if self.plain else self._scores(t) for t in pool]
@@ -981,18 +1006,17 @@ def _choose_sharded(self:Sparsifier, pool, k, round_to):
                               [self._group_mask(t) for t in pool])
     left = self._total([t.parts[0] for t in pool], [int(m.count_nonzero()) for m in keep])
     if k < sum(t.groups.n for t in pool): _warn_collapse([t.label or t.name for t,n in zip(pool, left) if not n])
-    return {p.name: p.groups.expand(m, p.tensor.shape).contiguous() for t,m in zip(pool, keep) for p in t.parts + t.held}
+    return [*zip(pool, keep)]
 
 # %% ../../nbs/13_sparse.sparsifier.ipynb #a3b9b80e
 @patch
 def report(self:Sparsifier) -> Report:
     "The zeros of each layer, counted now"
     granularity = self.granularity if isinstance(self.granularity, str) else 'group'
-    held  = tuple({p.name: (p.name, type(p.owner).__name__, p.whole.numel()) for t in self.targets for p in t.held}.values())
     zeros = dict(zip((p.name for p in self._parts()), self._zeros(self._parts())))
-    rows  = tuple(r for t,n in zip(self.targets, self._empty()) for r in self._rows(t, zeros, n if t.groups.dims else zeros[t.name]))
-    return Report(rows, self._left_dense(), granularity, held, tuple(self.why_not.items()), tuple(self.left_out.items()),
-                  self._budget_used())
+    held  = {p.name: (p.name, type(p.owner).__name__, p.whole.numel()) for t in self.targets for p in t.held if p.name not in zeros}
+    return Report(self._rows(zeros), self._left_dense(), granularity, tuple(held.values()), tuple(self.why_not.items()),
+                  tuple(self.left_out.items()), self._budget_used())
 
 @patch
 def _empty(self:Sparsifier):
@@ -1009,15 +1033,24 @@ def _budget_used(self:Sparsifier):
 
 # %% ../../nbs/13_sparse.sparsifier.ipynb #fab9850c
 @patch
-def _rows(self:Sparsifier, t, zeros, empty):
-    "A row for each part; the first one counts the groups"
-    rows = []
-    for p in t.parts:
-        label, groups = (t.label, (t.groups.n, empty)) if p is t.parts[0] else (p.name, (0, 0))
-        index, module = t.index, t.module
-        if p.owner is not module and self.coupled: index, module = [*self.model.modules()].index(p.owner), p.owner
-        rows.append(Row(f'Layer {index}', type(module).__name__, label, p.whole.numel(), zeros[p.name], *groups))
-    return rows
+def _rows(self:Sparsifier, zeros):
+    "A row for each parameter; the first one of a target counts its groups"
+    rows = {}
+    for t,empty in zip(self.targets, self._empty()):
+        for p in t.parts:
+            row = rows.get(p.name) or self._row(t, p, zeros[p.name])
+            if p is t.parts[0]:
+                gone = row.zero_groups + (empty if t.groups.dims else zeros[p.name])
+                row  = replace(row, name=t.label, groups=row.groups + t.groups.n, zero_groups=gone)
+            rows[p.name] = row
+    return tuple(rows.values())
+
+@patch
+def _row(self:Sparsifier, t, p, zeros):
+    "The row of the part `p` of `t`, with no groups yet"
+    index, module = t.index, t.module
+    if p.owner is not module and self.coupled: index, module = [*self.model.modules()].index(p.owner), p.owner
+    return Row(f'Layer {index}', type(module).__name__, p.name, p.whole.numel(), zeros, 0, 0)
 
 @patch
 def _left_dense(self:Sparsifier):

@@ -6,18 +6,20 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsify_callback.h
 
 # %% ../../nbs/16_sparse.sparsify_callback.ipynb #a54e655e
 from __future__ import annotations
-import math, os
+import io, math, numbers, os
 from collections.abc import Iterator, Mapping
 import torch, torch.nn as nn
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import SkipToEpoch, ValueMetric
 from fastcore.basics import patch, store_attr
+from fastcore.imports import in_notebook
 from ..core.criteria import Criteria, large_final
 from ..core.masks import _packed, _unpacked
 from ..core.measure import _running, as_criteria, batches
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
+from ..core.style import _styled, colors
 from .compact import why_not_compact
 from .sparsifier import Sparsifier, _check_flags, _check_tools, _own_loader, check_arguments
 from .ticket_files import _restore, _snapshot, save_ticket
@@ -62,7 +64,7 @@ class _Lean(Callback):
 # %% ../../nbs/16_sparse.sparsify_callback.ipynb #52ed9b73
 class SparsifyCallback(_Lean):
     "Sparsify the model during `fit`, following `schedule`"
-    _active = _stepping = _midway = _due = _rewind_to = _compact = _loaded = _random = None
+    _active = _stepping = _midway = _due = _rewind_to = _compact = _loaded = _random = _shown = None
     order = 15  # after `MixedPrecision` (10) and `GradientClip` (11) have seen to the gradients, before the metrics and what saves
     def __init__(self,
         sparsity: float|list|dict,                # percent: one for all layers, a list with one for each, or by layer name or pattern
@@ -93,18 +95,19 @@ class SparsifyCallback(_Lean):
         budget: str = 'groups',                   # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
         data = None,                              # for criteria that measure: a batch, a DataLoader or a `dls`; None: the batch at hand
         coupled: bool|str|list = False,           # let filters that meet in sums go together, for `thin`; or the layers that lead
+        live: bool = False,                       # in a notebook, a picture of sparsity and losses that grows with each epoch
         verbose: bool = True                      # print sparsity and the report
     ):
         store_attr()
         self._check()
         self.criteria, self.schedule = as_criteria(criteria), _from_sparsity(as_schedule(schedule), start_sparsity)
-        self.sparsifier, self.report, self.history, self._closing = None, None, [], SparsifyClosing(self)
+        self.sparsifier, self.report, self.history, self._logged, self._closing = None, None, [], [], SparsifyClosing(self)
 
 # %% ../../nbs/16_sparse.sparsify_callback.ipynb #aca99e99
 @patch
 def _check(self:SparsifyCallback):
     "Refuse what is wrong in any fit"
-    _check_flags(**{k: getattr(self, k) for k in ('lth', 'reset_end', 'save_tickets', 'compact', 'verbose')})
+    _check_flags(**{k: getattr(self, k) for k in ('lth', 'reset_end', 'save_tickets', 'compact', 'live', 'verbose')})
     check_arguments(self.granularity, self.context, self.nm, self.layer_type, self.include, self.exclude, self.round_to, self.params,
                     self.min_sparsity, self.max_sparsity, self.budget, self.coupled)
     _check_sparsities(self.sparsity)
@@ -184,7 +187,8 @@ def before_fit(self:SparsifyCallback):
     self._check_folder()
     kept = sp.adopt(sp.counts(self.sparsity, self.round_to)) if new and not state else 0
     self._floor = self._last = sp.dropped()
-    self._led, self._due, self._stepping, self.history, self.report = [0]*len(self._floor), None, False, [], None
+    self._led, self._due, self._stepping, self.report = [0]*len(self._floor), None, False, None
+    self.history, self._logged, self._shown = [], [], None
     self._resume(first, state)
     frozen = len(self._frozen())
     self._say(f'Pruning of {self.granularity} until a sparsity of [{", ".join(f"{s:g}" for s in self._per_layer(self._goal))}]%' +
@@ -344,6 +348,7 @@ def after_train(self:SparsifyCallback):
     self._move_to((self.epoch + 1) / self.n_epoch)
     if self._compact: self.sparsifier.apply_masks()  # once an epoch, whatever has written to the weights
     self._due, self._done, self._midway = self.epoch, self.epoch + 1, False
+    self._asks = self._asked_at(self._done / self.n_epoch)
 
 # %% ../../nbs/16_sparse.sparsify_callback.ipynb #03db2ed5
 @patch
@@ -471,10 +476,10 @@ def state_dict(self:SparsifyCallback) -> dict:
     if self.sparsifier is None: raise ValueError('There is no state before the first `fit`')
     sp = self.sparsifier.state_dict()
     sp['masks'] = {k: (list(m.shape), _packed(m)) for k,m in sp['masks'].items()}
-    due = [] if self._due is None else [self._record()]  # of an epoch that is not printed yet
+    due, logged = ([], []) if self._due is None else ([self._record()], [self._losses()])  # of an epoch that is not printed yet
     scaler = self.learn and self.learn.__dict__.get('scaler')  # of `MixedPrecision`
     return dict(sparsifier=sp, asked=self._asked, epoch=self._done, midway=self._midway, led=self._led, floor=self._floor,
-                last=self._last, history=self.history + due, rewind_to=self._rewind_to,
+                last=self._last, history=self.history + due, logged=self._logged + logged, rewind_to=self._rewind_to,
                 scaler=scaler.state_dict() if scaler else {}, random=random_state(self.dls.loaders if self.learn else []))
 
 @patch
@@ -521,7 +526,7 @@ def _resume(self:SparsifyCallback, first, state):
     if state['epoch'] != first:
         return self._say(f'The state that was loaded goes on at epoch {state["epoch"]}{midway}, and this fit at epoch {first}: '
                          'masks are taken over, progress is not')
-    self.history, self._random = list(state['history']), state['random']
+    self.history, self._logged, self._random = list(state['history']), list(state.get('logged', [])), state['random']
     if state['scaler'] and (scaler := self.learn.__dict__.get('scaler')): scaler.load_state_dict(state['scaler'])
     same = len(state['asked']) == len(self._asked) and all(abs(a - b) < 1e-6 for a,b in zip(self._asked, state['asked']))
     if same: self._led, self._floor, self._last = state['led'], state['floor'], state['last']
@@ -536,15 +541,120 @@ def _counted(self:SparsifyCallback):
     return s if round(r.group_sparsity, 2) == round(r.sparsity, 2) else f'{s} of weights, {round(r.group_sparsity, 2)}% of {r.granularity}s'
 
 @patch
-def _record(self:SparsifyCallback): return dict(epoch=self._due, sparsity=self.sparsifier.sparsity)
-
-@patch
 def _print_epoch(self:SparsifyCallback):
     "The line of the epoch, once"
     if self._due is None: return
     self.history.append(self._record())
+    self._logged.append(self._losses())
     self._say(f'Sparsity at the end of epoch {self._due}: {self._counted()}')
     self._due = None
+    if self.live: self._show()
+
+# %% ../../nbs/16_sparse.sparsify_callback.ipynb #ff92b1bf
+@patch
+def _asked_at(self:SparsifyCallback, progress):
+    "What the schedule asks when `progress` of this fit is done, over all layers, in percent"
+    asked = [s and self._curve.sparsity(progress, s) for s in self._goal]
+    sizes = [sum(p.whole.numel() for p in t.parts) for t in self.sparsifier.targets]
+    return asked[0] if len(set(asked)) == 1 else sum(a*n for a,n in zip(asked, sizes)) / sum(sizes)
+
+@patch
+def _record(self:SparsifyCallback):
+    "What is counted at the end of an epoch"
+    parts = self.sparsifier._parts()
+    zeros, sizes = self.sparsifier._zeros(parts), [p.whole.numel() for p in parts]
+    return dict(epoch=self._due, asked=self._asks, sparsity=100 * sum(zeros) / sum(sizes),
+                layers={p.name: 100*z/n for p,z,n in zip(parts, zeros, sizes)})
+
+@patch
+def _losses(self:SparsifyCallback):
+    "Losses and metrics of the same epoch, without the columns for sparsity"
+    rec = self.learn and self.learn.__dict__.get('recorder')
+    row = dict(zip(rec.metric_names, rec.log)) if rec else {}
+    if row.get('epoch') != self._due or rec.cancel_train: row = {}  # training was stopped before there were any
+    return dict(epoch=self._due) | {k: float(v) for k,v in row.items()
+                                    if k != 'epoch' and not k.endswith('sparsity') and isinstance(v, numbers.Real)}
+
+# %% ../../nbs/16_sparse.sparsify_callback.ipynb #11f3054a
+@patch
+def _panels(self:SparsifyCallback):
+    "Title → label → (epochs, values)"
+    panels = {'sparsity (%)': {label: ([h['epoch'] for h in self.history], [h[k] for h in self.history])
+                               for k,label in dict(asked='asked', sparsity='measured').items()}}
+    for row in self._logged:
+        for k,v in row.items():
+            if k == 'epoch': continue
+            label, what = k.split('_', 1) if k.startswith(('train_', 'valid_')) else ('valid', k)
+            epochs, values = panels.setdefault(what, {}).setdefault(label, ([], []))
+            epochs.append(row['epoch'])
+            values.append(v)
+    return panels
+
+_lines = dict(asked=dict(color=colors['orange'], lw=6), measured=dict(color=colors['blue'], marker='o', ms=4),
+              train=dict(color=colors['orange'], ls='--', marker='s', ms=3.5), valid=dict(color=colors['blue'], marker='o', ms=4))
+
+def _draw(ax, title, curves):
+    "The curves of one panel"
+    for label,(epochs, values) in curves.items(): ax.plot(epochs, values, label=label, **_lines[label])
+    ax.set(xlabel='epoch', title=title)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    if title == 'sparsity (%)': ax.set_ylim(-4, 104)
+    if len(curves) > 1: ax.legend()
+
+# %% ../../nbs/16_sparse.sparsify_callback.ipynb #21ee88ca
+@patch
+def _check_history(self:SparsifyCallback):
+    if not self.history: raise ValueError('There is nothing to plot: no epoch of a `fit` with this callback has ended yet')
+
+@patch
+def plot(self:SparsifyCallback,
+    axs = None  # matplotlib axes to draw on: for the sparsity, the loss, and each metric
+):
+    "Draw sparsity asked and measured, losses and metrics at the end of each epoch; returns an array of axes"
+    import numpy as np
+    self._check_history()
+    panels = self._panels()
+    with _styled() as plt:
+        if axs is None: axs = plt.subplots(1, len(panels), figsize=(3.1*len(panels), 2.5), squeeze=False, layout='constrained')[1]
+        axs = np.ravel(axs)
+        if len(axs) < len(panels): raise ValueError(f'There are {len(panels)} things to draw ({", ".join(panels)}), got {len(axs)} axes')
+        for ax,(title, curves) in zip(axs, panels.items()): _draw(ax, title, curves)
+    return axs
+
+@patch
+def plot_layers(self:SparsifyCallback,
+    ax = None  # matplotlib axes to draw on
+):
+    "Draw the sparsity of each layer at the end of each epoch as a heat map; returns the axes"
+    self._check_history()
+    names, epochs = list(self.history[0]['layers']), [h['epoch'] for h in self.history]
+    with _styled() as plt:
+        if ax is None: ax = plt.subplots(figsize=(6, 1.1 + 0.2*len(names)), layout='constrained')[1]
+        im = ax.imshow([[h['layers'][k] for h in self.history] for k in names], vmin=0, vmax=100, aspect='auto', interpolation='nearest',
+                       extent=(epochs[0]-0.5, epochs[-1]+0.5, len(names)-0.5, -0.5))
+        ax.set_yticks(range(len(names)), [k.removesuffix('.weight') for k in names], fontsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(xlabel='epoch', ylabel='layer', title='sparsity of each layer (%)')
+        ax.figure.colorbar(im, ax=ax, pad=0.02)
+    return ax
+
+# %% ../../nbs/16_sparse.sparsify_callback.ipynb #f27f5a8a
+@patch
+def _show(self:SparsifyCallback):
+    "Draw again, in the place where it was drawn before"
+    if not in_notebook() or _rank(): return
+    from IPython.display import Image, display
+    from matplotlib.figure import Figure
+    panels = dict(list(self._panels().items())[:2])
+    with _styled(), io.BytesIO() as file:
+        fig = Figure(figsize=(3.1*len(panels), 2.2), layout='constrained')
+        for ax,(title, curves) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+            _draw(ax, title, curves)
+            ax.set_xlim(-0.3, max(self.n_epoch - 0.7, 0.7))
+        fig.savefig(file, format='png', dpi=100)
+        image = Image(file.getvalue(), format='png')
+    if self._shown: self._shown.update(image)
+    else: self._shown = display(image, display_id=True)
 
 # %% ../../nbs/16_sparse.sparsify_callback.ipynb #cf8c373c
 @patch
@@ -560,7 +670,7 @@ def _finish(self:SparsifyCallback):
         sp.apply_masks()
     if self.reset_end    and self._rewind_to: self._rewind()
     if self.save_tickets and self._rewind_to: self._save_ticket('Final')
-    self.report, self._active, sp.processes = sp.report(), False, None
+    self.report, self._active, sp.processes, self._shown = sp.report(), False, None, None
     self.learn.__dict__.pop('_sparse_states', None)  # of a checkpoint that was reloaded at the end
     self._say(f'Final Sparsity: {self._counted()}\n\n{self.report}')
 

@@ -8,11 +8,12 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.state.html.md"""
 from __future__ import annotations
 import io, random, zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn
 from fastai.learner import Learner, join_path_file, save_model
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import distrib_barrier, rank_distrib
 from fastcore.basics import patch_to
 from fastcore.foundation import L
 from ..core.masks import _whole_file
@@ -108,8 +109,10 @@ def _ours(learn): return [cb for cb in learn.cbs if hasattr(cb, '_state_to_save'
 @patch_to(Learner)
 @wraps(_save)
 def save(self, file, **kwargs):
-    if not _ours(self) or rank_distrib(): return _save(self, file, **kwargs)
+    sizes = getattr(Learner, '_sizes_to_save', None) if self.__dict__.get('_smaller') else None  # of `prune.prune_callback`
+    if not (_ours(self) or sizes) or rank_distrib(): return _save(self, file, **kwargs)
     states = [s for cb in _ours(self) if (s := cb._state_to_save()) is not None]  # first: compact steps have taken the optimizer's apart
+    if sizes and not any('sizes' in s for s in states): states.append(sizes(self))
     def write(to):
         save_model(to, self.model, getattr(self, 'opt', None), **kwargs)
         _add_state(to, states)
@@ -128,7 +131,24 @@ class _States(list):
 @patch_to(Learner)
 @wraps(_load)
 def load(self, file, device=None, **kwargs):
-    _load(self, file, device, **kwargs)
-    if isinstance(file, (str, Path)): file = join_path_file(file, self.path/self.model_dir, ext='.pth')
-    if not hasattr(self, 'lr_finder'): self._sparse_states = _States(read_state(file) or [])  # that one loads what it began with
+    named  = isinstance(file, (str, Path))
+    start  = None if named else file.tell()
+    distrib_barrier()
+    states = read_state(join_path_file(file, self.path/self.model_dir, ext='.pth') if named else file) or []
+    if not named: file.seek(start)
+    with self._resized(states): _load(self, file, device, **kwargs)
+    if hasattr(self, 'lr_finder'): return self  # that one loads what it began with
+    self._sparse_states = _States(s for s in states if 'sizes' not in s)
+    self._pruned_states = _States(s for s in states if 'sizes' in s)
     return self
+
+# %% ../../nbs/14_sparse.state.ipynb #37dfb769
+@contextmanager
+def _resized(self, states):
+    "`learn` at the sizes of the checkpoint that has these `states`; `prune.prune_callback` puts itself here"
+    if any('sizes' in s for s in states):
+        raise ValueError('This checkpoint is of a network from which `PruneCallback` has taken channels: import `fasterai_clone.prune.all`, '
+                         'so that `learn.load` can give the model its sizes')
+    yield
+
+if not hasattr(Learner, '_resized'): Learner._resized = _resized

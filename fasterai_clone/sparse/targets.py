@@ -85,6 +85,7 @@ def unwrapped(
     "The model inside of `torch.compile`, `DataParallel` and `DistributedDataParallel`"
     return [*_layers_of_wrapping(model)][-1]
 
+# %% ../../nbs/11_sparse.targets.ipynb #6b57453a
 @contextmanager
 def _plainly(model):
     "`model` without the `torch.compile` of its parts, and so with plain names inside; its `SyncBatchNorm`s ask no other process"

@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from ..core.criteria import Criteria, large_final
 from ..core.granularity import _unknown
 from ..core.masks import Masks
+from ..core.style import _styled, colors
 from .sparsifier import Sparsifier
 from .sparsify_callback import SparsifyCallback, _Lean, _check_whole
 from .ticket_files import _restore, _snapshot, save_ticket
@@ -197,7 +198,8 @@ class Tickets:
     files: tuple[Path, ...] = ()    # the ticket of each round, for `load_ticket`, if they were saved
 
     def __repr__(self):
-        return f'{type(self).__name__}({len(self.masks)} rounds to {self.masks[-1].sparsity:.2f}%, {len(self.runs)} trainings)'
+        n = len(self.masks)
+        return f'{type(self).__name__}({n} round{"s"*(n != 1)} to {self.masks[-1].sparsity:.2f}%, {len(self.runs)} trainings)'
 
     def df(self,
         epochs: bool = False  # a row for each epoch of each training
@@ -207,34 +209,36 @@ class Tickets:
         return pd.DataFrame([dict(round=r.round, kind=r.kind, sparsity=r.sparsity, **row)
                              for r in self.runs for row in (r.epochs if epochs else [r.result])])
 
-# %% ../../nbs/18_sparse.tickets.ipynb #6eb776f5
-_styles = dict(ticket=('ticket',                  '#0072B2', 'o'),
-               reinit=('same masks, new weights', '#D55E00', 's'),
-               random=('random masks',            '#009E73', '^'))
+# %% ../../nbs/18_sparse.tickets.ipynb #c3a31322
+_styles = dict(ticket=('ticket',                  'blue',   'o'),
+               reinit=('same masks, new weights', 'orange', 's'),
+               random=('random masks',            'green',  '^'))
 
-@patch
-def plot(self:Tickets,
-    metric: str|None = None,  # one of what was measured; None: the first metric, or the loss if there is none
-    ax = None                 # matplotlib axes to draw on
-):
-    "Draw tickets and controls over sparsity, the dense network as a line; returns the axes"
-    import matplotlib.pyplot as plt
-    legal = list(self.runs[0].result)
-    if metric is None: metric = legal[min(1, len(legal)-1)]
-    if metric not in legal: raise ValueError(_unknown('metric', metric, legal))
-    if ax is None: ax = plt.subplots(figsize=(5.2, 3.2), layout='constrained')[1]
-    ax.axhline(self.runs[0].result[metric], color='#555555', ls='--', lw=1.2, label='dense')
+def _draw(tickets, metric, ax):
+    "Points for what was trained, a line for the dense network"
+    ax.axhline(tickets.runs[0].result[metric], color=colors['grey'], ls='--', lw=1.2, label='dense')
     for kind,(label, colour, marker) in _styles.items():
-        at = [(100 - r.sparsity, r.result[metric]) for r in self.runs if r.kind == kind]
-        if at: ax.plot(*zip(*at), color=colour, marker=marker, ms=5, lw=1.5, label=label)
-    ticks = sorted({100 - r.sparsity for r in self.runs if r.kind == 'ticket'})
+        at = [(100 - r.sparsity, r.result[metric]) for r in tickets.runs if r.kind == kind]
+        if at: ax.plot(*zip(*at), color=colors[colour], marker=marker, ms=5, label=label)
+    ticks = sorted({100 - r.sparsity for r in tickets.runs if r.kind == 'ticket'})
     ax.set(xscale='log', xlabel='sparsity (%)', ylabel=metric)
     ax.set_xticks(ticks, [f'{100 - t:.3g}' for t in ticks], minor=False)
     ax.set_xticks([], minor=True)
     ax.invert_xaxis()  # equal steps keep equal shares of what is left
-    ax.spines[['top', 'right']].set_visible(False)
-    ax.legend(frameon=False, fontsize=9)
+    ax.legend()
     return ax
+
+@patch
+def plot(self:Tickets,
+    metric: str|None = None,  # one of what was measured; None: the first metric, or the loss if there is none
+    ax = None                 # matplotlib axes to draw on; None: new ones
+):
+    "Draw tickets and controls over sparsity, the dense network as a line; returns the axes"
+    legal = list(self.runs[0].result)
+    if metric is None: metric = legal[min(1, len(legal)-1)]
+    if metric not in legal: raise ValueError(_unknown('metric', metric, legal))
+    with _styled() as plt:
+        return _draw(self, metric, plt.subplots(figsize=(5.2, 3.2), layout='constrained')[1] if ax is None else ax)
 
 # %% ../../nbs/18_sparse.tickets.ipynb #e87fc212
 _controls = ('reinit', 'random')
@@ -353,8 +357,8 @@ def run(self:_Search, path, controls, save):
 # %% ../../nbs/18_sparse.tickets.ipynb #1797a45a
 def find_ticket(
     learn: Learner,
-    n_epoch: int,                            # of each training
-    lr: float|None = None,                   # of each training, as `fit` takes it; None: what `fit` says
+    n_epoch: int,                            # epochs of each training, from 1
+    lr: float|None = None,                   # learning rate of each training, as `fit` takes it; None: what `fit` says
     *,
     sparsity: float|list|dict = 90,          # percent, after the last round: one for all layers, a list, or by layer name or pattern
     rounds: int = 5,                         # how often to prune; each keeps the same share of what is left
