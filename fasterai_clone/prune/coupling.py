@@ -20,6 +20,7 @@ from ..core.flow import _arguments, _first_line, _is_model, _plain_attention, _t
 from ..core.granularity import _unknown
 from ..core.masks import Masks
 from ..core.selection import check_sparsity, keep_masks, n_dropped
+from ..core.style import _styled, colors
 from ..sparse.targets import _matches, _patterns, unwrapped
 
 # %% auto #0
@@ -591,7 +592,7 @@ def _followed(model, example_inputs, timeout=None):
 class Member:
     "An axis of a parameter or buffer on which channels of a group lie"
     name: str              # of the parameter or buffer
-    axis: int
+    axis: int              # of it
     shape: tuple           # of the parameter or buffer
     role: str              # 'producer', 'bias', 'norm': must be zero for a channel to go; 'consumer', 'statistics', 'scale', 'other'
     channel: torch.Tensor  # for each position on the axis the channel it belongs to; -1: to one of another group
@@ -611,7 +612,7 @@ class CoupledGroup:
     "Channels that lie on the same axes, each to be removed as a whole"
     name: str                    # of the first layer that makes them
     n: int                       # how many channels
-    members: tuple[Member, ...]
+    members: tuple[Member, ...]  # the axes they lie on
     why_not: str|None = None     # why none can be removed; None: they can
 
     def __repr__(self):
@@ -697,21 +698,22 @@ def plot(self:CoupledGroup,
     ax = None  # matplotlib axes to draw on
 ):
     "Draw the axes of the group, each position in the colour of its channel; grey: of another group"
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(7, 0.3*len(self.members) + 0.5))[1]
-    colours = plt.get_cmap('viridis')
-    for row,m in enumerate(self.members):
-        strip = [[(0.88, 0.88, 0.88, 1) if c < 0 else colours(c / max(self.n - 1, 1)) for c in m.channel.tolist()]]
-        ax.imshow(strip, extent=(0, 1, row + 0.85, row + 0.15), aspect='auto', interpolation='nearest')
-    ax.set(xlim=(0, 1), ylim=(len(self.members), 0), xticks=[], yticks=[i + 0.5 for i in range(len(self.members))])
-    ax.set_yticklabels([f'{m.name}, axis {m.axis} ({m.role})' for m in self.members], fontsize=8)
-    ax.set_title(f'{self.name}: {self.n} channels', fontsize=9)
-    ax.spines[:].set_visible(False)
+    from matplotlib.colors import to_rgba
+    with _styled() as plt:
+        if ax is None: ax = plt.subplots(figsize=(7, 0.3*len(self.members) + 0.5))[1]
+        colours, other = plt.get_cmap('viridis'), to_rgba(colors['grey'], 0.3)
+        for row,m in enumerate(self.members):
+            strip = [[other if c < 0 else colours(c / max(self.n - 1, 1)) for c in m.channel.tolist()]]
+            ax.imshow(strip, extent=(0, 1, row + 0.85, row + 0.15), aspect='auto', interpolation='nearest')
+        ax.set(xlim=(0, 1), ylim=(len(self.members), 0), xticks=[], yticks=[i + 0.5 for i in range(len(self.members))])
+        ax.set_yticklabels([f'{m.name}, axis {m.axis} ({m.role})' for m in self.members], fontsize=8)
+        ax.set_title(f'{self.name}: {self.n} channels', fontsize=9)
+        ax.spines[:].set_visible(False)
     return ax
 
 # %% ../../nbs/12_prune.coupling.ipynb #94eafa15
 def group_masks(
-    groups: list[CoupledGroup],
+    groups: list[CoupledGroup],    # as from `coupled_groups`
     keep: list[torch.Tensor|None]  # for each group a bool for each of its channels, True = kept; None: all are
 ) -> Masks:                        # parameter name → mask, for those that lose something
     "The masks that drop whole channels"
@@ -745,7 +747,7 @@ def _channel_scores(g, scores, reduce):
 
 # %% ../../nbs/12_prune.coupling.ipynb #f65596cf
 def channel_scores(
-    groups: list[CoupledGroup],
+    groups: list[CoupledGroup],       # as from `coupled_groups`
     scores: dict[str, torch.Tensor],  # parameter name → score of each weight, higher = keep; parameters without scores do not count
     reduce: str = 'mean'              # `'mean'` or `'sum'` over all weights that make a channel; `'first'`: the sum over the first layer's
 ) -> list[torch.Tensor]:              # for each group a score for each channel
@@ -755,7 +757,7 @@ def channel_scores(
 
 # %% ../../nbs/12_prune.coupling.ipynb #514219c7
 def coupled_masks(
-    groups: list[CoupledGroup],
+    groups: list[CoupledGroup],  # as from `coupled_groups`
     scores: list[torch.Tensor],  # for each group a score for each channel, as from `channel_scores`
     sparsity: float,             # percent of the channels that can be removed
     context: str = 'local'       # `'local'`: of each group; `'global'`: of all together

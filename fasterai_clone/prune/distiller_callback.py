@@ -231,6 +231,7 @@ def _callbacks(name, spec, policy, model, first_epoch, kwargs):
         k, layer = _named(model, k, name)
         by_granularity.setdefault(_granularity(name, spec, k, layer) if groups else 'weight', {})[k] = percent
     for granularity,own in by_granularity.items():
+        if 'group_dependency' in spec and granularity in ('shared_kernel', 'column'): granularity = 'channel'
         levels = own if 'levels' in spec else next(iter(own.values()))
         types  = tuple(dict.fromkeys(type(model.get_submodule(k.rpartition('.')[0])) for k in own))
         yield SparsifyCallback(levels, granularity, 'local', rank, schedule, layer_type=types, include=list(own), start_epoch=start,

@@ -25,7 +25,7 @@ from .coupling import group_masks
 from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _removable, _shrink, _tensors_of,
                                        _verify, _without, reshape_to, sizes_of)
 from ..sparse.compact import _inner, _like
-from ..sparse.sparsifier import Sparsifier, _check_flags, _check_tools, _rounded, check_arguments
+from ..sparse.sparsifier import Sparsifier, _check_flags, _check_tools, _rounded, _check_arguments
 from ..sparse.sparsify_callback import SparsifyCallback, _check_sparsities, _check_whole, _Lean
 from ..sparse.state import _States, random_state, set_random_state
 from ..sparse.targets import _plainly, _processes, _rank, unwrapped
@@ -103,7 +103,7 @@ def _check(self:PruneCallback):
     "Refuse what is wrong in any fit"
     _check_flags(check=self.check, verbose=self.verbose)
     if self.context not in (legal := ('local', 'global', 'lamp')): raise ValueError(_unknown('context', self.context, legal))
-    check_arguments('filter', self.context, False, self.layer_type, self.include, self.exclude, self.round_to, coupled=True)
+    _check_arguments('filter', self.context, False, self.layer_type, self.include, self.exclude, self.round_to, coupled=True)
     _check_sparsities(self.pruning_ratio)
     several = isinstance(self.pruning_ratio, (Mapping, list, tuple))
     if several and self.context != 'local':

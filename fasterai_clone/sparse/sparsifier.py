@@ -28,7 +28,7 @@ from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _
                                            unwrapped)
 
 # %% auto #0
-__all__ = ['available_contexts', 'check_arguments', 'Sparsifier', 'LayerCollapse', 'Hold']
+__all__ = ['available_contexts', 'Sparsifier', 'LayerCollapse', 'Hold']
 
 # %% ../../nbs/13_sparse.sparsifier.ipynb #3d0656e3
 _contexts = ('local', 'global', 'erk', 'lamp', 'output')
@@ -79,7 +79,7 @@ def _check_context(context, nm, round_to, min_sparsity, max_sparsity, budget):
         raise ValueError('`round_to` keeps more groups, perhaps more than `min_sparsity` allows: leave one of them out')
 
 # %% ../../nbs/13_sparse.sparsifier.ipynb #049c284a
-def check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, include=None, exclude=None, round_to=None, params=None,
+def _check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, include=None, exclude=None, round_to=None, params=None,
                     min_sparsity=None, max_sparsity=None, budget='groups', coupled=False) -> None:
     "Refuse what is wrong for any model; the arguments are those of `Sparsifier`"
     _check_granularity(granularity)
@@ -141,7 +141,7 @@ class Sparsifier:
         coupled: bool|str|list = False           # drop what makes a channel together, so that it can be taken out; or the layers that lead
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
-        check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget, coupled)
+        _check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget, coupled)
         _check_tools(data, loss_func, example_inputs)
         self.model, self.granularity, self.context, self.budget = unwrapped(model), granularity, context, budget
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
@@ -584,7 +584,7 @@ def counts(self:Sparsifier,
     "`counts_at`, of arguments that are checked"
     if round_to is not None:
         least = max(self.limits[0]) if self.limits else 0
-        check_arguments(self.granularity, self.context, round_to=round_to, min_sparsity=100. if least else None)
+        _check_arguments(self.granularity, self.context, round_to=round_to, min_sparsity=100. if least else None)
     each = self.sparsities(sparsity)
     if self.limits and not self.costs:
         sizes = [t.groups.n for t in self.targets]
@@ -798,7 +798,7 @@ def sparsify_layer(self:Sparsifier,
         raise ValueError(_unknown('layer', layer if isinstance(layer, str) else type(layer).__name__, [t.label for t in self.targets]))
     if self.costs or self.limits or self.context == 'lamp':
         raise ValueError('`sparsify_layer` knows no budget, limits or "lamp": use `sparsify_model`')
-    if round_to is not None: check_arguments(self.granularity, 'local', round_to=round_to)
+    if round_to is not None: _check_arguments(self.granularity, 'local', round_to=round_to)
     pools = [[t] for t in found]
     self.update(self._wanted(pools, sparsity, round_to, n, relative), pools)
 
@@ -894,7 +894,7 @@ def _alive(self:Sparsifier, t):
 
 # %% ../../nbs/13_sparse.sparsifier.ipynb #734afa59
 class Hold:
-    "Keeps masks applied until `release`, or to the end of its `with` block"
+    "Keeps the masks of `sparsifier` applied after the steps of `optimizer`, of the kept weights only if `compact`, until `release` or to the end of its `with` block"
     def __init__(self, sparsifier, optimizer, compact):
         self.sp, self.opt, self.compact, self.step, self.made_for = sparsifier, optimizer, compact, None, None
         self.handles = [optimizer.register_step_pre_hook(self.before), optimizer.register_step_post_hook(self.after)]

@@ -21,7 +21,7 @@ from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
 from ..core.style import _styled, colors
 from .compact import why_not_compact
-from .sparsifier import Sparsifier, _check_flags, _check_tools, _own_loader, check_arguments
+from .sparsifier import Sparsifier, _check_flags, _check_tools, _own_loader, _check_arguments
 from .ticket_files import _restore, _snapshot, save_ticket
 from .state import optimizer_state, random_state, set_optimizer_state, set_random_state
 from .targets import _plainly, _processes, _rank, unwrapped
@@ -94,7 +94,7 @@ class SparsifyCallback(_Lean):
         rewind_step: int|None = None,             # rewind to where this many batches were done instead
         budget: str = 'groups',                   # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
         data = None,                              # for criteria that measure: a batch, a DataLoader or a `dls`; None: the batch at hand
-        coupled: bool|str|list = False,           # let filters that meet in sums go together, for `thin`; or the layers that lead
+        coupled: bool|str|list = False,           # let filters, channels or heads go with all that depends on them, for `thin`; or the layers that lead
         live: bool = False,                       # in a notebook, a picture of sparsity and losses that grows with each epoch
         verbose: bool = True                      # print sparsity and the report
     ):
@@ -108,7 +108,7 @@ class SparsifyCallback(_Lean):
 def _check(self:SparsifyCallback):
     "Refuse what is wrong in any fit"
     _check_flags(**{k: getattr(self, k) for k in ('lth', 'reset_end', 'save_tickets', 'compact', 'live', 'verbose')})
-    check_arguments(self.granularity, self.context, self.nm, self.layer_type, self.include, self.exclude, self.round_to, self.params,
+    _check_arguments(self.granularity, self.context, self.nm, self.layer_type, self.include, self.exclude, self.round_to, self.params,
                     self.min_sparsity, self.max_sparsity, self.budget, self.coupled)
     _check_sparsities(self.sparsity)
     if isinstance(self.sparsity, (Mapping, list, tuple)) and self.context in ('global', 'lamp', 'erk'):
@@ -127,7 +127,7 @@ def _check(self:SparsifyCallback):
 
 # %% ../../nbs/16_sparse.sparsify_callback.ipynb #efe1738b
 class SparsifyClosing(_Lean):
-    "The part of `SparsifyCallback` that comes after the callbacks that save, stop and reload"
+    "The part of a `SparsifyCallback`, `main`, that comes after the callbacks that save, stop and reload"
     order = 70  # `SaveModelCallback` is 61, `EarlyStoppingCallback` 63
     def __init__(self, main): self.main = main
     def before_step(self):

@@ -182,12 +182,11 @@ def redraw(self:_Search):
 @patch
 def shuffled(self:_Search):
     "The masks of now, the groups of each layer shuffled"
-    g, masks = torch.Generator().manual_seed(self.draw()), Masks()
+    g, mixed = torch.Generator().manual_seed(self.draw()), []
     for t in self.sp.targets:
         if (keep := self.sp._group_mask(t)) is None: continue
-        mixed = keep.flatten()[torch.randperm(keep.numel(), generator=g).to(keep.device)]
-        for p in t.parts + t.held: masks[p.name] = p.groups.expand(mixed, p.tensor.shape)
-    return masks
+        mixed.append((t, keep.flatten()[torch.randperm(keep.numel(), generator=g).to(keep.device)].reshape(keep.shape)))
+    return Masks(self.sp._spread(mixed))
 
 # %% ../../nbs/18_sparse.tickets.ipynb #60a7d3a6
 @dataclass(frozen=True, repr=False)
