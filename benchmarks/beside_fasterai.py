@@ -13,13 +13,17 @@ from .timing import machine
 
 def peers():
     "Both libraries under the same names; `share(90)` is 90 % in the unit of each"
-    import fasterai.core.criteria as fc, fasterai.core.schedule as fs, fasterai.sparse.sparsifier as fp, fasterai.sparse.sparsify_callback as fb
+    import fasterai.core.criteria as fc, fasterai.core.schedule as fs
+    import fasterai.sparse.sparsifier as fp, fasterai.sparse.sparsify_callback as fb
     import fasterai_clone.sparse.all as ours
-    theirs = SimpleNamespace(**{k: v for m in (fc, fs, fp, fb) for k,v in vars(m).items() if not k.startswith('_')}, share=lambda s: s/100)
-    theirs.names = ['random', 'large_final', 'squared_final', 'small_final', 'large_init', 'small_init', 'large_init_large_final', 'small_init_small_final',
+    theirs = SimpleNamespace(**{k: v for m in (fc, fs, fp, fb) for k,v in vars(m).items() if not k.startswith('_')},
+                             share=lambda s: s/100)
+    theirs.names = ['random', 'large_final', 'squared_final', 'small_final', 'large_init', 'small_init', 'large_init_large_final',
+                    'small_init_small_final',
                     'magnitude_increase', 'movement', 'updating_magnitude_increase', 'updating_movement', 'updating_movmag', 'wanda']
     return {'fasterai 0.4.1': theirs,
-            'fasterai_clone': SimpleNamespace(**{k: getattr(ours, k) for k in ours.__dict__ if not k.startswith('_')}, share=lambda s: s, names=theirs.names)}
+            'fasterai_clone': SimpleNamespace(**{k: v for k,v in vars(ours).items() if not k.startswith('_')}, share=lambda s: s,
+                                              names=theirs.names)}
 
 def learner(seed=0, batches=8, **kwargs):
     "The same small learner each time, with so many batches of 16 digits an epoch"
@@ -167,16 +171,20 @@ def after_ctrl_c_a_new_learner_with_the_same_schedule(lib):
     with contextlib.suppress(KeyboardInterrupt): fit(learn, 2, callback(lib, schedule=lib.one_shot), Stop())
     left = {*learn.model.state_dict()} - before
     said = fit(fresh, 2, callback(lib, schedule=lib.one_shot))
-    return f'{len(left)} tensors left on the first model; printed {shown(printed(said)[-1:])}, counted {percent(fresh.model):.2f} on the second'
+    return (f'{len(left)} tensors left on the first model; printed {shown(printed(said)[-1:])}, counted {percent(fresh.model):.2f} '
+            'on the second')
 
 def with_2_of_4_and_equal_weights(lib):
     net = nn.Sequential(nn.Conv2d(16, 4, 1, bias=False))
     nn.init.ones_(net[0].weight)
-    with contextlib.redirect_stdout(io.StringIO()): lib.Sparsifier(net, 'weight', 'local', lib.large_final, nm=True).sparsify_model(lib.share(50))
+    with contextlib.redirect_stdout(io.StringIO()):
+        lib.Sparsifier(net, 'weight', 'local', lib.large_final, nm=True).sparsify_model(lib.share(50))
     kept = net[0].weight.reshape(4, 4, 4).count_nonzero(-1).unique().tolist()
     return f'{shown(kept)} of each 4 are kept'
 
-ASKED = [f for k,f in list(globals().items()) if getattr(f, '__code__', None) and f.__code__.co_varnames[:f.__code__.co_argcount] == ('lib',) and not k.startswith('_')]
+def _asks(f): return hasattr(f, '__code__') and f.__code__.co_varnames[:f.__code__.co_argcount] == ('lib',)
+
+ASKED = [f for k,f in list(globals().items()) if _asks(f) and not k.startswith('_')]
 
 def main():
     p = argparse.ArgumentParser(prog='python -m benchmarks.beside_fasterai', description=__doc__)

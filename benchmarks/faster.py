@@ -1,4 +1,4 @@
-"What makes a network faster, smaller or quicker to train: zeros, thinning, sparse tensors, files, steps: `python -m benchmarks.faster` (about 8 minutes)"
+"What makes a network faster, smaller or quicker to train, and what does not: `python -m benchmarks.faster` (about 8 minutes)"
 import argparse, copy, csv, io, tempfile, time, warnings, zipfile
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -33,10 +33,12 @@ def networks(rounds):
     halved   = sparse(model, 50, granularity='filter')[0].eval()
     with torch.inference_mode(False): thinned = ours(model, x)[0]
     models = {'dense': model, 'dense, again': copy.deepcopy(model), **{f'{s} % of weights zero': sparse(model, s)[0] for s in (90, 99)},
-              '2:4 zeros, dense tensors': sparse(model, 50, nm=True, exclude='conv1')[0], '50 % of filters zero': halved, '50 % of filters out': thinned}
+              '2:4 zeros, dense tensors': sparse(model, 50, nm=True, exclude='conv1')[0],
+              '50 % of filters zero': halved, '50 % of filters out': thinned}
     for batch,few in ((1, 1), (16, 4)):
         x = torch.randn(batch, 3, 224, 224)
-        yield from in_turns('network', f'batch of {batch}', {k: lambda m=m: m(x) for k,m in models.items()}, max(5, rounds//few), 'dense', calls=3)
+        jobs = {k: lambda m=m: m(x) for k,m in models.items()}
+        yield from in_turns('network', f'batch of {batch}', jobs, max(5, rounds//few), 'dense', calls=3)
 
 def layouts(n, sparsity, block):
     "A weight of `n` × `n` with so many percent zero, dense and in the layouts torch has for it"
@@ -47,7 +49,8 @@ def layouts(n, sparsity, block):
     w, b = layer.weight.detach(), blocks.weight.detach()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # torch: sparse CSR is in beta
-        return {'dense': w, 'dense, again': w.clone(), 'CSR': w.to_sparse_csr(), f'BSR, blocks of {block}×{block}': b.to_sparse_bsr(block)}
+        return {'dense': w, 'dense, again': w.clone(), 'CSR': w.to_sparse_csr(),
+                f'BSR, blocks of {block}×{block}': b.to_sparse_bsr(block)}
 
 @torch.inference_mode()
 def matrices(rounds):
@@ -58,7 +61,7 @@ def matrices(rounds):
             for batch in (1, 64):
                 x = torch.randn(batch, n).t().contiguous()
                 jobs = {k: lambda w=w: w @ x for k,w in weights.items()}
-                yield from in_turns('matrix', f'{n} × {n}, batch of {batch}, {s} %', jobs, rounds, 'dense', calls=7)  # short ones: what else runs on the machine shows
+                yield from in_turns('matrix', f'{n} × {n}, batch of {batch}, {s} %', jobs, rounds, 'dense', calls=7)
 
 def zipped(path):
     "Bytes of the file at `path` in a zip archive"
@@ -81,7 +84,8 @@ def file_sizes():
             small, masks = sparse(model, s)
             bits = masks.save(f'{folder}/masks.safetensors').stat().st_size
             kept = masks.n - masks.n_dropped + sum(p.numel() for k,p in model.state_dict().items() if k not in masks)
-            yield from rows(f'{s} % of weights zero', saved(small), **{'masks, a bit a weight': bits, 'masks and kept weights': bits + 4*kept})
+            more = {'masks, a bit a weight': bits, 'masks and kept weights': bits + 4*kept}
+            yield from rows(f'{s} % of weights zero', saved(small), **more)
         yield from rows('50 % of filters out', saved(ours(model, torch.randn(1, 3, 64, 64))[0]))
 
 def steps(rounds):
@@ -116,13 +120,16 @@ def main():
     args = p.parse_args()
     torch.set_num_threads(1)
     start, table = time.perf_counter(), {}
-    about = {k: v for k,v in machine('cpu').items() if k in ('date', 'cpu', 'threads', 'load', 'python', 'torch', 'torchvision', 'fasterai-clone')}
+    known = 'date', 'cpu', 'threads', 'load', 'python', 'torch', 'torchvision', 'fasterai-clone'
+    about = {k: v for k,v in machine('cpu').items() if k in known}
     if len(args.only) < len(PARTS):
-        for row in csv.reader(l for l in args.out.read_text(encoding='utf-8').splitlines() if not l.startswith('#')): table.setdefault(row[0], []).append(row)
+        lines = [l for l in args.out.read_text(encoding='utf-8').splitlines() if not l.startswith('#')]
+        for row in csv.reader(lines): table.setdefault(row[0], []).append(row)
     for k in args.only:
         table[k] = [(*r[:4], *[f'{v:.6g}' if isinstance(v, float) else v for v in r[4:]]) for r in PARTS[k](args.rounds)]
         print(f'{k} done, {time.perf_counter() - start:.0f} s', flush=True)
-    about |= dict(measured=' '.join(args.only), rounds=args.rounds, mkl=torch.backends.mkl.is_available(), minutes=round((time.perf_counter() - start) / 60, 1))
+    about |= dict(measured=' '.join(args.only), rounds=args.rounds, mkl=torch.backends.mkl.is_available(),
+                  minutes=round((time.perf_counter() - start) / 60, 1))
     with open(args.out, 'w', newline='', encoding='utf-8') as f:
         f.writelines(f'# {k}: {v}\n' for k,v in about.items())
         csv.writer(f, lineterminator='\n').writerows([FIELDS, *[r for k in PARTS for r in table[k]]])
