@@ -4,6 +4,7 @@ import copy, threading
 import pytest, torch, torch.nn as nn, torch.nn.functional as F, torch.nn.utils.prune
 
 from fasterai_clone.prune.all import *
+from fasterai_clone.prune import coupling
 from fasterai_clone.prune.coupling import _OPS
 
 
@@ -239,6 +240,61 @@ def test_in_a_thread():
     t.start(), t.join()
     assert list(found[0]) == ['0']
 
+class Clock:
+    "In the place of `time`: goes on where it is told to"
+    now = 0.
+    def monotonic(self): return self.now
+
+class Slow(nn.Module):
+    "Steps that take a second each; `only` in train mode, or in eval mode"
+    def __init__(self, clock, only=None):
+        super().__init__()
+        self.clock, self.only = [clock], only
+    def forward(self, x):
+        for _ in range(100 if self.only in (None, self.training) else 0):
+            self.clock[0].now += 1
+            x = x * 1
+        return x
+    def __deepcopy__(self, memo): return Slow(self.clock[0], self.only)  # the copy that runs has the same clock
+
+@pytest.mark.parametrize('caught', [False, True])
+@pytest.mark.parametrize('only', [None, True])
+def test_timeout(monkeypatch, caught, only):
+    "Between operations, in any thread; in the second run too, which is in train mode and forgives other errors"
+    clock, x, found = Clock(), image(), []
+    monkeypatch.setattr(coupling, 'time', clock)
+    def forward(m, x):
+        x = m.a(x)
+        try: x = m.slow(x)
+        except TimeoutError:
+            if not caught: raise
+        return m.b(x)
+    net = Net(forward, a=conv(3, 4), slow=Slow(clock, only), b=conv(4, 2))
+    net.unused = nn.Linear(2, 2)                                        # so that there is a second run
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    def ask():
+        start = clock.now
+        with pytest.raises(TimeoutError) as e: coupled_groups(net, x, timeout=10)
+        found.append((str(e.value), clock.now - start))
+    ask()
+    t = threading.Thread(target=ask)
+    t.start(), t.join()
+    if not caught: assert found == [('Following Net took longer than 10 s, and has come to `slow` (Slow): give smaller `example_inputs`, '
+                                     'or raise `timeout` (seconds; None is no limit)', 10)] * 2
+    else: assert len(found) == 2 and all(n == 10 for _,n in found)      # the next operation is refused as well
+    assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items()) and torch.equal(state, torch.get_rng_state())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    for enough in (201, 300., None): assert list(free(net, x, timeout=enough)) == ['a']
+
+@pytest.mark.parametrize('timeout', [0, -1, '60', True, float('nan')])
+def test_timeout_refused(timeout):
+    with pytest.raises(ValueError, match='`timeout` must be a number of seconds above 0'): coupled_groups(conv(3, 4), image(), timeout=timeout)
+
+def test_an_error_of_the_model_is_no_timeout():
+    def forward(m, x): raise TimeoutError('of its own')
+    net = nn.Sequential(conv(3, 4), Net(forward))
+    with pytest.raises(ValueError, match=r'does not run on `example_inputs`, in `1` \(Net\): .*of its own'): coupled_groups(net, image())
+
 def test_scripted_parts_are_seen_through():
     assert list(free(nn.Sequential(conv(3, 4), torch.jit.script(nn.ReLU()), conv(4, 2)), image())) == ['0']
 
@@ -288,23 +344,37 @@ def test_global_ranks_over_all():
 
 # -- the same as torch-pruning's ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ['resnet18', 'mobilenet_v2', 'densenet121', 'squeezenet1_1', 'mobilenet_v3_small'])
-def test_same_groups_as_torch_pruning(name):
-    "Layers that lose output channels together, and those that lose inputs, with the positions"
-    tp, models = pytest.importorskip('torch_pruning'), pytest.importorskip('torchvision.models')
-    model, x = models.get_model(name, weights=None).eval(), torch.randn(1, 3, 64, 64)
-    def fit(m): return isinstance(m, (nn.Conv2d, nn.Linear))
-    ours, theirs = set(), set()
-    for g in coupled_groups(model, x):
-        axes = {(m.module, m.axis, tuple(m.channel.ge(0).nonzero()[:, 0].tolist())) for m in g.members if m.name.endswith('.weight') and fit(model.get_submodule(m.module))}
-        ours.add(frozenset(axes))
-    graph, names = tp.DependencyGraph().build_dependency(model, x), {m: n for n,m in model.named_modules()}
+def layers_of(groups, fit):
+    "Layers that lose output channels together (axis 0), and those that lose inputs (1), with the positions"
+    return {frozenset((m.module, m.axis, tuple(m.channel.ge(0).nonzero()[:, 0].tolist())) for m in g.members
+                      if m.name.endswith('.weight') and fit(m.module)) for g in groups}
+
+def layers_of_torch_pruning(model, x, fit):
+    tp = pytest.importorskip('torch_pruning')
+    graph, names, found = tp.DependencyGraph().build_dependency(model, x), {m: n for n,m in model.named_modules()}, set()
     for g in graph.get_all_groups():
-        axes = set()
-        for item in g:
-            m = item.dep.target.module
-            if not fit(m): continue
-            out = graph.is_out_channel_pruning_fn(item.dep.handler)
-            axes.add((names[m], 0 if out else 1, tuple(sorted(set(item.idxs)))))
-        theirs.add(frozenset(axes))
+        items = [(names.get(item.dep.target.module), item) for item in g]
+        found.add(frozenset((n, 0 if graph.is_out_channel_pruning_fn(item.dep.handler) else 1, tuple(sorted(set(item.idxs))))
+                            for n,item in items if n is not None and fit(n)))
+    return found
+
+def with_outputs_of(name, groups):
+    "The group of what the layer `name` gets and the one of what it makes as one"
+    gets, makes = (next(g for g in groups if any(o[:2] == (name, axis) for o in g)) for axis in (1, 0))
+    return groups - {gets, makes} | {frozenset(o for o in gets | makes if o[:2] != (name, 1))}
+
+NETS = dict.fromkeys('resnet18 resnet50 vgg11_bn mobilenet_v2 mobilenet_v3_small densenet121 efficientnet_b0 regnet_y_400mf squeezenet1_1 mnasnet0_5'.split(), {}) | {
+    'googlenet': dict(aux_logits=False, init_weights=False)}            # those classifiers run in train mode only, where torch-pruning does not look
+
+@pytest.mark.parametrize('name', NETS)
+def test_same_groups_as_torch_pruning(name):
+    """The same in all of these, but for convolutions with several groups, as RegNet has them: torch-pruning takes as many inputs out of each
+    group, and outputs apart from them; here a whole group goes, with its inputs and outputs, so that the weights that stay are those there were"""
+    models = pytest.importorskip('torchvision.models')
+    model, x = models.get_model(name, weights=None, **NETS[name]).eval(), torch.randn(1, 3, 64, 64)
+    def fit(n): return isinstance(model.get_submodule(n), (nn.Conv2d, nn.Linear))
+    ours, theirs = layers_of(coupled_groups(model, x), fit), layers_of_torch_pruning(model, x, fit)
+    grouped = [n for n,m in model.named_modules() if isinstance(m, nn.Conv2d) and 1 < m.groups < m.in_channels]
+    assert (len(grouped) > 0) == (ours != theirs) == (name == 'regnet_y_400mf')
+    for n in grouped: theirs = with_outputs_of(n, theirs)
     assert ours == theirs

@@ -1,7 +1,8 @@
 "Channels are taken out during training: the loss stays, the optimizer goes on, the learner is as usable as before"
-import copy, io, os, random, subprocess, sys
+import copy, io, os, subprocess, sys
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import pytest, torch, torch.nn as nn
 from fastai.basics import (Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, OptimWrapper, RMSProp, SGD, TfmdLists,
@@ -455,6 +456,7 @@ def test_attention_goes_back_to_all_its_heads(tmp_path):
 class Stop(test_faults.Interrupt):
     "Ctrl-C at a line inside of a removal; what puts things back is not stopped itself"
     def __call__(self, frame, what, arg):
+        if not frame.f_code.co_filename.startswith(test_faults.LIBRARY): return None
         names, f = set(), frame
         while f is not None:
             names.add(f.f_code.co_name)
@@ -478,9 +480,9 @@ def test_ctrl_c_in_a_removal(criteria, opt):
         except KeyboardInterrupt: pass
         return learn, cb, trained
     with Stop() as lines: want = train(lines)[0].model.state_dict()
-    rng, seen = random.Random(3), set()
+    rng, seen = Random(3), set()
     last = max(n for ns in lines.seen.values() for n in ns)
-    for nth in sorted({*(rng.choice(lines.seen[l]) for l in rng.sample(sorted(lines.seen), 25)), *range(last - 15, last + 1)}):
+    for nth in sorted({*(rng.choice(lines.seen[l]) for l in rng.sample(sorted(lines.seen), 12)), *range(last - 8, last + 1)}):
         learn, cb, trained = train(stop := Stop(nth))
         if stop.at is None: continue  # at a `with`
         state = learn.model.state_dict()
@@ -525,12 +527,13 @@ def test_compiled(how, tmp_path):
         elif how == 'whole':    learn.model = torch.compile(learn.model, backend=backend, fullgraph=True)
         elif how == 'in place': learn.model.compile(backend=backend, fullgraph=True)
         else:                   learn.model.a = torch.compile(learn.model.a, backend=backend, fullgraph=True)
-        fit(learn, 7, quiet(80, 'lin', context='global'), SaveModelCallback(every_epoch=True))
+        fit(learn, 7, quiet(80, 'lin', context='global'), SaveModelCallback(fname=f'{compiled}', every_epoch=True))
         return learn, graphs
     (learn, graphs), (plain, _) = train(True), train(False)
     ours, theirs = learn.model.state_dict(), plain.model.state_dict()
     assert len(graphs) > 8 and all(torch.allclose(a, b) for a,b in zip(ours.values(), theirs.values(), strict=True))
-    learn.load('model_2') if how != 'in place' else None
+    learn.load('True_2')  # larger
+    assert n_params(learn.model) == n_params(plain.load('False_2').model) > sum(p.numel() for p in ours.values())
     torch._dynamo.reset()
 
 
@@ -551,7 +554,7 @@ class Alone(nn.Module):
     def forward(self, x): return self.a(x.flatten(1))
 
 @pytest.mark.parametrize('model, x, message', [
-    (Wild, (1, 6, 6), 'Wild does not run on `example_inputs`|no channel can go'), (Alone, (1, 6, 6), 'no channel can go. a: it is the output of the model'),
+    (Wild, (1, 6, 6), r"without the zero channels of `a`, it does not run in eval mode: .*exclude=\['a'\]"), (Alone, (1, 6, 6), 'no channel can go. a: it is the output of the model'),
     (net, (3, 6, 6), r'does not run on `example_inputs`, in `stem` \(Conv2d\)')])
 def test_models_that_cannot_be_pruned(model, x, message):
     items = [(torch.randn(*x), torch.tensor(i % 10)) for i in range(8)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 import numpy as np, torch, torch.nn as nn
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import Learner
@@ -21,8 +21,9 @@ from ..core.measure import as_criteria
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import n_dropped
 from ..core.masks import Masks
-from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _shrink, _verify, _without, reshape_to,
-                                       sizes_of)
+from .coupling import group_masks
+from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _removable, _shrink, _tensors_of,
+                                       _verify, _without, reshape_to, sizes_of)
 from ..sparse.compact import _inner, _like
 from ..sparse.sparsifier import Sparsifier, _check_flags, _check_tools, _rounded, check_arguments
 from ..sparse.sparsify_callback import SparsifyCallback, _check_sparsities, _check_whole, _Lean
@@ -71,7 +72,8 @@ def _carry_over(optimizer, replaced):
 # %% ../../nbs/21_prune.prune_callback.ipynb #83246fdd
 class PruneCallback(_Lean):
     "Take channels out of the model during `fit`, following `schedule`"
-    _active, _midway, _due, _loaded, _random, order = False, False, None, None, None, 70  # after what saves, stops and reloads: it prints last
+    _active, _midway, _due, _loaded, _random = False, False, None, None, None
+    order = 70  # after what saves, stops and reloads, so that it prints last
     _say, _one_batch, _split   = SparsifyCallback._say, SparsifyCallback._one_batch, SparsifyCallback._split
     _first_epoch               = SparsifyCallback._first_epoch
     _some_inputs, _try_measure = SparsifyCallback._some_inputs, SparsifyCallback._try_measure
@@ -145,6 +147,7 @@ def before_fit(self:PruneCallback):
     for layer,why in self.sparsifier.left_out.items(): self._say(f'  {layer} keeps all: {why}')
     self._say_what_stays()
 
+# %% ../../nbs/21_prune.prune_callback.ipynb #35d17562
 @patch
 def _say_what_stays(self:PruneCallback):
     "Name groups that lose less than was asked for"
@@ -152,9 +155,10 @@ def _say_what_stays(self:PruneCallback):
     for k,n in self.sizes.items():
         asked = n_dropped(n, self._goal[k])
         goes  = max(0, _rounded(n, min(asked, n - self.min_channels), self.round_to))
-        why   = ' and '.join(f'`{what}` {v}' for what,v in (('min_channels', self.min_channels), ('round_to', self.round_to)) if v and v > 1)
+        why   = ' and '.join(f'`{k}` {v}' for k in ('min_channels', 'round_to') if (v := getattr(self, k) or 1) > 1)
         if goes < asked: self._say(f'  {k} keeps {n - goes} of {n} channels, where {self._goal[k]:g}% would leave {n - asked}: {why}')
 
+# %% ../../nbs/21_prune.prune_callback.ipynb #fb2d2874
 @patch
 def _begin(self:PruneCallback):
     "Count the channels of a model that is new to this callback"
@@ -166,7 +170,19 @@ def _begin(self:PruneCallback):
         raise ValueError(f'`pruning_ratio` {asked:g} would take {n_dropped(total, asked):,} of {total:,} channels, and {most:,} can go '
                          f'if each of {len(self.sizes)} groups keeps {self.min_channels}')
     with _eagerly(sp.model): self._try_measure(sp)
+    if self.check: self._try_out(sp)
     self._use(sp)
+
+# %% ../../nbs/21_prune.prune_callback.ipynb #617ee5ba
+@patch
+def _try_out(self:PruneCallback, sp):
+    "Take a channel of each group out of a copy, so that a model which cannot be cut is found now"
+    groups = sp.channel_groups
+    with _plainly(sp.model):
+        masked = deepcopy(sp.model)
+        group_masks(groups, [torch.arange(g.n) > 0 for g in groups]).apply(dict(masked.named_parameters()))
+        dead = _removable(groups, _tensors_of(masked))
+        _verify(masked, _without(masked, groups, dead), groups, dead, self._some_inputs())
 
 @patch
 def _use(self:PruneCallback, sp):
@@ -185,6 +201,7 @@ def _knows_model(self:PruneCallback):
         self._use(sp)
     return True
 
+# %% ../../nbs/21_prune.prune_callback.ipynb #f33c8e86
 @patch
 def _most(self:PruneCallback): return sum(max(n - self.min_channels, 0) for n in self.sizes.values())
 
@@ -253,6 +270,7 @@ def _prune(self:PruneCallback, progress):
         self._use(sp)
     if any(map(_is_compiled, self.learn.model.modules())): torch.compiler.reset()  # graphs for other sizes, which count for its limit
 
+# %% ../../nbs/21_prune.prune_callback.ipynb #97271f67
 @patch
 def _copied_sparsifier(self:PruneCallback):
     "One to work with, so that `sparsifier` is what it was if that fails"
@@ -316,6 +334,7 @@ def after_train(self:PruneCallback):
     if (self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.n_epoch: self._prune((self.epoch + 1) / self.n_epoch)
     self._due, self._done, self._midway = self.epoch, self.epoch + 1, False
 
+# %% ../../nbs/21_prune.prune_callback.ipynb #c1356b8b
 @patch
 def after_epoch(self:PruneCallback):
     "The line of the epoch, once"

@@ -53,7 +53,7 @@ def plot_weights(
     ax = None,                             # matplotlib axes to draw on; an array of them for several weights
     bins: int = 80                         # the most of each histogram
 ):
-    "Draw the distribution of weights, kept and dropped, and the threshold between them; returns the axes, of several weights an array of them"
+    "Draw the distribution of weights, kept and dropped, and the threshold; returns the axes, of several weights an array of them"
     several = not isinstance(weights, torch.Tensor)
     if several:
         weights = _named(weights) if isinstance(weights, nn.Module) else dict(weights)
@@ -77,8 +77,10 @@ def _filters(w, what, shape=None):
     "The weight of a convolution, as a tensor"
     w = w.weight if isinstance(w, nn.Module) and hasattr(w, 'weight') else w
     if not isinstance(w, torch.Tensor) or w.ndim < 3:
-        raise TypeError(f'`{what}` must be a convolution or its weight, got {tuple(w.shape) if isinstance(w, torch.Tensor) else type(w).__name__}')
-    if shape is not None and w.shape != shape: raise ValueError(f'`{what}` must have the shape of `before`, {tuple(shape)}, got {tuple(w.shape)}')
+        got = f'shape {tuple(w.shape)}' if isinstance(w, torch.Tensor) else type(w).__name__
+        raise TypeError(f'`{what}` must be a convolution or its weight, got {got}')
+    if shape is not None and w.shape != shape:
+        raise ValueError(f'`{what}` must have the shape of `before`, {tuple(shape)}, got {tuple(w.shape)}')
     return w.detach()
 
 def plot_filters(
@@ -97,7 +99,8 @@ def plot_filters(
     cmap  = LinearSegmentedColormap.from_list('', [colors['orange'], to_rgba(colors['grey'], 0.2), colors['blue']])
     high, wide = tiles['before'].shape
     with _styled() as plt:
-        if axs is None: axs = plt.subplots(len(tiles), 1, figsize=(7, len(tiles)*(0.5 + 6*high/wide)), squeeze=False, layout='constrained')[1]
+        size = 7, len(tiles)*(0.5 + 6*high/wide)
+        if axs is None: axs = plt.subplots(len(tiles), 1, figsize=size, squeeze=False, layout='constrained')[1]
         axs = np.ravel(axs)
         if len(axs) < len(tiles): raise ValueError(f'There are {len(tiles)} pictures to draw, got {len(axs)} axes')
         for a,(k,t) in zip(axs, tiles.items()):

@@ -109,7 +109,7 @@ def _ours(learn): return [cb for cb in learn.cbs if hasattr(cb, '_state_to_save'
 @patch_to(Learner)
 @wraps(_save)
 def save(self, file, **kwargs):
-    sizes = getattr(Learner, '_sizes_to_save', None) if self.__dict__.get('_smaller') else None  # of `prune.prune_callback`
+    sizes = getattr(Learner, '_sizes_to_save', None) if self.__dict__.get('_smaller') else None  # `PruneCallback` has both
     if not (_ours(self) or sizes) or rank_distrib(): return _save(self, file, **kwargs)
     states = [s for cb in _ours(self) if (s := cb._state_to_save()) is not None]  # first: compact steps have taken the optimizer's apart
     if sizes and not any('sizes' in s for s in states): states.append(sizes(self))
@@ -124,6 +124,7 @@ def save(self, file, **kwargs):
         file.write(whole.getvalue())
     return file
 
+# %% ../../nbs/14_sparse.state.ipynb #f0d35574
 class _States(list):
     "What was loaded, for the next `fit`: an export or a copy has none of it"
     def __reduce__(self): return list, ()
@@ -147,8 +148,8 @@ def load(self, file, device=None, **kwargs):
 def _resized(self, states):
     "`learn` at the sizes of the checkpoint that has these `states`; `prune.prune_callback` puts itself here"
     if any('sizes' in s for s in states):
-        raise ValueError('This checkpoint is of a network from which `PruneCallback` has taken channels: import `fasterai_clone.prune.all`, '
-                         'so that `learn.load` can give the model its sizes')
+        raise ValueError('This checkpoint is of a network from which `PruneCallback` has taken channels: import '
+                         '`fasterai_clone.prune.all`, so that `learn.load` can give the model its sizes')
     yield
 
 if not hasattr(Learner, '_resized'): Learner._resized = _resized
