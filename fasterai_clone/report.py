@@ -35,9 +35,9 @@ class Row:
 @dataclass(frozen=True)
 class Report:
     "Counted sparsity, per layer and overall"
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...]                         # one for each covered layer
     dense: tuple[tuple[str, str, int], ...] = ()  # what is not covered: (parameter name, type of its layer, weights)
-    granularity: str = 'weight'
+    granularity: str = 'weight'                   # what `groups` and `zero_groups` of the rows count
     held: tuple[tuple[str, str, int], ...] = ()   # what is dropped with whole filters: (parameter name, type of its layer, numbers)
     why_not: tuple[tuple[str, str], ...] = ()     # (layer, why its filters may still put out something)
     left_out: tuple[tuple[str, str], ...] = ()    # (layer, why it is left out)

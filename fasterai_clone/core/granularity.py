@@ -45,7 +45,7 @@ class Groups:
         return t.reshape(self.score_shape).expand(self.shape).reshape(shape)
 
     def rows(self, t):
-        "The weights of each group as a row, of shape `(n, size)`"
+        "The weights of each group, in a tensor `t` like the weight, as a row: shape `(n, size)`"
         kept = [d for d in range(len(self.shape)) if d not in self.dims]
         return t.reshape(self.shape).permute(*kept, *self.dims).reshape(self.n, self.size)
 
@@ -231,7 +231,7 @@ def _cells(shape, out, inp):
 # %% ../../nbs/01_core.granularity.ipynb #a9c477ab
 def plot_granularity(
     m: nn.Module,            # a layer; draw small ones
-    granularity: str|tuple,
+    granularity: str|tuple,  # its name, or the axes one group spans
     group: int = 0,          # which group to colour
     ax = None                # matplotlib axes to draw on
 ):

@@ -70,14 +70,14 @@ def sparsity(self:Schedule,
 
 # %% ../../nbs/03_core.schedule.ipynb #60e30244
 def sched_oneshot(start, end, pos):
-    "Straight to `end`"
+    "`end` at once, whatever `start` and `pos` are"
     return end
 
 one_shot = Schedule(sched_oneshot, start_pct=0.5)
 
 # %% ../../nbs/03_core.schedule.ipynb #58e75b29
 def sched_iterative(start, end, pos, n_steps=3):
-    "From `start` to `end` in `n_steps` equal steps"
+    "From `start` to `end` in `n_steps` equal steps, over `pos` from 0 to 1"
     if not isinstance(n_steps, int) or n_steps < 1: raise ValueError(f'`n_steps` must be a whole number from 1, got {n_steps!r}')
     return start + (end - start) * math.ceil(round(pos * n_steps, 9)) / n_steps  # `round`: 3·⅓ must not start a fourth step
 
@@ -85,14 +85,14 @@ iterative = Schedule(sched_iterative, start_pct=0.2)
 
 # %% ../../nbs/03_core.schedule.ipynb #6313daad
 def sched_agp(start, end, pos):
-    "Cubic: fast at first, slow near `end`"
+    "Cubic, over `pos` from 0 to 1: fast from `start`, slow near `end`"
     return end + (start - end) * (1 - pos)**3
 
 agp = Schedule(sched_agp, start_pct=0.2)
 
 # %% ../../nbs/03_core.schedule.ipynb #f429ed9b
 def sched_onecycle(start, end, pos, α=14, β=6):
-    "Logistic curve of steepness `α` and offset `β`"
+    "From `start` to `end` along a logistic curve of steepness `α` and offset `β`, over `pos` from 0 to 1"
     return start + (end - start) * (1 + math.exp(β - α)) / (1 + math.exp(β - α*pos))
 
 one_cycle = Schedule(sched_onecycle)
@@ -106,7 +106,7 @@ lin = Schedule(_sched_lin)
 
 # %% ../../nbs/03_core.schedule.ipynb #c156010f
 def sched_dsd(start, end, pos):
-    "Up to `end` at the middle, back to `start` at the end, along cosines"
+    "Up to `end` in the middle of `pos`, back to `start` at 1, along cosines"
     return _sched_cos(start, end, 2*pos) if pos < 0.5 else _sched_cos(end, start, 2*pos - 1)
 
 dsd = Schedule(sched_dsd)
