@@ -133,8 +133,8 @@ def _timed(before, after, example_inputs, device, runs):
 @dataclass(frozen=True)
 class Comparison:
     "What a model costs before and after"
-    before: Cost
-    after: Cost
+    before: Cost  # of the model as it was
+    after: Cost   # of the pruned one
     batch: int    # items in `example_inputs`
     threads: int  # that torch used on the CPU
 
@@ -245,7 +245,7 @@ def _named_devices(devices):
 
 # %% ../../nbs/22_prune.report.ipynb #ee7e6706
 def compare(
-    before: nn.Module,
+    before: nn.Module,  # the dense model
     after: nn.Module,   # masked, or made from `before` by `thin` or otherwise
     example_inputs,     # what both are called with, the batch first: a tensor, a tuple of arguments, or a dict of them
     runs: int = 20,     # forward passes to time, of each model
