@@ -1,4 +1,4 @@
-"""Build the documentation site from the notebooks: `python tools/build_docs.py [--dest _site] [--screenshots FOLDER]`.
+"""Build the documentation site from the notebooks: `python tools/build_docs.py [--dest _site]`.
 
 No notebook is run and nothing is loaded from anywhere: pages are the saved notebooks, with an entry (signature, table of arguments, link to the
 source) in the place of every exported definition. A broken link, a warning of Sphinx's or anything from another host fails the build."""
@@ -71,24 +71,25 @@ def _args(f, comments, skip):
 def _signature(params, returns=()):
     return '(' + ', '.join(n if d == '' else f'{n}={d}' for n,_,d,_ in params) + ')' + (f' -> {returns[0]}' if returns and returns[0] else '')
 
+def _lines(node): return min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.end_lineno
+
 def _decorators(node): return [_text(d) for d in node.decorator_list]
 
-def _of_function(module, node, comments, cls=None, patched=False):
+def _of_function(module, node, comments, cls=None):
     "The entry of a function, or of a method of `cls`"
     decs  = _decorators(node)
     prop  = 'property' in decs or 'patch(as_prop=True)' in decs
-    flags = tuple(k for k in ('classmethod', 'staticmethod') if k in decs or f'patch(cls_method=True)' in decs and k == 'classmethod')
+    flags = tuple(k for k in ('classmethod', 'staticmethod') if k in decs or 'patch(cls_method=True)' in decs and k == 'classmethod')
     params, returns = _args(node, comments, int(bool(cls) and 'staticmethod' not in flags))
     kind  = 'property' if prop else 'method' if cls else 'function'
-    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     return Entry(module, f'{cls}.{node.name}' if cls else node.name, kind, '' if prop else _signature(params, returns),
-                 ast.get_docstring(node) or '', [] if prop else params, returns, flags, (first, node.end_lineno))
+                 ast.get_docstring(node) or '', [] if prop else params, returns, flags, _lines(node))
 
 def _is_shown(name): return not name.startswith(('_', 'before_', 'after_')) or name == '__call__'
 
 def _of_class(module, node, comments):
     "The entry of a class, with those of the public methods in its body"
-    e = Entry(module, node.name, 'class', doc=ast.get_docstring(node) or '', lines=(min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.end_lineno))
+    e = Entry(module, node.name, 'class', doc=ast.get_docstring(node) or '', lines=_lines(node))
     init = next((o for o in node.body if isinstance(o, ast.FunctionDef) and o.name == '__init__'), None)
     if any(d.startswith('dataclass') for d in _decorators(node)):
         fields = [o for o in node.body if isinstance(o, ast.AnnAssign)]
@@ -121,7 +122,7 @@ def _names(node):
 def _entry(module, name, node, comments):
     cls = _patched(node)
     if isinstance(node, ast.ClassDef): return _of_class(module, node, comments)
-    if isinstance(node, ast.FunctionDef): return _of_function(module, node, comments, cls, bool(cls))
+    if isinstance(node, ast.FunctionDef): return _of_function(module, node, comments, cls)
     value, lines = _text(node.value), (node.lineno, node.end_lineno)
     if isinstance(node.value, ast.Call) and _text(node.value.func) == 'property':
         return Entry(module, name, 'property', doc=next((k.value.value for k in node.value.keywords if k.arg == 'doc'), ''), lines=lines)
@@ -139,7 +140,7 @@ def entries():
         public = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and _text(n.targets[0]) == '__all__')
         for node in tree.body:
             for name in _names(node):
-                if name.split('.')[0] not in public and not ('.' in name and not name.startswith('_')) or name == '__all__': continue
+                if name not in public and ('.' not in name or name.startswith('_')): continue
                 e = _entry(module, name, node, comments)
                 if e.kind == 'property' and not e.doc: continue
                 found[e.full] = e
@@ -232,9 +233,8 @@ def _show(e, depth=3):
     fence   = '`' * (depth + bool(e.inside))
     options = [f':module: {e.module}', *(f':{k}:' for k in e.flags)]
     if e.kind == 'property' and e.returns: options.append(f':type: {e.returns[0]}')
-    name    = e.name
     body    = ['\n'.join(options), e.doc, _table(e), *(_show(o) for o in e.inside)]
-    return f'{fence}{{py:{e.kind}}} {name}{e.sig}\n' + '\n\n'.join(b for b in body if b) + f'\n{fence}'
+    return f'{fence}{{py:{e.kind}}} {e.name}{e.sig}\n' + '\n\n'.join(b for b in body if b) + f'\n{fence}'
 
 def _only_imports(src): return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(src).body)
 
