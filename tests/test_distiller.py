@@ -158,6 +158,18 @@ def test_leader():
     dead = [(learn.model.get_parameter(f'{k}.weight').flatten(1) == 0).all(1).tolist() for k in ('conv1', 'conv2')]
     assert dead[0] == dead[1] and sum(dead[0]) == 4
 
+def test_channels_with_a_leader():
+    "What reads the sum leads: the channels that it has lowest go, with all that makes them"
+    learn = learner(model=Residual())
+    rest  = AGP + 'group_type: Channels\n    group_dependency: Leader\n    weights: [conv3.weight]'
+    cb = one(L1, rest, model=learn.model)
+    assert (cb.granularity, cb.coupled) == ('channel', ['conv3.weight'])
+    with learn.no_bar(), learn.no_logging(): learn.fit(6, cbs=cb)
+    m = learn.model
+    dead = [(m.get_parameter(f'{k}.weight').flatten(1) == 0).all(1).tolist() for k in ('conv1', 'conv2')]
+    read = (m.conv3.weight == 0).transpose(0, 1).flatten(1).all(1).tolist()
+    assert dead[0] == dead[1] == read and sum(read) == 4
+
 def test_from_a_file_and_a_learner(tmp_path):
     (tmp_path/'s.yaml').write_text(yaml())
     learn = learner()

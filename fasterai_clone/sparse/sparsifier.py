@@ -894,7 +894,7 @@ def _alive(self:Sparsifier, t):
 
 # %% ../../nbs/13_sparse.sparsifier.ipynb #734afa59
 class Hold:
-    "Keeps the masks of `sparsifier` applied after the steps of `optimizer`, of the kept weights only if `compact`, until `release` or to the end of its `with` block"
+    "Masks of `sparsifier` after steps of `optimizer` (`compact`: of kept weights only), to `release` or the end of a `with` block"
     def __init__(self, sparsifier, optimizer, compact):
         self.sp, self.opt, self.compact, self.step, self.made_for = sparsifier, optimizer, compact, None, None
         self.handles = [optimizer.register_step_pre_hook(self.before), optimizer.register_step_post_hook(self.after)]

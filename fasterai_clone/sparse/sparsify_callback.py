@@ -94,7 +94,7 @@ class SparsifyCallback(_Lean):
         rewind_step: int|None = None,             # rewind to where this many batches were done instead
         budget: str = 'groups',                   # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
         data = None,                              # for criteria that measure: a batch, a DataLoader or a `dls`; None: the batch at hand
-        coupled: bool|str|list = False,           # let filters, channels or heads go with all that depends on them, for `thin`; or the layers that lead
+        coupled: bool|str|list = False,           # filters, channels or heads go with all that must, for `thin`; or the layers that lead
         live: bool = False,                       # in a notebook, a picture of sparsity and losses that grows with each epoch
         verbose: bool = True                      # print sparsity and the report
     ):

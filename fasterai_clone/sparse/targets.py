@@ -30,7 +30,7 @@ class Part:
     name: str          # of the parameter, dotted
     owner: nn.Module   # the module that has it
     param: str         # what it is called there
-    groups: Groups
+    groups: Groups     # how it splits
 
     @property
     def whole(self):
@@ -236,7 +236,7 @@ def _split(layer, m, granularity, names, strict):
 # %% ../../nbs/11_sparse.targets.ipynb #58c05c92
 def find_targets(
     model: nn.Module,
-    granularity: str|tuple = 'weight',
+    granularity: str|tuple = 'weight',         # what one group is: a name, or the axes it spans
     layer_type: type|str|tuple = nn.Conv2d,    # types of layers, or their names; `nn.Module`: all that can be sparsified
     include = None,                            # names, patterns, regular expressions, types or functions of (name, module); None: all
     exclude = None,                            # the same, for what is to stay dense
@@ -295,7 +295,7 @@ def hold_with(
 
 # %% ../../nbs/11_sparse.targets.ipynb #9788f2cc
 def layer_sparsities(
-    targets: list[Target],
+    targets: list[Target],       # as from `find_targets`
     sparsity: float|list|dict,   # percent: one for all, one for each, or by layer name or pattern
 ) -> list[float]:
     "The sparsity of each target, in percent"
