@@ -1,5 +1,5 @@
 "What is drawn is what was counted; pictures are legible on white and on nearly black, to every eye, and leave nothing behind"
-import copy, io, itertools, os, subprocess, sys, time
+import copy, io, itertools, math, os, subprocess, sys, time
 from pathlib import Path
 
 import matplotlib
@@ -134,6 +134,20 @@ def test_a_failure_puts_settings_back(kind):
                   filters=lambda: plot_filters(weight(), weight(), axs=plt.subplots()[1]), mask=lambda: conv_masks(2, 2).plot('c'))
     with pytest.raises((ValueError, KeyError)): wrong[kind]()
     assert dict(plt.rcParams) == before and len(plt.get_fignums()) == (kind == 'filters')  # the one that was given
+
+
+@pytest.mark.parametrize('draw, message', [
+    (lambda: plot_weights(None),                                   '`weights` must be a tensor, a model, or tensors by name; got NoneType'),
+    (lambda: plot_weights([torch.randn(3)]),                       'got list'),
+    (lambda: plot_weights(nn.Linear(2, 3), torch.ones(3, 2) > 0),  '`masks` must be by name, got Tensor'),
+    (lambda: plot_weights(torch.tensor([1., math.nan])),           'NaN or infinite'),
+    (lambda: plot_weights(torch.randn(3), bins=0),                 '`bins` must be a whole number from 1, got 0'),
+    (lambda: plot_filters(nn.Conv2d(3, 4, 3), n=-1),               '`n` must be a whole number from 1, got -1'),
+    (lambda: plot_filters(nn.Conv2d(3, 4, 3), channels=2.5),       '`channels` must be a whole number from 1, got 2.5'),
+    (lambda: plot_filters(nn.Conv2d(3, 4, 3).weight * math.inf),   'NaN or infinite')])
+def test_wrong_arguments(draw, message):
+    with pytest.raises((TypeError, ValueError), match=message): draw()
+    assert not plt.get_fignums()
 
 
 # What each one shows

@@ -13,7 +13,7 @@ from fasterai_clone.sparse.all import *
 from fasterai_clone.sparse.state import read_state
 from helpers import learner, spy
 import test_faults
-from test_coupled import Residual, net, widths
+from test_coupled import Residual, conv, net, widths
 from test_thin import Anything, lively
 
 n_full = sum(p.numel() for p in net().parameters())
@@ -581,3 +581,41 @@ def test_outputs_are_never_pruned():
 
 
 if __name__ == '__main__': resume_all(Path(sys.argv[1]))
+
+def grouped():
+    torch.manual_seed(0)
+    return nn.Sequential(conv(1, 8), nn.ReLU(), conv(8, 12, groups=2), nn.ReLU(), conv(12, 6), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(6, 10))
+
+@pytest.mark.parametrize('context', ['local', 'global'])
+def test_a_convolution_whose_parts_go(context, tmp_path):
+    "Its two parts count as two channels, also when one is left and all of its channels could go on their own"
+    learn, cb = learner(n=64, model=grouped(), path=tmp_path), quiet(50, 'lin', context)
+    keep = spy('after_epoch', lambda: learn.save(f'at_{learn.epoch}'))
+    fit(learn, 4, cb, keep)
+    channels = [h['channels'] for h in cb.history]
+    assert channels == ([8, 7, 6, 4] if context == 'local' else [7, 6, 5, 4]) and sum(cb._left().values()) == 4
+    sizes = [learn.model[i].out_channels for i in (0, 2, 4)]  # two parts and six filters are 8 channels
+    assert sizes in ([4, 6, 3], [8, 12, 2])  # of the two parts one, or both
+    fit(learn, 2, cb)
+    assert [learn.model[i].out_channels for i in (0, 2, 4)] == sizes
+    for e in range(3):
+        again, other = learner(n=64, model=grouped(), path=tmp_path), quiet(50, 'lin', context)
+        again.load(f'at_{e}')
+        fit(again, 4, other, start_epoch=e+1)
+        assert [again.model[i].out_channels for i in (0, 2, 4)] == sizes and [h['channels'] for h in other.history] == channels
+
+def test_a_checkpoint_that_is_refused_changes_nothing(tmp_path):
+    "torch copies what fits before it says what does not"
+    plain = learner(n=64, seed=3, model=net(seed=3), path=tmp_path, model_dir='.')
+    plain.create_opt()
+    plain.save('dense')
+    learn = fit(learner(n=64, model=net(), path=tmp_path, model_dir='.'), 1, quiet(50, 'one_shot'))
+    before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises(RuntimeError, match='size mismatch'): learn.load('dense')
+    assert all(torch.equal(before[k], v) for k,v in learn.model.state_dict().items())
+
+def test_layers_without_filters_say_how_to_leave_them_out():
+    model = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.GRU(8, 6))
+    with pytest.raises(ValueError, match="Unknown granularity of weight_ih_l0 of GRU 'filter'.*leave 2 out, with `exclude`"):
+        Sparsifier(model, 'filter', layer_type=nn.Module, coupled=True, example_inputs=torch.randn(2, 3, 64))

@@ -459,3 +459,16 @@ def test_the_check_names_the_group(forward):
     with pytest.raises(ValueError, match=r"does not compute the same: without the zero channels of `a`, .*exclude=\['a'\]"): thin(net, None, image())
     assert thin(net, None, image(), exclude='a').a.out_channels == 4
     assert thin(net, None, image(), check=False).a.out_channels == 3
+
+@pytest.mark.parametrize('kind', [nn.RNN, nn.GRU])
+@pytest.mark.parametrize('kwargs', [{}, dict(num_layers=2, bidirectional=True)])
+def test_what_a_recurrent_layer_reads(kind, kwargs, tmp_path):
+    "It runs on a list of its weights, which has to be that of the new ones"
+    make = lambda: Net(lambda m, x: m.b(m.rnn(m.a(x).relu())[0]), a=nn.Linear(5, 8), rnn=kind(8, 6, **kwargs), b=nn.Linear(12 if kwargs else 6, 2))
+    net, x = lively(make()), torch.randn(4, 3, 5)
+    with torch.no_grad(): net.a.weight[[1, 4]], net.a.bias[[1, 4]] = 0, 0
+    small = thin(net, None, x)
+    assert small.a.out_features == small.rnn.input_size == 6 and small.rnn.weight_ih_l0.shape[1] == 6 and net.rnn.input_size == 8
+    for m in (small, copy.deepcopy(small), load_thinned(make, save_thinned(small, tmp_path/'rnn'))):
+        torch.testing.assert_close(m(x), net(x))
+        assert all(w is p for w,p in zip(m.rnn._flat_weights, m.rnn.parameters()))

@@ -292,11 +292,19 @@ def _take_out(self:PruneCallback, sp, dead):
     refs = {k: _cut(v, keep.get(k, {})) if v.shape == before[k].shape else v for k,v in sp.refs.items()}
     _carry_over(self.opt, [(before[k], after[k], axes) for k,axes in keep.items() if k in before])
     last = all(int(d.sum()) >= len(d) - 1 for d in dead)  # one channel each: nothing more can go
-    new  = self._no_sparsifier(sp) if last else self._new_sparsifier()
+    left = {t.name: len(d) - int(d.sum()) for t,d in zip(sp.targets, dead)}
+    new  = self._no_sparsifier(sp) if last else _with_groups(self._new_sparsifier(), left)
     new.refs, new.used, self.learn._smaller = refs, sp.used, True
     for cb in self.learn.cbs:  # what was best so far has other shapes
         if isinstance(cb, SaveModelCallback): cb.best = math.inf if cb.comp == np.less else -math.inf
     return new
+
+def _with_groups(sp, left):
+    "`sp` with the groups that have as many channels as are `left`: of a convolution with one part left, others could be seen"
+    same = [left.get(t.name) == t.groups.n for t in sp.targets]
+    sp.targets, sp.channel_groups = ([o for o,s in zip(os, same) if s] for os in (sp.targets, sp.channel_groups))
+    sp._share_out(None, None)
+    return sp
 
 @patch
 def _no_sparsifier(self:PruneCallback, sp):
@@ -444,7 +452,7 @@ def _take_over(self:PruneCallback, state):
     if not same:
         raise ValueError('The model has other sizes than the state: load its checkpoint with `learn.load`, or `reshape_to(model, '
                          'state["sizes"])` and load its weights')
-    sp = self._new_sparsifier() if max(state['left'].values()) > 1 else self._nothing_left()
+    sp = _with_groups(self._new_sparsifier(), state['left']) if max(state['left'].values()) > 1 else self._nothing_left()
     if state['ratio'] == repr(self.pruning_ratio): goal = dict(state['goal'])
     elif isinstance(self.pruning_ratio, (Mapping, list, tuple)):
         goal = {**dict.fromkeys(state['channels'], 0.), **dict(zip((t.name for t in sp.targets), sp.sparsities(self.pruning_ratio)))}

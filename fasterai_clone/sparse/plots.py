@@ -90,6 +90,7 @@ def _filters(w, what, shape=None):
         raise TypeError(f'`{what}` must be a convolution or its weight, got {got}')
     if shape is not None and w.shape != shape:
         raise ValueError(f'`{what}` must have the shape of `before`, {tuple(shape)}, got {tuple(w.shape)}')
+    if not w.isfinite().all(): raise ValueError(f'`{what}` holds NaN or infinite numbers')
     return w.detach()
 
 def plot_filters(
