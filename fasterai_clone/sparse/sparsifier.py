@@ -819,6 +819,7 @@ def _on_the_way(self:Sparsifier, sparsity, round_to, n, relative, schedule, done
     way = as_schedule(schedule)
     return self.counts_at([s and way.sparsity(done, s) for s in self.sparsities(sparsity)], round_to)
 
+# %% ../../nbs/13_sparse.sparsifier.ipynb #afe1f43a
 @patch
 def _wanted(self:Sparsifier, pools, sparsity, round_to, n, relative):
     "How many groups each of the `pools` drops"
