@@ -22,6 +22,7 @@ nb_execution_mode         = 'off'
 nb_render_markdown_format = 'myst'
 myst_enable_extensions    = ['attrs_block', 'attrs_inline', 'colon_fence', 'deflist', 'dollarmath']
 myst_heading_anchors      = 4
+smartquotes_action        = 'qe'  # `--images` is no dash
 
 html_theme         = 'furo'
 html_title         = f'fasterai_clone {version}'
@@ -77,9 +78,15 @@ class LinkNames(SphinxPostTransform):
             literal.replace_self(ref)
 
     def _closed(self, node):
-        "Links and headings stay what they are"
+        "Links, headings and the names of arguments stay what they are"
         while (node := node.parent) is not None:
             if isinstance(node, (nodes.reference, nodes.title, addnodes.pending_xref)): return True
+            if isinstance(node, nodes.entry) and node.parent.index(node) == 0 and self._in_entry(node): return True
+        return False
+
+    def _in_entry(self, node):
+        while (node := node.parent) is not None:
+            if isinstance(node, addnodes.desc_content): return True
         return False
 
     def _is_file(self, text):
@@ -96,7 +103,10 @@ def link_code(app, pagename, templatename, context, doctree):
     def link(m):
         if m[2] not in to: return m[0]
         return f'<a class="in-code" href="{app.builder.get_relative_uri(pagename, to[m[2]].docname)}#{to[m[2]].node_id}">{m[1]}</a>'
-    if doctree is not None: context['body'] = re.sub(r'(<span class="n[cfn]?">(\w+)</span>)(?!<span class="o">=</span>)', link, body)
+    def breaks(m): return re.sub(r'(?<=<span class="pre">)[^<]+', lambda w: re.sub(r'(?<=\w)(::|[_/(])(?=\w)', r'\1<wbr>', w[0]), m[0])
+    if doctree is not None:
+        body = re.sub(r'<td.*?</td>', breaks, body, flags=re.S)  # long names in tables break between words
+        context['body'] = re.sub(r'(<span class="n[cfn]?">(\w+)</span>)(?!<span class="o">=</span>)', link, body)
 
 
 def setup(app):

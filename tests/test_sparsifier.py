@@ -123,3 +123,24 @@ def test_what_is_pruned():
     assert not any(map(sp.is_pruned, ('0', '0.weight', '1.0.bias', net[0])))
     with pytest.raises(ValueError, match="'1.0.bais'.*mean '1.0.bias'"): sp.is_pruned('1.0.bais')
     with pytest.raises(TypeError, match='module, a parameter'): sp.is_pruned(3)
+
+
+@pytest.mark.parametrize('schedule', ['agp', one_shot, cos(end_pct=0.5), lambda pos: pos**2], ids=['name', 'one_shot', 'cos', 'function'])
+@pytest.mark.parametrize('context', ['local', 'global'])
+def test_a_schedule_in_a_loop_of_ones_own(schedule, context):
+    "Exactly as many as the schedule says, also between 0 and 1 %, whatever the number of layers"
+    net = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 17))
+    sp, curve = Sparsifier(net, context=context, layer_type=nn.Linear), as_schedule(schedule)
+    for done in (0, 0.205, 0.21, 0.5, 1):
+        sp.sparsify_model(90, schedule=schedule, done=done)
+        sizes = [600, 340] if context == 'local' else [940]
+        assert sp.masks.n_dropped == sum(math.floor(round(curve.sparsity(done, 90)*n/100, 9)) for n in sizes)
+    assert sp.masks.n_dropped == (540 + 306 if context == 'local' else 846)
+
+def test_a_schedule_and_how_far_to_be_go_together():
+    sp = Sparsifier(nn.Linear(4, 4), layer_type=nn.Linear)
+    for kw, words in ((dict(schedule='agp'), 'go together'), (dict(done=0.5), 'go together'), (dict(schedule='agp', done=50), 'from 0 to 1, got 50'),
+                      (dict(schedule='agp', done='half'), "got 'half'"), (dict(schedule='agpp', done=1), 'agp'),
+                      (dict(schedule='agp', done=1, relative=True), 'leave `n` and `relative` out')):
+        with pytest.raises(ValueError, match=words): sp.sparsify_model(90, **kw)
+    assert not sp.masks

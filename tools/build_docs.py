@@ -322,7 +322,7 @@ def _api():
         if e.name[0].upper() not in heads:
             heads.append(e.name[0].upper())
             rows.append(f'\n## {heads[-1]}\n')
-        rows.append(f'`{e.name}`\n: {e.doc.splitlines()[0] if e.doc else ""}\n')
+        rows.append(f'`{e.name}`\n: {e.doc.splitlines()[0] if e.doc else "see `" + e.name.rpartition(".")[0] + "`"}\n')
     return '# All names\n\n> Every public name of the library, with a line on what it is\n\n' + '\n'.join(rows)
 
 def _as_markdown(cells):

@@ -42,7 +42,10 @@ def run(path):
     client = NotebookClient(nb, timeout=600, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent))))
     with client.setup_kernel():
         for i,cell in enumerate(nb.cells):
-            if cell.cell_type != 'code' or 'eval: false' in _directives(cell): continue
+            if cell.cell_type != 'code': continue
+            if 'eval: false' in _directives(cell):
+                cell.outputs = []
+                continue
             client.execute_cell(cell, i)
             _tidy(cell)
     nbformat.write(nb, path)

@@ -112,7 +112,7 @@ def _leave(self:KeepSparsity, learn):
     self._active = False
     if self._closing in learn.cbs: learn.remove_cb(self._closing)
 
-KeepSparsity.learn = SparsifyCallback.learn  # a property that joins and leaves
+KeepSparsity.learn = SparsifyCallback.learn  # the `Learner` this callback is attached to, which it joins and leaves
 
 # %% ../../nbs/17_sparse.keep.ipynb #59221b83
 def _add(masks, k, mask):

@@ -8,7 +8,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsifier.html.md"
 from __future__ import annotations
 import math, warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 import torch, torch.distributed as dist, torch.nn as nn
@@ -19,6 +19,7 @@ from ..core.flow import multiply_adds, trace_flow
 from ..core.granularity import Granularities, Groups, _block_sizes, _unknown
 from ..core.masks import Masks
 from ..core.measure import accumulated, as_criteria, batches, passes_signal
+from ..core.schedule import Schedule, as_schedule
 from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped, restore
 from ..prune.coupling import coupled_groups
 from ..report import Report, Row
@@ -146,7 +147,7 @@ class Sparsifier:
         self.model, self.granularity, self.context, self.budget = unwrapped(model), granularity, context, budget
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen = data, loss_func, example_inputs, []
-        self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity in _coupled_roles and coupled
+        self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity != 'head' and coupled
         kind  = 'weight' if self.coupled and granularity == 'channel' else granularity  # all layers have it; what goes is seen later
         found = find_targets(self.model, kind, layer_type, include, exclude, part, params)
         self.mesh = _mesh(found)  # the processes that share the weights out among them
@@ -777,10 +778,14 @@ def sparsify_model(self:Sparsifier,
     round_to: int|None = None,              # keep a multiple of this many groups in each layer
     *,
     n: int|list|None = None,                # a number of groups instead: for each layer, or in all where layers compete
-    relative: bool = False                  # count from what is left: half of 12, of 6, of 3
+    relative: bool = False,                 # count from what is left: half of 12, of 6, of 3
+    schedule: Schedule|str|Callable|None = None,  # the way to `sparsity`, as `agp`; None: all at once
+    done: float|None = None                 # how much of the training is done, 0 to 1: how far on that way
 ) -> None:
     "Make every layer exactly as sparse as asked"
-    self.update(self._wanted(self.pools, sparsity, round_to, n, relative), round_to=round_to)
+    wanted = self._wanted(self.pools, sparsity, round_to, n, relative) if schedule is done is None else \
+             self._on_the_way(sparsity, round_to, n, relative, schedule, done)
+    self.update(wanted, round_to=round_to)
     if self.example_inputs is not None: self._check_signal()
 
 @patch
@@ -803,6 +808,18 @@ def sparsify_layer(self:Sparsifier,
     self.update(self._wanted(pools, sparsity, round_to, n, relative), pools)
 
 # %% ../../nbs/13_sparse.sparsifier.ipynb #d65a4bb8
+@patch
+def _on_the_way(self:Sparsifier, sparsity, round_to, n, relative, schedule, done):
+    "How many groups each pool drops when `done` of a training is"
+    if schedule is None or done is None: raise ValueError('`schedule` and `done` go together: how to get to `sparsity`, and how far to be')
+    if n is not None or relative: raise ValueError('`schedule` leads to a `sparsity`: leave `n` and `relative` out')
+    if isinstance(done, bool) or not isinstance(done, (int, float)) or not 0 <= done <= 1:
+        raise ValueError(f'`done` must be a share of the training, from 0 to 1, got {done!r}')
+    self.counts(sparsity, round_to)  # refuses what cannot be reached
+    way = as_schedule(schedule)
+    return self.counts_at([s and way.sparsity(done, s) for s in self.sparsities(sparsity)], round_to)
+
+# %% ../../nbs/13_sparse.sparsifier.ipynb #afe1f43a
 @patch
 def _wanted(self:Sparsifier, pools, sparsity, round_to, n, relative):
     "How many groups each of the `pools` drops"
