@@ -256,6 +256,7 @@ def _outputs(cell, page, images, before):
             for k in ('text/html', 'text/plain'): data.pop(k, None)
         if 'text/html' in data:
             data['text/html'] = re.sub(r'<style.*?</style>|\s(?:border|style)="[^"]*"', '', ''.join(data['text/html']), flags=re.S)
+            data['text/html'] = re.sub(r'(?<=[\d.])–(?=[\d.])', '\u2060–\u2060', data['text/html'])  # from–to stays on a line
             if 'text-align' not in data['text/html']: data['text/html'] = f'<div class="wide">{data["text/html"]}</div>'
     if any('image/png' in o.get('data', {}) for o in cell.outputs):
         words = _plain(before.strip().split('\n\n')[-1])
