@@ -262,7 +262,7 @@ def _outputs(cell, page, images, before):
             for k in ('text/html', 'text/plain'): data.pop(k, None)
         if 'text/html' in data:
             data['text/html'] = re.sub(r'<style.*?</style>|\s(?:border|style)="[^"]*"', '', ''.join(data['text/html']), flags=re.S)
-            data['text/html'] = re.sub(r'`([^`<]+)`', r'<code class="literal">\1</code>', _breaks(data['text/html']))
+            data['text/html'] = re.sub(r'`([^`<]+)`', r'<samp>\1</samp>', _breaks(data['text/html']))
             if 'text-align' not in data['text/html']: data['text/html'] = f'<div class="wide">{data["text/html"]}</div>'
     if any('image/png' in o.get('data', {}) for o in cell.outputs):
         words = _plain(before.strip().split('\n\n')[-1])
