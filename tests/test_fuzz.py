@@ -131,6 +131,7 @@ LEGAL = dict(
     budget       = quoted(['groups', 'params', 'flops']),
     coupled      = ['False'],
     data         = ['None', 'BATCHES', 'BATCHES[0]', 'dls', 'BATCHES[0][0]'],
+    live         = ['True', 'False'],
     verbose      = ['True', 'False'])
 
 WILD = dict(
@@ -283,7 +284,7 @@ def zeros(model): return {k: p.detach() == 0 for k,p in model.named_parameters()
 
 DEFAULTS = dict(granularity='weight', context='local', round_to=None, nm=False, layer_type=nn.Conv2d, include=None, exclude=None, params=None,
                 min_sparsity=None, max_sparsity=None, budget='groups', start_sparsity=None, start_epoch=None, end_epoch=None, verbose=False)
-FLAGS  = ('lth', 'reset_end', 'save_tickets', 'compact', 'verbose')
+FLAGS  = ('lth', 'reset_end', 'save_tickets', 'compact', 'live', 'verbose')
 WORDS  = dict(criteria='criteri(a|on)')
 NEEDED = ('data', 'loss_func', 'example_inputs')  # a message may ask for these
 counts = Counter()
@@ -416,18 +417,19 @@ def sources(legal, wild, first, agree=agree):
         own    = {k: pick(st.sampled_from(legal[k])) for k in [first, *given]}
         if pick(st.sampled_from((True,)*7 + (False,))): own = agree(own)
         own |= {k: pick(st.sampled_from(COMMON + wild.get(k, []) * 3)) for k in odd}
-        if own.get('granularity') in ("'filter'", "'head'"): own.pop('coupled', None)  # these have tests/test_coupled.py
+        if own.get('granularity') in ("'filter'", "'channel'", "'head'"): own.pop('coupled', None)  # these have tests/test_coupled.py
         return own
     return draw()
 
 # The same for `Sparsifier` in a loop of one's own
 
-CALL     = ('sparsity', 'round_to', 'n', 'relative')
+CALL     = ('sparsity', 'round_to', 'n', 'relative', 'schedule', 'done')
 SP_LEGAL = {**{k: LEGAL[k] for k in ('sparsity', 'granularity', 'context', 'criteria', 'nm', 'layer_type', 'include', 'exclude', 'params', 'min_sparsity',
                                      'max_sparsity', 'budget', 'data', 'round_to', 'compact', 'coupled')},
+            'schedule': ['None', "'agp'", 'iterative', 'cos', 'partial(one_shot, start_pct=.2)'], 'done': ['None', '1', '1.'],  # on the way: test_sparsifier.py
             'part': LEGAL['model'], 'loss_func': ['None', 'nn.CrossEntropyLoss()', 'nn.functional.cross_entropy'], 'relative': ['True', 'False'],
             'example_inputs': ['None', 'BATCHES[0][0]', 'lambda: BATCHES[1][0]', '(BATCHES[0][0],)'], 'n': ['0', '1', '2', '4', '[1, 2]', '(2, 1)', '[1]']}
-SP_WILD  = {**WILD, 'part': WILD['model'], 'example_inputs': ['torch.ones(3)', "'x'"], 'loss_func': ["'mse'", 'nn.MSELoss', 'nn.MSELoss()']}
+SP_WILD  = {**WILD, 'done': ['50', '-0.1', "'1'", 'True', 'math.nan'], 'part': WILD['model'], 'example_inputs': ['torch.ones(3)', "'x'"], 'loss_func': ["'mse'", 'nn.MSELoss', 'nn.MSELoss()']}
 
 def prune(source, net, opt):
     "A `Sparsifier` of `net` that has sparsified it, and what holds the masks"
@@ -495,7 +497,9 @@ def agree_too(kwargs):
     k = agree({'sparsity': '50', **kwargs})
     if k.get('n') or k.get('relative'): k.pop('round_to', None), k.pop('budget', None)
     if k.get('n'): k.pop('sparsity')
-    return k
+    on_the_way = k.get('schedule', 'None') != 'None' and not (k.get('n') or k.get('relative'))
+    k.pop('schedule', None), k.pop('done', None)
+    return {**k, 'schedule': kwargs['schedule'], 'done': '1'} if on_the_way else k
 
 @settings(max_examples=CASES)
 @given(source=sources(LEGAL, WILD, 'sparsity'), opt_func=st.sampled_from([SGD, Adam]))

@@ -379,15 +379,17 @@ def _resized(self:Learner, states):
     model, opt = unwrapped(self.model), self.opt
     sizes = next((s['sizes'] for s in states if 'sizes' in s), None)
     with _plainly(model): new = sizes is not None and sizes['tensors'] != sizes_of(model)['tensors']
-    if not new:
+    if not (new or self.__dict__.get('_smaller')):
         yield
         return
     before = dict(model.named_parameters())
-    with _all_or_nothing(model, opt):
-        with _plainly(model): reshape_to(model, sizes)
+    with _all_or_nothing(model, opt, _tensors_of(model).values()):  # torch copies what fits before it refuses the rest
+        if new:
+            with _plainly(model): reshape_to(model, sizes)
         after = dict(model.named_parameters())
         if opt is not None: _carry_over(opt, [(p, after[k], None) for k,p in before.items() if p is not after[k]])
         yield
+    if not new: return
     self._smaller, n = True, [sum(map(torch.numel, ps.values())) for ps in (before, after)]
     _say(f'The checkpoint is of a network with other sizes: the model has {n[1]:,} parameters now, and had {n[0]:,}')
 

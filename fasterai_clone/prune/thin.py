@@ -64,6 +64,7 @@ def _replace(model, name, tensor):
         for table in (m._parameters, m._buffers):
             for k,t in table.items():
                 if t is old: table[k] = new
+        if isinstance(m, nn.RNNBase): m._flat_weights = [m._parameters.get(k) for k in m._flat_weights_names]  # it calls those
 
 # %% ../../nbs/20_prune.thin.ipynb #1e8b958c
 def _weight(m):
@@ -86,6 +87,7 @@ def _sizes(m, before=None):
     if isinstance(m, nn.GroupNorm) and shape:
         return dict(num_channels=shape[0], num_groups=m.num_groups if before is None else m.num_groups*shape[0]//before[0])
     if isinstance(m, nn.Embedding) and shape: return dict(embedding_dim=shape[1])
+    if isinstance(m, nn.RNNBase): return dict(input_size=m.weight_ih_l0.shape[1])
     if isinstance(m, nn.PReLU) and shape: return dict(num_parameters=shape[0])
     if hasattr(m, 'nf') and shape: return dict(zip(('nx', 'nf'), shape))  # `Conv1D` of transformers
     if isinstance(m, ThinAttention):

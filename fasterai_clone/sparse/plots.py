@@ -6,6 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.plots.html.md"""
 
 # %% ../../nbs/19_sparse.plots.ipynb #ecd9f0d1
 from __future__ import annotations
+from collections.abc import Mapping
 import numpy as np, torch, torch.nn as nn
 from ..core.granularity import _unknown
 from ..core.masks import _draw_tiles, _named, _tiled
@@ -15,6 +16,9 @@ from ..core.style import _styled, colors
 __all__ = ['plot_weights', 'plot_filters']
 
 # %% ../../nbs/19_sparse.plots.ipynb #f5e65511
+def _check_number(what, n):
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'`{what}` must be a whole number from 1, got {n!r}')
+
 def _split(weight, mask):
     "Kept weights, dropped ones that are not zero, and how many are zero; as numpy"
     w = weight.detach().float().cpu().flatten()
@@ -22,6 +26,7 @@ def _split(weight, mask):
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(f'The mask must be a bool tensor of shape {tuple(weight.shape)}, got '
                          f'{f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else repr(mask)}')
+    if not w.isfinite().all(): raise ValueError('The weights hold NaN or infinite numbers')
     mask = mask.cpu().flatten()
     return w[mask].numpy(), w[~mask & (w != 0)].numpy(), int((~mask & (w == 0)).sum())
 
@@ -54,9 +59,13 @@ def plot_weights(
     bins: int = 80                         # the most of each histogram
 ):
     "Draw the distribution of weights, kept and dropped, and the threshold; returns the axes, of several weights an array of them"
+    _check_number('bins', bins)
     several = not isinstance(weights, torch.Tensor)
     if several:
-        weights = _named(weights) if isinstance(weights, nn.Module) else dict(weights)
+        if not isinstance(weights, (nn.Module, Mapping)):
+            raise TypeError(f'`weights` must be a tensor, a model, or tensors by name; got {type(weights).__name__}')
+        if not isinstance(masks, (Mapping, type(None))): raise TypeError(f'`masks` must be by name, got {type(masks).__name__}')
+        weights = _named(weights) if isinstance(weights, nn.Module) else weights
         names   = list(masks) if masks else [k for k,v in weights.items() if v.is_floating_point() and v.ndim > 1]
         if not names: raise ValueError('There are no weights to draw: no tensor has more than one axis')
         for k in names:
@@ -92,6 +101,7 @@ def plot_filters(
 ):
     "Draw filters as images, those of `after` below those of `before`; returns an array of axes"
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
+    _check_number('n', n), _check_number('channels', channels)
     whole = dict(before=_filters(before, 'before'))
     if after is not None: whole['after'] = _filters(after, 'after', whole['before'].shape)
     tiles = {k: _tiled(w[:n, :channels].transpose(0, 1)) for k,w in whole.items()}
