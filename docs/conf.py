@@ -103,7 +103,7 @@ def link_code(app, pagename, templatename, context, doctree):
     def link(m):
         if m[2] not in to: return m[0]
         return f'<a class="in-code" href="{app.builder.get_relative_uri(pagename, to[m[2]].docname)}#{to[m[2]].node_id}">{m[1]}</a>'
-    def breaks(m): return re.sub(r'(?<=<span class="pre">)[^<]+', lambda w: re.sub(r'(?<=\w)(::|[_/(])(?=\w)', r'\1<wbr>', w[0]), m[0])
+    def breaks(m): return re.sub(r'(?<=<span class="pre">)[^<]+', lambda w: re.sub(r'(?<=\w)(::|[_(])(?=\w)', r'\1<wbr>', w[0]), m[0])
     if doctree is not None:
         body = re.sub(r'<td.*?</td>', breaks, body, flags=re.S)  # long names in tables break between words
         context['body'] = re.sub(r'(<span class="n[cfn]?">(\w+)</span>)(?!<span class="o">=</span>)', link, body)

@@ -179,8 +179,11 @@ def test_the_index_of_names_is_complete_and_in_order(site):
 @pages
 def test_names_in_the_text_lead_to_their_entries(site, doc):
     known = {n for _,n,_ in public()}
-    bare  = [c for c in soup(site/f'{doc}.html').select('article p code, article li code, article td code') if c.text in known and not c.find_parent('a')]
+    page  = soup(site/f'{doc}.html')
+    own   = {id(c) for c in page.select('dl.py td:first-child code')}  # names of arguments are nobody else's
+    bare  = [c for c in page.select('article p code, article li code, article td code') if c.text in known and not c.find_parent('a') and id(c) not in own]
     assert [c.text for c in bare] == []
+    assert not any(c.find_parent('a') for c in page.select('dl.py td:first-child code'))
 
 def test_names_in_code_lead_to_their_entries(site):
     links = {a.text: a['href'] for a in soup(site/'tutorials'/'coming_from_torch_prune.html').select('article pre a.in-code')}

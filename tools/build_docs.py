@@ -247,6 +247,12 @@ def _fold(sources, show='Source'):
 
 def _plain(md): return re.sub(r'\s+', ' ', re.sub(r'[`*_$>#|]|\]\([^)]*\)|\[', '', md)).strip()
 
+def _breaks(html):
+    "Where cells of tables may break: at the dots of long names, not inside of `0.1–0.2`, `8 → 4`, `2 of 4` and `Layer 3`"
+    html = re.sub(r'(?<=\d)–(?=\d)', '\u2060–\u2060', html)
+    html = re.sub(r'(?<=\d) (→|of) (?=\d)', '\u00a0\\1\u00a0', html).replace('<td>Layer ', '<td>Layer\u00a0')
+    return re.sub(r'(?<=<t[dh]>)[\w.]{18,}(?=</t[dh]>)', lambda m: m[0].replace('.', '.<wbr>'), html)
+
 def _outputs(cell, page, images, before):
     "Outputs with links that lead somewhere, tables without a style of their own and words for those who do not see pictures"
     for o in cell.outputs:
@@ -256,6 +262,7 @@ def _outputs(cell, page, images, before):
             for k in ('text/html', 'text/plain'): data.pop(k, None)
         if 'text/html' in data:
             data['text/html'] = re.sub(r'<style.*?</style>|\s(?:border|style)="[^"]*"', '', ''.join(data['text/html']), flags=re.S)
+            data['text/html'] = re.sub(r'`([^`<]+)`', r'<samp>\1</samp>', _breaks(data['text/html']))
             if 'text-align' not in data['text/html']: data['text/html'] = f'<div class="wide">{data["text/html"]}</div>'
     if any('image/png' in o.get('data', {}) for o in cell.outputs):
         words = _plain(before.strip().split('\n\n')[-1])
