@@ -251,7 +251,7 @@ def _breaks(html):
     "Where cells of tables may break: at the dots of long names, not inside of `0.1–0.2`, `8 → 4`, `2 of 4` and `Layer 3`"
     html = re.sub(r'(?<=\d)–(?=\d)', '\u2060–\u2060', html)
     html = re.sub(r'(?<=\d) (→|of) (?=\d)', '\u00a0\\1\u00a0', html).replace('<td>Layer ', '<td>Layer\u00a0')
-    return re.sub(r'(?<=<t[dh]>)[\w.]{18,}(?=</t[dh]>)', lambda m: m[0].replace('.', '.<wbr>'), html)
+    return re.sub(r'(?<=<t[dh]>)[\w.]{16,}(?=</t[dh]>)', lambda m: m[0].replace('.', '.<wbr>'), html)
 
 def _outputs(cell, page, images, before):
     "Outputs with links that lead somewhere, tables without a style of their own and words for those who do not see pictures"
