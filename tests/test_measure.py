@@ -728,3 +728,20 @@ def test_activations_are_measured_in_eval_mode(f):
     net = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2)).train()
     nn.init.eye_(net[1].weight), nn.init.zeros_(net[1].bias)
     assert f(net, {'1.weight': net[1].weight}, torch.ones(1, 2))['1.weight'].flatten().tolist() == [1, 1]
+
+class Gated(nn.Module):
+    "Squeeze-and-excitation: what flows is multiplied by what is made of it, so that numbers are squared at each of them"
+    def __init__(self, n):
+        super().__init__()
+        self.a, self.b = nn.Linear(n, n), nn.Linear(n, n)
+    def forward(self, x): return x * self.b(self.a(x).relu()).sigmoid()
+
+@pytest.mark.parametrize('factor', [1e-3, 1., 1e3])
+def test_signal_through_many_gates(factor):
+    "Without levels 12 squarings end in infinity or zero"
+    net = nn.Sequential(*[Gated(6) for _ in range(12)], nn.Linear(6, 2))
+    for p in net.parameters(): p.data.mul_(factor)
+    through = passes_signal(net, torch.rand(1, 6))
+    assert len(through) == 25 and all(through.values())
+    net[5].a.weight.data.zero_()  # this gate is shut now
+    assert not any(passes_signal(net, torch.rand(1, 6)).values())

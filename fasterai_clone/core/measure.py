@@ -211,13 +211,23 @@ _norms      = {'batch_norm', 'instance_norm', 'group_norm', 'layer_norm', 'rms_n
 
 class _Linearized(TorchFunctionMode):
     "While it is on, activation functions pass on what they get, norms only scale, and an embedding gives the sum of its rows"
+    def __init__(self, level=False):
+        super().__init__()
+        self.level = level  # scale what gets too large or too small: numbers are then others, and zero where they were
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, '__name__', '').rstrip('_')
         if name in _identities: return args[0]
         if name == 'softmax' and args[0].ndim <= 2: return args[0]  # of outputs; that of attention has more axes
         if name in _norms and inspect.isfunction(func): return _only_scaled(name, inspect.signature(func).bind(*args, **kwargs).arguments)
         if name == 'embedding' and inspect.isfunction(func): return args[1].sum(0).expand(*args[0].shape, -1)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        return _levelled(out) if self.level else out
+
+def _levelled(t):
+    "`t`, divided by its largest number if that is too large or too small to go on with"
+    top = t.detach().amax().item() if isinstance(t, Tensor) and t.requires_grad and t.numel() else 0.
+    return t if not top or 1e-50 < top < 1e50 else t / top
 
 def _only_scaled(name, given):
     "What a norm does to its input apart from centring it and measuring it"
@@ -247,13 +257,13 @@ def _ones(x, scale):
     if not isinstance(x, Tensor) or not x.ndim: return x
     return torch.full_like(x[:1], scale, dtype=torch.float64).as_subclass(Tensor) if x.is_floating_point() else x[:1]
 
-def _shares(model, params, inputs, scale):
+def _shares(model, params, inputs, scale, level=False):
     "|w·∂R/∂w| / R for each parameter, with input and output scaled by `scale`"
     state = {k: _positive(k, p, True) for k,p in model.named_parameters()}
     state.update({k: _positive(k, b, False) for k,b in model.named_buffers()})
     ws = [state[k].requires_grad_() for k in params]
     args, kwargs = inputs
-    with _Linearized():
+    with _Linearized(level):
         out = functional_call(model, state, tuple(_ones(x, scale) for x in args), {k: _ones(x, scale) for k,x in kwargs.items()})
     R = sum(t.sum() for t in _tensors(out)) * scale
     if not isinstance(R, Tensor): raise ValueError(f'synflow needs a tensor among the outputs, got {type(out).__name__}')
@@ -262,15 +272,15 @@ def _shares(model, params, inputs, scale):
             for (k,p),w,g in zip(params.items(), ws, grads)}
 
 # %% ../../nbs/09_core.measure.ipynb #f3620c62
-def _synflow(what, model, params, data):
-    "The shares in float64"
+def _synflow(what, model, params, data, level=False):
+    "The shares in float64; `level`: where they are zero, the others being only positive"
     if data is None: raise ValueError(f'{what} needs to know the shape of an input: give a batch as `data`; its values do not matter')
     _layers(model, params)
     with _running(model, False), torch.enable_grad():
         if isinstance(data, Mapping): inputs = (), _to(data, _device(model))  # arguments by name
         else: inputs = next(iter(_batches(what, model, data)))[0], {}
         for scale in (1., 1e-150):
-            shares = _shares(model, params, inputs, scale)
+            shares = _shares(model, params, inputs, scale, level)
             if all(torch.isfinite(s).all() for s in shares.values()): break
     return shares
 
@@ -292,7 +302,7 @@ def passes_signal(
     "Which layers with weights still carry signal"
     params = {k: p for k,p in model.named_parameters() if 'bias' not in k.rpartition('.')[2] and p.is_floating_point()}
     passes = {}
-    for k,s in _synflow('passes_signal', model, params, example).items():
+    for k,s in _synflow('passes_signal', model, params, example, level=True).items():
         layer = k.rpartition('.')[0]
         passes[layer] = passes.get(layer, False) or bool((s > 0).any())
     return passes
