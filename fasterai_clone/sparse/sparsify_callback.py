@@ -98,8 +98,7 @@ class SparsifyCallback(_Lean):
         live: bool = False,                       # in a notebook, a picture of sparsity and losses that grows with each epoch
         verbose: bool = True                      # print sparsity and the report
     ):
-        store_attr()
-        self._check()
+        store_attr(), self._check()
         self.criteria, self.schedule = as_criteria(criteria), _from_sparsity(as_schedule(schedule), start_sparsity)
         self.sparsifier, self.report, self.history, self._logged, self._closing = None, None, [], [], SparsifyClosing(self)
 
