@@ -281,6 +281,16 @@ def test_callback(trained):
     train, valid, metric = *axs[1].lines, *axs[2].lines
     assert [xy(l)[1] for l in (train, valid, metric)] == [[v[i] for v in learn.recorder.values] for i in range(3)]
 
+@pytest.mark.parametrize('kwargs, of', [(dict(granularity='filter', context='global'), 'filters'), (dict(granularity=(1,), context='global'), 'groups'),
+                                        (dict(context='global', budget='flops'), 'multiply-adds'), (dict(granularity='filter', coupled=True), 'channels')])
+def test_what_is_asked_of_other_things_than_weights(kwargs, of):
+    "40 % of the filters need not be 40 % of the weights"
+    learn, cb = learner(), SparsifyCallback(40, verbose=False, **kwargs)
+    learn.fit(1, 1e-2, cbs=cb)
+    asked, counted = cb.plot()[0].lines
+    assert (asked.get_label(), counted.get_label()) == (f'asked, of {of}', 'measured, of weights')
+    assert asked.get_ydata()[-1] == 40 and counted.get_ydata()[-1] == cb.history[-1]['sparsity']
+
 def test_layers(trained):
     learn, cb = trained
     ax, n = cb.plot_layers(), (36, 288, 1152)

@@ -576,10 +576,18 @@ def _losses(self:SparsifyCallback):
 
 # %% ../../nbs/16_sparse.sparsify_callback.ipynb #11f3054a
 @patch
+def _asked_of(self:SparsifyCallback):
+    "What the sparsity that is asked for is a share of"
+    if self.budget != 'groups':                      return dict(params='weights', flops='multiply-adds')[self.budget]
+    if self.coupled and self.granularity != 'head':  return 'channels'
+    return f'{self.granularity}s' if isinstance(self.granularity, str) else 'groups'
+
+@patch
 def _panels(self:SparsifyCallback):
     "Title → label → (epochs, values)"
-    panels = {'sparsity (%)': {label: ([h['epoch'] for h in self.history], [h[k] for h in self.history])
-                               for k,label in dict(asked='asked', sparsity='measured').items()}}
+    labels = dict(asked='asked', sparsity='measured')
+    if (of := self._asked_of()) != 'weights': labels = dict(asked=f'asked, of {of}', sparsity='measured, of weights')
+    panels = {'sparsity (%)': {label: ([h['epoch'] for h in self.history], [h[k] for h in self.history]) for k,label in labels.items()}}
     for row in self._logged:
         for k,v in row.items():
             if k == 'epoch': continue
@@ -594,7 +602,7 @@ _lines = dict(asked=dict(color=colors['orange'], lw=6), measured=dict(color=colo
 
 def _draw(ax, title, curves):
     "The curves of one panel"
-    for label,(epochs, values) in curves.items(): ax.plot(epochs, values, label=label, **_lines[label])
+    for label,(epochs, values) in curves.items(): ax.plot(epochs, values, label=label, **_lines[label.partition(',')[0]])
     ax.set(xlabel='epoch', title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)
     if title == 'sparsity (%)': ax.set_ylim(-4, 104)
