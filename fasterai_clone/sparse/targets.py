@@ -230,8 +230,8 @@ def _split(layer, m, granularity, names, strict):
             refused = refused or e
         except TypeError as e: raise TypeError(f'{e}. Or leave the layer out, with `layer_type`') from None
         else: found += [tuple(Part(_full(layer, n), *_owner(m, n), g) for n,g in parts)] if parts else []
-    if refused and not found:
-        raise ValueError(f'{refused}. Or leave {layer or "the model"} out, with `exclude` or `layer_type`') from refused
+    if refused and not found and not layer: raise refused
+    if refused and not found: raise ValueError(f'{refused}. Or leave {layer} out, with `exclude` or `layer_type`') from refused
     return found
 
 # %% ../../nbs/11_sparse.targets.ipynb #58c05c92
