@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import NamedTuple
 import numpy as np, torch, torch.nn as nn
 from torch import fx
@@ -18,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
-__all__ = ['Flow', 'trace_flow', 'multiply_adds']
+__all__ = ['Flow', 'tensors_in', 'memory_of', 'trace_flow', 'multiply_adds']
 
 # %% ../../nbs/07_core.flow.ipynb #d6594953
 @dataclass(frozen=True)
@@ -195,11 +196,44 @@ def _traced_steps(model, example_inputs):
         elif node.op == 'output': yield _Step('the output of the model', None, got, [])
 
 # %% ../../nbs/07_core.flow.ipynb #c2f73b8c
-def _tensors(o):
-    "The tensors anywhere in `o`"
-    if isinstance(o, torch.Tensor): return [o]
-    parts = o.values() if isinstance(o, Mapping) else o if isinstance(o, (list, tuple)) else ()
-    return [t for p in parts for t in _tensors(p)]
+_leaves = (str, bytes, int, float, complex, type(None), type, np.ndarray, nn.Module, FunctionType, ModuleType)
+
+def _attributes(o):
+    "The values of the attributes of an object, slots too"
+    slots = [vars(kind).get('__slots__', ()) for kind in type(o).__mro__]
+    names = [k for s in slots for k in ([s] if isinstance(s, str) else s)]
+    return [*getattr(o, '__dict__', {}).values(), *(getattr(o, k) for k in names if hasattr(o, k))]
+
+def _held_by(o):
+    "What the container or object `o` holds"
+    if isinstance(o, _leaves): return ()
+    if isinstance(o, Mapping): return o.values()
+    return o if isinstance(o, (list, tuple, set, frozenset)) else _attributes(o)
+
+def tensors_in(
+    o  # anything: a tensor, a container, a dataclass, an object with tensors among its attributes
+) -> list[torch.Tensor]:
+    "Return the tensors anywhere in `o`, in order"
+    found, seen, left = [], {}, [o]
+    while left:
+        o = left.pop()
+        if isinstance(o, torch.Tensor): found.append(o)
+        elif id(o) not in seen:
+            seen[id(o)] = o  # kept, so that no other object gets its id
+            left.extend(reversed([*_held_by(o)]))
+    return found
+
+# %% ../../nbs/07_core.flow.ipynb #c1a70d0a
+def memory_of(
+    t: torch.Tensor  # of any class
+):
+    "Return a key that is equal for two tensors if they are the same view of the same memory"
+    with torch._C.DisableTorchFunctionSubclass():
+        try: start = t.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError): start = 0  # sparse, or without memory
+        if not start: return id(t)
+        strides = tuple(s if n > 1 else 0 for n,s in zip(t.shape, t.stride()))
+        return start, t.storage_offset(), tuple(t.shape), strides, t.dtype
 
 # %% ../../nbs/07_core.flow.ipynb #7db8e5ac
 class _Recorder(TorchFunctionMode):
@@ -209,15 +243,15 @@ class _Recorder(TorchFunctionMode):
         self.steps, self.kept, self.depth = [], [], 0  # `depth`: in how many modules that are one step each
 
     def add(self, name, module, got, gave, in_place=False):
-        got, gave = _tensors(got), _tensors(gave)
+        got, gave = tensors_in(got), tensors_in(gave)
         self.kept += got + gave
-        self.steps.append(_Step(name, module, [id(t) for t in got], [id(t) for t in gave], in_place))
+        self.steps.append(_Step(name, module, [*map(memory_of, got)], [*map(memory_of, gave)], in_place))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out, name = func(*args, **kwargs), _function(func)
         in_place = bool(_WRITES.fullmatch(name) or kwargs.get('inplace'))
-        if not self.depth and (in_place or _tensors(out)): self.add(name, None, (args, kwargs), out, in_place)
+        if not self.depth and (in_place or tensors_in(out)): self.add(name, None, (args, kwargs), out, in_place)
         return out
 
     def enter(self, m, args, kwargs): self.depth += 1
@@ -332,7 +366,7 @@ def multiply_adds(
     "Multiply-adds of each layer in a forward pass in eval mode, for one item of the batch"
     from torch.utils.flop_counter import FlopCounterMode  # slow to import: only who counts pays
     _is_model(model)
-    tensors = [t for t in _tensors(example_inputs) if t.ndim]
+    tensors = [t for t in tensors_in(example_inputs) if t.ndim]
     if not tensors: raise ValueError('`example_inputs` must hold a batch: there is no tensor in it')
     args, kwargs = _arguments(example_inputs)
     split, hooks = _FlopSplit(FlopCounterMode(display=False)), []

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from ..core.flow import _arguments, _first_line, _is_model, _plain_attention, _tensors, _undisturbed
+from ..core.flow import _arguments, _first_line, _is_model, _plain_attention, tensors_in, _undisturbed
 from ..core.granularity import _unknown
 from ..core.masks import Masks
 from ..core.selection import check_sparsity, keep_masks, n_dropped
@@ -140,7 +140,7 @@ class _Trace(TorchDispatchMode):
 def __torch_dispatch__(self:_Trace, func, types, args=(), kwargs=None):
     self.hurry()
     kwargs = kwargs or {}
-    out, used = func(*args, **kwargs), [self.get(t) for t in _tensors((args, kwargs))]
+    out, used = func(*args, **kwargs), [self.get(t) for t in tensors_in((args, kwargs))]
     name = func._schema.name.split('::')[1]
     name = name if name.endswith('__') else name.removesuffix('_')
     kind = _OPS.get(name) or ('pointwise' if torch.Tag.pointwise in func.tags else 'unknown')
@@ -149,26 +149,26 @@ def __torch_dispatch__(self:_Trace, func, types, args=(), kwargs=None):
     try: getattr(self, kind if any(v.layers for v in used) else 'nothing')(name, func, args, kwargs, out)
     except Exception: self.unknown(name, func, args, kwargs, out)  # in a form that is not foreseen
     if kind in ('move', 'same'):
-        for t in _tensors(out): self.get(t).unless = tuple(u for v in used for u in v.unless)
+        for t in tensors_in(out): self.get(t).unless = tuple(u for v in used for u in v.unless)
     return out
 
 # %% ../../nbs/12_prune.coupling.ipynb #ae73826b
 @patch
 def unknown(self:_Trace, name, func, args, kwargs, out):
     "Nothing is known of it"
-    for t in _tensors((args, kwargs)):
+    for t in tensors_in((args, kwargs)):
         for l in self.get(t).layers: self.all.fix(l, f'{self.where} uses `{name}` on it')
-    for t in _tensors(out): self.put(t, _Value([]))
+    for t in tensors_in(out): self.put(t, _Value([]))
 
 @patch
 def nothing(self:_Trace, name, func, args, kwargs, out):
     "What comes out says nothing of channels"
-    for t in _tensors(out): self.put(t, _Value([]))
+    for t in tensors_in(out): self.put(t, _Value([]))
 
 @patch
 def same(self:_Trace, name, func, args, kwargs, out):
     "What comes out is what went in"
-    for t in _tensors(out): self.put(t, self.get(args[0]) if t.shape == args[0].shape else _Value([]))
+    for t in tensors_in(out): self.put(t, self.get(args[0]) if t.shape == args[0].shape else _Value([]))
 
 # %% ../../nbs/12_prune.coupling.ipynb #7b26fdd4
 _VIEWS = {'view', '_unsafe_view', 'reshape', '_reshape_alias'}
@@ -180,12 +180,12 @@ _MOVES = _VIEWS | _CUTS | _TURNS | _AXES | set('squeeze expand repeat alias diag
 @patch
 def move(self:_Trace, name, func, args, kwargs, out):
     "An operation that only moves values around, done to the labels"
-    x, v, outs = args[0], self.get(args[0]), _tensors(out)
+    x, v, outs = args[0], self.get(args[0]), tensors_in(out)
     moved = [[] for _ in outs]
     rest  = tree_map_only(torch.Tensor, torch.Tensor.cpu, args[1:])
     for l in v.layers:
         full  = l if name in _AXES else l.expand(x.shape)
-        after = [full.reshape(o.shape) for o in outs] if name in _VIEWS else _tensors(func(full, *rest, **kwargs))
+        after = [full.reshape(o.shape) for o in outs] if name in _VIEWS else tensors_in(func(full, *rest, **kwargs))
         for m,a in zip(moved, after): m.append(_squeezed(a))
         if name in _CUTS: self.cut(l, name, args, outs)
         elif name in _VIEWS: self.split(l, moved[0][-1], name)
@@ -281,7 +281,7 @@ def _stays_zero(func, args, kwargs, zero):
 @patch
 def pointwise(self:_Trace, name, func, args, kwargs, out):
     "Elementwise, with broadcasting"
-    o, tensors = _tensors(out)[0], _tensors(args)
+    o, tensors = tensors_in(out)[0], tensors_in(args)
     layers, labelled = self.met(o.shape, tensors), [t for t in tensors if self.get(t).layers]
     def zero(label, but=None):
         def dead(t): return t is not but and self.dead(t, label)
@@ -424,7 +424,7 @@ def batch_norm(self:_Trace, name, func, args, kwargs, out):
     self.owned(_along(v.layers, 1), stats, 'statistics')
     scaled = isinstance(weight, torch.Tensor)
     why = v.nonzero or f'{self.where} has no scale' if stats and not scaled else None if scaled else v.nonzero
-    self.put(_tensors(out)[0], _Value(v.layers, self.aside(v, {1}) or why))
+    self.put(tensors_in(out)[0], _Value(v.layers, self.aside(v, {1}) or why))
 
 @patch
 def aside(self:_Trace, v, axes):
@@ -442,7 +442,7 @@ def group_norm(self:_Trace, name, func, args, kwargs, out):
         elif not ours: self.all.fix(inp, f'{self.where} normalises {groups} groups of it')
         self.all.join(inp.reshape(groups, -1), inp.reshape(groups, -1)[:, :1])
     self.owned(inp, (weight, bias), 'norm')
-    self.put(_tensors(out)[0], _Value(v.layers, self.aside(v, {1}) or (v.nonzero if weight is None else None)))
+    self.put(tensors_in(out)[0], _Value(v.layers, self.aside(v, {1}) or (v.nonzero if weight is None else None)))
 
 # %% ../../nbs/12_prune.coupling.ipynb #eeed4fe2
 @patch
@@ -453,13 +453,13 @@ def layer_norm(self:_Trace, name, func, args, kwargs, out):
     own = [l for t in params for l in self.get(t).layers]
     for l in own: self.all.mark(l, 'norm')
     for l in own + [l for l in v.layers if _varies(l) & over]: self.all.fix(l, f'{self.where} normalises over all channels at once')
-    self.put(_tensors(out)[0], _Value(v.layers or [_padded(l, x.ndim) for l in own[:1]], v.nonzero or self.aside(v, over)))
+    self.put(tensors_in(out)[0], _Value(v.layers or [_padded(l, x.ndim) for l in own[:1]], v.nonzero or self.aside(v, over)))
 
 # %% ../../nbs/12_prune.coupling.ipynb #4384c435
 @patch
 def reduce(self:_Trace, name, func, args, kwargs, out):
     "A reduction over axes"
-    (x, *rest), v, outs = args, self.get(args[0]), _tensors(out)
+    (x, *rest), v, outs = args, self.get(args[0]), tensors_in(out)
     dims = rest[0] if rest and isinstance(rest[0], (int, list, tuple)) and not isinstance(rest[0], bool) else []
     dims = {d % x.ndim for d in ([dims] if isinstance(dims, int) else dims)} or set(range(x.ndim))
     kept = [l for l in v.layers if not _varies(l) & dims]
@@ -480,7 +480,7 @@ def softmax(self:_Trace, name, func, args, kwargs, out):
 @patch
 def spatial(self:_Trace, name, func, args, kwargs, out):
     "Pooling, padding, resizing: the last axes are space"
-    x, v, outs = args[0], self.get(args[0]), _tensors(out)
+    x, v, outs = args[0], self.get(args[0]), tensors_in(out)
     number = args[2] if name == 'constant_pad_nd' and len(args) > 2 else 0
     space  = {x.ndim - 1 - i for c in [c for c in name if c.isdigit()][-1:] for i in range(int(c))}
     if name == 'constant_pad_nd': space = {x.ndim - 1 - i for i in range(len(args[1])//2) if any(args[1][2*i:2*i+2])}
@@ -562,7 +562,7 @@ def run(self:_Trace, args, kwargs):
             def leave(m, args, out): self.inside.pop()
             for h in (m.register_forward_pre_hook(enter, prepend=True), m.register_forward_hook(leave)): stack.callback(h.remove)
         with self: out = model(*args, **kwargs)
-    if not (outs := _tensors(out)):
+    if not (outs := tensors_in(out)):
         raise ValueError(f'{type(model).__name__} gives back {type(out).__name__}, in which no tensor is found: '
                          'expected tensors, or tuples, lists or dicts of them')
     for t in outs:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 import torch, torch.nn as nn
 from fastcore.basics import patch
-from ..core.flow import _arguments, _first_line, _plain_attention, _tensors, _undisturbed, multiply_adds
+from ..core.flow import _arguments, _first_line, _plain_attention, tensors_in, _undisturbed, multiply_adds
 from ..core.measure import _device, _to
 from ..core.style import colors, plot_style
 from .coupling import _copied
@@ -53,7 +53,7 @@ class _Outputs:
         self.innermost.append(True)
 
     def leave(self, m, args, out):
-        if self.innermost.pop(): self.bytes += sum(t.nbytes for t in _tensors(out))
+        if self.innermost.pop(): self.bytes += sum(t.nbytes for t in tensors_in(out))
 
 def _run(model, args, kwargs):
     "Flops and bytes put out in one forward pass"
@@ -225,7 +225,7 @@ def __repr__(self:Comparison): return str(self)
 # %% ../../nbs/22_prune.report.ipynb #3e2d7f18
 def _items(example_inputs):
     "How many items the batch holds"
-    tensors = [t for t in _tensors(dict(example_inputs) if hasattr(example_inputs, 'keys') else example_inputs) if t.ndim and len(t)]
+    tensors = [t for t in tensors_in(dict(example_inputs) if hasattr(example_inputs, 'keys') else example_inputs) if t.ndim and len(t)]
     if not tensors: raise ValueError('`example_inputs` must hold a batch: there is no tensor in it')
     return len(tensors[0])
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from ..core.flow import _arguments, _first_line, _tensors
+from ..core.flow import _arguments, _first_line, tensors_in
 from ..core.masks import Masks, _whole_file
 from .coupling import _copied, _followed, _left_out, _listed
 from ..sparse.compact import _inner
@@ -244,7 +244,7 @@ def _outputs(model, example_inputs, training=False, dtype=torch.float64):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         before = torch.get_rng_state()
-        out    = _tensors((copied.double() if dtype == torch.float64 else copied)(*args, **kwargs))
+        out    = tensors_in((copied.double() if dtype == torch.float64 else copied)(*args, **kwargs))
         return out, not torch.equal(before, torch.get_rng_state())
 
 def _difference(a, b):
