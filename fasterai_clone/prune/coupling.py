@@ -432,9 +432,9 @@ class _WholeFunctions(TorchFunctionMode):
 
 # %% ../../nbs/12_prune.coupling.ipynb #4db48716
 def _last(layers):
-    "The label that varies along the last axis only, as a vector; None if there is none"
+    "The label that varies along the last axis only, as a column; None if there is none"
     found = [l for l in layers if _varies(l) == {l.ndim - 1}]
-    return found[0].reshape(-1) if found else None
+    return found[0].reshape(-1, 1) if found else None
 
 @patch
 def fix_others(self:_Trace, t):
