@@ -10,11 +10,13 @@ import copy, math, time
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from types import BuiltinFunctionType
 import torch, torch.nn as nn
 from fastcore.basics import patch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from ..core.flow import _arguments, _first_line, _is_model, memory_of, _plain_attention, tensors_in, _undisturbed
 from ..core.granularity import _unknown
@@ -477,6 +479,136 @@ def embedding(self:_Trace, name, func, args, kwargs, out):
     if made is not None: self.all.mark(made, 'producer')
     self.put(out, _Value([] if made is None else [_padded(made[:, 0], out.ndim)]))
 
+# %% ../../nbs/12_prune.coupling.ipynb #9cafbacd
+_rules = {}  # function of torch → the rule for it as a whole: a function of (trace, args, out)
+
+def _rule(*names):
+    "Register a rule for the functions of torch with these `names`"
+    def register(rule):
+        _rules.update({getattr(torch._VF, k): rule for k in names})
+        return rule
+    return register
+
+class _WholeFunctions(TorchFunctionMode):
+    "Apply `_rules`, and hide the operators inside those functions from `trace`"
+    def __init__(self, trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        rule = _rules.get(func) if isinstance(func, BuiltinFunctionType) and not kwargs else None
+        if rule is None: return func(*args, **(kwargs or {}))
+        self.trace.hurry()
+        for t in tensors_in(args): self.trace.use(self.trace.get(t))
+        with _disable_current_modes(): out = func(*args)
+        rule(self.trace, args, out)
+        return out
+
+# %% ../../nbs/12_prune.coupling.ipynb #4db48716
+def _last(layers):
+    "The label that varies along the last axis only, as a column; None if there is none"
+    found = [l for l in layers if _varies(l) == {l.ndim - 1}]
+    return found[0].reshape(-1, 1) if found else None
+
+@patch
+def fix_others(self:_Trace, t):
+    "Fix the labels of `t` along other axes than its last, over which a recurrent layer runs"
+    for l in self.get(t).layers:
+        if _varies(l) != {l.ndim - 1}: self.all.fix(l, f'{self.where} runs over it')
+
+@_rule('_pack_padded_sequence')
+def _packed(trace, args, out):
+    "The items of a batch, step by step, without padding"
+    trace.fix_others(args[0])
+    label, v = _last(trace.get(args[0]).layers), trace.get(args[0])
+    trace.put(out[0], _Value([] if label is None else [_on_axis(label, out[0].ndim - 1, out[0].ndim)], v.nonzero))
+
+@_rule('_pad_packed_sequence')
+def _unpacked(trace, args, out):
+    "The opposite, with padding"
+    v, number = trace.get(args[0]), args[3]
+    trace.fix_others(args[0])
+    label, why = _last(v.layers), v.nonzero or (f'{trace.where} pads with {number:g}' if number else None)
+    trace.put(out[0], _Value([] if label is None else [_on_axis(label, out[0].ndim - 1, out[0].ndim)], why))
+
+# %% ../../nbs/12_prune.coupling.ipynb #e1c24286
+_gates = dict(lstm=4, gru=3, rnn_tanh=1, rnn_relu=1)
+
+def _recurrent(gates):
+    "The rule for a recurrent layer whose units have so many `gates`"
+    def rule(trace, args, out):
+        packed = not isinstance(args[3], bool)
+        x, states, weights, _, n, _, _, both, *_ = (args[0], *args[2:]) if packed else args
+        each = len(weights) // (n*(1 + both))
+        sets = [weights[i:i+each] for i in range(0, len(weights), each)]
+        trace.recurrent(gates, x, tensors_in(states), sets, 1 + both, tensors_in(out))
+    return rule
+
+def _recurrent_cell(gates):
+    "The rule for one step of a recurrent layer"
+    def rule(trace, args, out):
+        x, states, *weights = args
+        trace.recurrent(gates, x, tensors_in(states), [tensors_in(weights)], 1, tensors_in(out))
+    return rule
+
+for _name,_n in _gates.items():
+    _rule(_name)(_recurrent(_n))
+    _rule(f'{_name}_cell')(_recurrent_cell(_n))
+
+# %% ../../nbs/12_prune.coupling.ipynb #41b02a7e
+@patch
+def recurrent(self:_Trace, gates, x, states, sets, directions, outs):
+    "A recurrent layer; `sets`: the weights and biases of each layer and direction, the directions of a layer side by side"
+    inp, nonzero, size = _last(self.get(x).layers), self.get(x).nonzero, sets[0][0].shape[0] // gates
+    self.fix_others(x)
+    for w_ih,*_ in sets[:directions]: self.read(inp, _along(self.get(w_ih).layers, 1), nonzero)
+    units = self.units(gates, size, sets)
+    self.start(states, units)
+    if units is None:
+        for o in outs: self.put(o, _Value([]))
+        return
+    for i,(w_ih,w_hh,*_) in enumerate(sets):
+        for w in (w_ih, w_hh) if i >= directions else (w_hh,):
+            reads = _along(self.get(w).layers, 1)
+            self.all.mark(reads, 'consumer')
+            self.all.join(reads.reshape(-1, size), units)
+    for o in outs: self.put(o, _Value([_on_axis(units.repeat(o.shape[-1] // size), o.ndim - 1, o.ndim)]))
+
+@patch
+def units(self:_Trace, gates, size, sets):
+    "Join the rows of each unit in all gates, layers and directions; the labels of the units, None if they cannot be removed"
+    rows = [(w, _along(self.get(w).layers, 0)) for s in sets for w in s]
+    for w,r in rows:
+        if r is not None: self.all.mark(r, 'producer' if w.ndim > 1 else 'bias')
+    why = 'it has one unit' if size == 1 else f'{self.where} has weights of which no parameter is known' if any(r is None for _,r in rows) else None
+    if len(sets[0]) % 2: why = f'{self.where} projects its units to another size'
+    if why:
+        labels = [l for s in sets for w in s[1:] for l in self.get(w).layers] + [r for _,r in rows if r is not None]
+        for l in labels: self.all.fix(l, why)
+        return None
+    units = rows[0][1].reshape(gates, size)[0]
+    for w,r in rows:
+        self.all.join(r.reshape(gates, size), units)
+        if v := self.get(w).nonzero: self.all.fix(units, v)
+    return units
+
+# %% ../../nbs/12_prune.coupling.ipynb #7ada6d9c
+@patch
+def start(self:_Trace, states, units):
+    "What a recurrent layer with these `units` starts from; zeros that the model makes are no hindrance"
+    for s in states:
+        v = self.get(s)
+        own = [l for l in v.layers if s.ndim - 1 in _varies(l)]
+        if units is None or not own:
+            for l in v.layers: self.all.fix(l, f'{self.where} starts from it')
+            made_here = self.get(s) is self.get(s)  # of what it did not see it knows nothing, each time anew
+            if units is not None and (s.count_nonzero() or not made_here):
+                self.all.fix(units, f'{self.where} starts from a state that is neither a layer\'s nor zeros made in this run')
+            continue
+        for l in v.layers: self.all.join(l, units) if l is own[0] else self.all.fix(l, f'{self.where} starts from it')
+        if v.param: self.all.mark(own[0], 'bias')
+        if v.nonzero: self.all.fix(units, v.nonzero)
+
 # %% ../../nbs/12_prune.coupling.ipynb #ebe7436a
 @patch
 def owned(self:_Trace, inp, params, role):
@@ -635,7 +767,7 @@ def run(self:_Trace, args, kwargs):
             def enter(m, args, name=name): self.inside.append(name)
             def leave(m, args, out): self.inside.pop()
             for h in (m.register_forward_pre_hook(enter, prepend=True), m.register_forward_hook(leave)): stack.callback(h.remove)
-        with self: out = model(*args, **kwargs)
+        with self, _WholeFunctions(self): out = model(*args, **kwargs)
     if not (outs := tensors_in(out)):
         raise ValueError(f'{type(model).__name__} gives back {type(out).__name__}, in which no tensor is found: '
                          'expected tensors, or tuples, lists or dicts of them')

@@ -64,13 +64,19 @@ def _replace(model, name, tensor):
         for table in (m._parameters, m._buffers):
             for k,t in table.items():
                 if t is old: table[k] = new
-        if isinstance(m, nn.RNNBase): m._flat_weights = [m._parameters.get(k) for k in m._flat_weights_names]  # it calls those
+        if isinstance(m, nn.RNNBase): m._flat_weights = [getattr(m, k, None) for k in m._flat_weights_names]  # it calls those
 
 # %% ../../nbs/13_prune.thin.ipynb #1e8b958c
 def _weight(m):
     "The weight of a layer, if it is a parameter"
     found = [m._parameters.get(k) for k in ('weight', 'weight_orig', 'in_proj_weight', 'q_proj_weight')]
     return next((w for w in found if w is not None), None)
+
+def _recurrent_sizes(m):
+    "The sizes of a recurrent layer or cell; a projection's stays"
+    w_ih, w_hh = (m.weight_ih_l0, m.weight_hh_l0) if isinstance(m, nn.RNNBase) else (m.weight_ih, m.weight_hh)
+    sizes = dict(input_size=w_ih.shape[1])
+    return sizes if getattr(m, 'proj_size', 0) else dict(sizes, hidden_size=w_hh.shape[1])
 
 def _sizes(m, before=None):
     "Attribute → value for what the layer `m` says of its size; `before`: the shape its weight had"
@@ -87,7 +93,7 @@ def _sizes(m, before=None):
     if isinstance(m, nn.GroupNorm) and shape:
         return dict(num_channels=shape[0], num_groups=m.num_groups if before is None else m.num_groups*shape[0]//before[0])
     if isinstance(m, nn.Embedding) and shape: return dict(embedding_dim=shape[1])
-    if isinstance(m, nn.RNNBase): return dict(input_size=m.weight_ih_l0.shape[1])
+    if isinstance(m, (nn.RNNBase, nn.RNNCellBase)): return _recurrent_sizes(m)
     if isinstance(m, nn.PReLU) and shape: return dict(num_parameters=shape[0])
     if hasattr(m, 'nf') and shape: return dict(zip(('nx', 'nf'), shape))  # `Conv1D` of transformers
     if isinstance(m, ThinAttention):
@@ -366,7 +372,7 @@ def reshape_to(
         _give_heads(model, sizes['heads'])
         for n,attributes in sizes['modules'].items():
             m = model.get_submodule(n)
-            if attributes.keys() != _sizes(m).keys() and not isinstance(m, ThinAttention):
+            if not attributes.keys() <= _sizes(m).keys() and not isinstance(m, ThinAttention):  # older files have fewer of a recurrent layer
                 raise ValueError(f'{n!r} is {type(m).__name__}, for which the description has {attributes}')
             vars(m).update(attributes)
     return model

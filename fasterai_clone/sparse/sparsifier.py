@@ -34,7 +34,7 @@ __all__ = ['available_contexts', 'Sparsifier', 'LayerCollapse', 'Hold']
 # %% ../../nbs/14_sparse.sparsifier.ipynb #3d0656e3
 _contexts = ('local', 'global', 'erk', 'lamp', 'output')
 _budgets  = ('groups', 'params', 'flops')
-_coupled_roles = dict(filter='producer', channel='consumer')  # granularity → the role of what is scored
+_coupled_roles = dict(filter='producer', unit='producer', channel='consumer')  # granularity → the role of what is scored
 
 def available_contexts() -> list[str]:
     "The names of the contexts"
@@ -90,7 +90,7 @@ def _check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, inclu
         except TypeError: raise TypeError(f'`coupled` must be True or False, or name layers that are to lead; got {coupled!r}') from None
         if not leaders: raise ValueError('`coupled` is empty: write True, or the layers that are to lead')
     if coupled and granularity not in (*_coupled_roles, 'head'):
-        raise ValueError(f'`coupled` takes channels: it needs granularity="filter", "channel" or "head", not {granularity!r}')
+        raise ValueError(f'`coupled` takes channels: it needs granularity="filter", "channel", "unit" or "head", not {granularity!r}')
     if coupled and context == 'output':
         raise ValueError('`coupled` drops outputs, context="output" compares inside of each: choose another')
     _types(layer_type)
@@ -244,13 +244,13 @@ def _coupled_targets(self:Sparsifier, targets, exclude):
     with _plainly(self.model):
         groups = coupled_groups(self.model, self._example('`coupled`'), timeout=None)
         owners = {f'{n}.{k}' if n else k: (m, k) for n,m in self.model.named_modules() for k in m._parameters}
-    known, role = {id(t.weight): t for t in targets}, _coupled_roles[self.granularity]
+    known, role = {id(p.whole): t for t in targets for p in t.parts}, _coupled_roles[self.granularity]  # a unit has two parts
     self.channel_groups, made, taken = [], [], set()
     makes = Counter(m.name for g in groups for m in g.members if m.role == 'producer')
     for g in groups:
         names = [m.name for m in g.members if m.role == role]
         own   = [known.get(id(m._parameters.get(k))) for m,k in (owners.get(n, (self.model, '')) for n in names)]
-        chosen = [t for t in own if t]
+        chosen = [*{t.name: t for t in own if t}.values()]
         why   = _why_left_out(g, names, own, makes) if role == 'producer' else _why_unread(g, chosen, owners, exclude)
         for t in chosen if why else (): self.left_out.setdefault(t.label, why)
         if why or not chosen: continue
@@ -299,7 +299,7 @@ def _as_one(g, owners, role, targets, leaders):
     def part(m):
         size = int((m.channel >= 0).sum()) * math.prod(m.shape) // (len(m.channel) * g.n)
         return Part(m.name, *owners[m.name], _Lines((g.n, size), (1,), m.axis, tuple(m.channel.tolist())))
-    names, lead = {t.name for t in targets}, {t.name for t in leaders}
+    names, lead = ({p.name for t in ts for p in t.parts} for ts in (targets, leaders))
     scored = [m for m in g.members if m.role == role and m.name in lead]
     held   = [m for m in g.members if (m.held or m.role == role and m.name in names) and m not in scored]
     parts, first = [part(m) for m in scored], leaders[0].parts[0]
