@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from ..core.flow import _arguments, _first_line, tensors_in
+from ..core.granularity import check_loaded
 from ..core.masks import Masks, _whole_file
 from .coupling import _copied, _followed, _left_out, _listed
 from ..sparse.compact import _inner
@@ -323,6 +324,7 @@ def thin(
     check: bool = True        # whether to compare what both models compute
 ) -> nn.Module:               # with the same names of modules and parameters
     "A copy of `model` without the channels that are zero, which computes the same; `model` stays as it is"
+    check_loaded(model.named_parameters())
     model = _copied(model)
     if masks is not None:
         params = dict(model.named_parameters(remove_duplicate=False))
