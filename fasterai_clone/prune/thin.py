@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from ..core.flow import _arguments, _first_line, tensors_in
+from ..core.granularity import check_loaded
 from ..core.masks import Masks, _whole_file
 from .coupling import _copied, _followed, _left_out, _listed, CoupledGroup, group_masks
 from ..sparse.compact import _inner
@@ -639,6 +640,7 @@ def thin(
 ) -> nn.Module:               # with the same names of modules and parameters
     "A copy of `model` without the channels that are zero, which computes the same; `model` stays as it is"
     if check not in (True, False, 'sample'): raise ValueError(f'`check` must be True, False or "sample", got {check!r}')
+    check_loaded(model.named_parameters())
     model = _copied(model)
     if masks is not None:
         params = dict(model.named_parameters(remove_duplicate=False))
