@@ -14,7 +14,7 @@ from fastcore.script import call_parse, store_true
 from .core.granularity import _unknown
 from .core.schedule import Schedule, as_schedule
 from .core.style import _styled, colors
-from .report import Report, report_tensors
+from .report import Report, print_text, report_tensors
 from .sparse.sparsifier import Sparsifier
 
 # %% auto #0
@@ -132,7 +132,7 @@ def _table(runs):
     return '\n'.join(lines)
 
 def _write_csv(path, rows):
-    with open(path, 'w', newline='') as f:
+    with open(path, 'w', newline='', encoding='utf-8') as f:
         w = csv.DictWriter(f, fieldnames=list(rows[0]))
         w.writeheader()
         w.writerows(rows)
@@ -217,5 +217,5 @@ def sparsity_report(
     file: str  # A state_dict saved with torch.save, a checkpoint of Learner.save, or a safetensors file
 ):
     "Count the zeros in a checkpoint, tensor by tensor"
-    try: print(report_tensors(load_tensors(file)))
+    try: print_text(str(report_tensors(load_tensors(file))))
     except ValueError as e: raise SystemExit(f'sparsity-report: {e}')

@@ -6,13 +6,14 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/report.html.md"""
 
 # %% ../nbs/06_report.ipynb #dd495678
 from __future__ import annotations
+import sys
 from dataclasses import dataclass
 import torch, torch.nn as nn
 from fastcore.basics import patch
 from .core.style import _styled, colors
 
 # %% auto #0
-__all__ = ['Row', 'Report', 'report_tensors']
+__all__ = ['Row', 'Report', 'report_tensors', 'print_text']
 
 # %% ../nbs/06_report.ipynb #0b2b017d
 @dataclass(frozen=True)
@@ -184,3 +185,16 @@ def report_tensors(
             rows.append(Row(f'Tensor {len(rows)}', kind, k, v.numel(), zeros, v.numel(), zeros))
         else: dense.append((k, f'{v.ndim}-d', v.numel()))
     return Report(tuple(rows), tuple(dense))
+
+# %% ../nbs/06_report.ipynb #31ed561a
+_plainer = str.maketrans({'→': '->', '…': '...', '–': '-', '×': 'x', '÷': '/', '≤': '<='})
+
+def print_text(
+    text: str,          # what to print
+    flush: bool = False # write it at once
+) -> None:
+    "Print `text` on any output: what its encoding lacks is replaced, never an error"
+    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    try: text.encode(encoding)
+    except UnicodeEncodeError: text = text.translate(_plainer).encode(encoding, 'replace').decode(encoding)
+    print(text, flush=flush)
