@@ -66,9 +66,9 @@ def plot(rows, folder):
 def save(rows, machine, text, folder):
     "Everything, into `folder`"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/'results.txt').write_text(text)
-    (folder/'results.json').write_text(json.dumps(dict(machine=machine, rows=rows), indent=1))
-    with open(folder/'results.csv', 'w', newline='') as f:
+    (folder/'results.txt').write_text(text, encoding='utf-8')
+    (folder/'results.json').write_text(json.dumps(dict(machine=machine, rows=rows), indent=1), encoding='utf-8')
+    with open(folder/'results.csv', 'w', newline='', encoding='utf-8') as f:
         writer = csv.DictWriter(f, FIELDS, extrasaction='ignore')
         writer.writeheader()
         writer.writerows(rows)

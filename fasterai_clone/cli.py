@@ -14,7 +14,7 @@ from fastcore.script import call_parse, store_true
 from .core.granularity import _unknown
 from .core.schedule import Schedule, as_schedule
 from .core.style import _styled, colors
-from .report import Report, report_tensors, weights_in
+from .report import Report, report_tensors, weights_in, print_text
 from .sparse.sparsifier import Sparsifier
 
 # %% auto #0
@@ -133,7 +133,7 @@ def _table(runs):
     return '\n'.join(lines)
 
 def _write_csv(path, rows):
-    with open(path, 'w', newline='') as f:
+    with open(path, 'w', newline='', encoding='utf-8') as f:
         w = csv.DictWriter(f, fieldnames=list(rows[0]))
         w.writeheader()
         w.writerows(rows)
@@ -237,5 +237,5 @@ def sparsity_report(
         tensors, taken, others = load_weights(file, entry)
         report = report_tensors(tensors)
     except ValueError as e: raise SystemExit(f'sparsity-report: {e}')
-    if others: print(f'Counted: {taken or "the tensors at the top"}. The file also has {", ".join(others)}: choose with `--entry`\n')
-    print(report)
+    if others: print_text(f'Counted: {taken or "the tensors at the top"}. The file also has {", ".join(others)}: choose with `--entry`\n')
+    print_text(str(report))

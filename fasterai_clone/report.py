@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/report.html.md"""
 
 # %% ../nbs/06_report.ipynb #dd495678
 from __future__ import annotations
-import re, warnings
+import re, warnings, sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 import torch, torch.nn as nn
@@ -15,7 +15,7 @@ from .core.granularity import check_loaded
 from .core.style import _styled, colors
 
 # %% auto #0
-__all__ = ['Row', 'Report', 'shared_weights', 'as_mask_of', 'used_weights', 'weights_in', 'report_tensors']
+__all__ = ['Row', 'Report', 'shared_weights', 'as_mask_of', 'used_weights', 'weights_in', 'report_tensors', 'print_text']
 
 # %% ../nbs/06_report.ipynb #0b2b017d
 @dataclass(frozen=True)
@@ -323,3 +323,16 @@ def _computed_note(names):
     if not names: return ()
     return (f'A parametrization computes the weights that are used from {_abbreviated(names)}: these are counted as saved. `torch.ao.pruning` does '
             'not save its masks: call `squash_mask()` before saving',)
+
+# %% ../nbs/06_report.ipynb #31ed561a
+_plainer = str.maketrans({'→': '->', '…': '...', '–': '-', '×': 'x', '÷': '/', '≤': '<='})
+
+def print_text(
+    text: str,          # what to print
+    flush: bool = False # write it at once
+) -> None:
+    "Print `text` on any output: what its encoding lacks is replaced, never an error"
+    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    try: text.encode(encoding)
+    except UnicodeEncodeError: text = text.translate(_plainer).encode(encoding, 'replace').decode(encoding)
+    print(text, flush=flush)

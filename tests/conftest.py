@@ -1,6 +1,8 @@
 "One thread for tiny networks, no progress bars, and each test in a folder of its own"
 import os
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported: on tiny networks more threads only get in each other's way
+os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: on tiny networks more threads only get in each other's way
+for name in 'MPLBACKEND PYTHONWARNINGS PYTHONIOENCODING COLUMNS LINES NO_COLOR FORCE_COLOR'.split():
+    os.environ.pop(name, None)  # a shell's settings, which the processes and kernels that tests start would inherit
 
 import warnings
 warnings.filterwarnings('ignore', category=FutureWarning, module=r'torch\.jit')  # importing fastai under torch ≥ 2.13

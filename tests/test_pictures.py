@@ -387,6 +387,7 @@ def test_in_a_notebook(monkeypatch, tmp_path):
     "The first figure does not keep the next ones from being shown; a live one is drawn again in its place, and not by what is no training"
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(root), str(root/'tests'), os.environ.get('PYTHONPATH', '')]))
     monkeypatch.setenv('PYTHONWARNINGS', 'ignore')
+    monkeypatch.delenv('MPLBACKEND', raising=False)  # else the kernel does not draw inline
     nb, sent = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in in_notebook]), []
     class Client(NotebookClient):
         def process_message(self, msg, cell, cell_index):

@@ -3,8 +3,9 @@
 Without names every notebook is run. `--check` runs nothing: it only exports, cleans and writes README.md."""
 import base64, os, re, sys
 from pathlib import Path
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # the networks here are tiny: more threads only get in each other's way
-os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning:torch.jit._script,ignore:IProgress not found')  # of importing fastai, and timm
+os.environ['OMP_NUM_THREADS'] = '1'  # the networks here are tiny: more threads only get in each other's way
+os.environ['PYTHONWARNINGS']  = 'ignore::FutureWarning:torch.jit._script,ignore:IProgress not found'  # of importing fastai, and timm
+for name in 'MPLBACKEND COLUMNS LINES NO_COLOR FORCE_COLOR'.split(): os.environ.pop(name, None)  # saved outputs are the same from any shell
 
 import nbformat
 from fastcore.xtras import globtastic

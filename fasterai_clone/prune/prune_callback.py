@@ -24,6 +24,7 @@ from ..core.masks import Masks
 from .coupling import group_masks
 from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _removable, _shrink, _tensors_of,
                                        _verify, _without, reshape_to, sizes_of)
+from ..report import print_text
 from ..sparse.compact import _inner, _like
 from ..sparse.sparsifier import Sparsifier, _check_flags, _check_tools, _rounded, _check_arguments
 from ..sparse.sparsify_callback import SparsifyCallback, _check_sparsities, _check_whole, _Lean
@@ -402,7 +403,7 @@ def _resized(self:Learner, states):
     _say(f'The checkpoint is of a network with other sizes: the model has {n[1]:,} parameters now, and had {n[0]:,}')
 
 def _say(s):
-    if _rank() == 0: print(s)
+    if _rank() == 0: print_text(s)
 
 # %% ../../nbs/21_prune.prune_callback.ipynb #aac17865
 @patch

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch.nn.parameter import is_lazy
 from ..core.granularity import check_loaded
 from ..core.masks import Masks, _bare, _named
-from ..report import as_mask_of, shared_weights
+from ..report import as_mask_of, shared_weights, print_text
 from .sparsifier import Hold, Sparsifier
 from .sparsify_callback import SparsifyCallback, _Lean
 from .targets import _full, _matches, _patterns, _plainly
@@ -149,7 +149,7 @@ def _first_rank():
 
 @patch
 def _say(self:KeepSparsity, s):
-    if self.verbose and _first_rank(): print(s)
+    if self.verbose and _first_rank(): print_text(s)
 
 @patch
 def _no_zero(self:KeepSparsity):

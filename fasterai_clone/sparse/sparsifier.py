@@ -24,8 +24,8 @@ from ..core.measure import accumulated, as_criteria, batches, passes_signal
 from ..core.schedule import Schedule, as_schedule
 from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped, restore
 from ..prune.coupling import coupled_groups
-from ..report import Report, Row, shared_weights
-from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on
+from ..report import Report, Row, shared_weights, print_text
+from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on, _inner
 from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name, _plainly, _processes,
                                            _summed, _types, find_targets, hold_with, layer_sparsities, output_channels,
                                            unwrapped)
@@ -1170,7 +1170,7 @@ def print_sparsity(self:Sparsifier) -> None:
     "Print the report, of several processes only the first"
     report = self.report()  # of sharded weights all processes have to count
     if (self.processes is None or dist.get_rank(self.processes) == 0) and not (self.mesh is not None and any(self.mesh.get_coordinate())):
-        print(report)
+        print_text(str(report))
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #79f66218
 @patch

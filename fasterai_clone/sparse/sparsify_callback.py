@@ -20,6 +20,7 @@ from ..core.measure import _running, as_criteria, batches
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
 from ..core.style import _styled, colors
+from ..report import print_text
 from .compact import why_not_compact
 from .sparsifier import Sparsifier, _check_flags, _check_tools, _own_loader, _check_arguments
 from .ticket_files import _restore, _snapshot, save_ticket
@@ -282,7 +283,7 @@ def _check_gradients(self:SparsifyCallback):
 
 @patch
 def _say(self:SparsifyCallback, s):
-    if self.verbose and _rank() == 0: print(s)
+    if self.verbose and _rank() == 0: print_text(s)
 
 @patch(as_prop=True)
 def _each(self:SparsifyCallback): return isinstance(self.sparsity, (Mapping, list, tuple))
@@ -696,4 +697,4 @@ class SaveSparseModelCallback(SaveModelCallback):
         if self.at_end or self.every_epoch or self.last_saved_path: return super().after_fit()
         self._say('No epoch was as sparse as the schedule ends: nothing was saved. Let the schedule end earlier, with `end_epoch`')
 
-    def _say(self, s): print(s)
+    def _say(self, s): print_text(s)

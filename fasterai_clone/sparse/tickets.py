@@ -23,6 +23,7 @@ from ..core.criteria import Criteria, large_final
 from ..core.granularity import _unknown
 from ..core.masks import Masks
 from ..core.style import _styled, colors
+from ..report import print_text
 from .sparsifier import Sparsifier
 from .sparsify_callback import SparsifyCallback, _Lean, _check_whole
 from .ticket_files import _restore, _snapshot, save_ticket
@@ -64,7 +65,7 @@ class _Search:
 
     def draw(self): return int(torch.randint(2**31, (), generator=self.seeds))
     def _say(self, s):
-        if self.verbose: print(s, flush=True)
+        if self.verbose: print_text(s, flush=True)
 
     def begin(self):
         "Remember the network and a fresh optimizer"
