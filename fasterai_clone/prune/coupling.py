@@ -489,20 +489,38 @@ def _rule(*names):
         return rule
     return register
 
+class _Size(int):
+    "The `hidden_size` of a recurrent layer, as long as the model runs"
+
 class _WholeFunctions(TorchFunctionMode):
     "Apply `_rules`, and hide the operators inside those functions from `trace`"
     def __init__(self, trace):
         super().__init__()
-        self.trace = trace
+        self.trace, trace.zeros = trace, {}  # id → tensor: zeros whose size is that of a recurrent layer
+        for m in trace.model.modules():
+            if isinstance(m, (nn.RNNBase, nn.RNNCellBase)): m.hidden_size = _Size(m.hidden_size)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        rule = _rules.get(func) if isinstance(func, BuiltinFunctionType) and not kwargs else None
-        if rule is None: return func(*args, **(kwargs or {}))
-        self.trace.hurry()
+        kwargs = kwargs or {}
+        rule   = _rules.get(func) if isinstance(func, BuiltinFunctionType) and not kwargs else None
+        if rule is None:
+            out = func(*args, **kwargs)
+            if isinstance(out, torch.Tensor) and self.follows(func.__name__, args, kwargs, out): self.trace.zeros[id(out)] = out
+            return out
         for t in tensors_in(args): self.trace.use(self.trace.get(t))
         with _disable_current_modes(): out = func(*args)
         rule(self.trace, args, out)
         return out
+
+# %% ../../nbs/12_prune.coupling.ipynb #97978038
+@patch
+def follows(self:_WholeFunctions, name, args, kwargs, out):
+    "Whether `out` is zero, and has other sizes if a recurrent layer has"
+    floats, known = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()], self.trace.zeros
+    if name == 'zeros_like': return id(floats[0]) in known or bool(self.trace.get(floats[0]).layers) if floats else False
+    sized = any(isinstance(s, _Size) for a in (*args, *kwargs.values()) for s in (a if isinstance(a, (list, tuple)) else [a]))
+    if sized and (not floats or name == 'new_zeros'): return not out.count_nonzero()
+    return bool(floats) and all(id(t) in known for t in floats) and not out.count_nonzero()
 
 # %% ../../nbs/12_prune.coupling.ipynb #4db48716
 def _last(layers):
@@ -595,17 +613,17 @@ def units(self:_Trace, gates, size, sets):
 # %% ../../nbs/12_prune.coupling.ipynb #7ada6d9c
 @patch
 def start(self:_Trace, states, units):
-    "What a recurrent layer with these `units` starts from; zeros that the model makes are no hindrance"
+    "What a recurrent layer with these `units` starts from"
     for s in states:
         v = self.get(s)
         own = [l for l in v.layers if s.ndim - 1 in _varies(l)]
-        if units is None or not own:
-            for l in v.layers: self.all.fix(l, f'{self.where} starts from it')
-            made_here = self.get(s) is self.get(s)  # of what it did not see it knows nothing, each time anew
-            if units is not None and (s.count_nonzero() or not made_here):
-                self.all.fix(units, f'{self.where} starts from a state that is neither a layer\'s nor zeros made in this run')
+        for l in v.layers:
+            if units is None or l is not own[0]: self.all.fix(l, f'{self.where} starts from it')
+        if units is None or id(s) in self.zeros: continue
+        if not own:
+            self.all.fix(units, f'{self.where} starts from a state of a fixed size: give it none, or zeros whose size is its `hidden_size`')
             continue
-        for l in v.layers: self.all.join(l, units) if l is own[0] else self.all.fix(l, f'{self.where} starts from it')
+        self.all.join(own[0], units)
         if v.param: self.all.mark(own[0], 'bias')
         if v.nonzero: self.all.fix(units, v.nonzero)
 

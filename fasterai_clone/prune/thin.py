@@ -83,10 +83,11 @@ def _weight(m):
     return next((w for w in found if w is not None), None)
 
 def _recurrent_sizes(m):
-    "The sizes of a recurrent layer or cell; a projection's stays"
+    "The sizes of a recurrent layer or cell; a weight that a wrapper computes is still that of the last run"
     w_ih, w_hh = (m.weight_ih_l0, m.weight_hh_l0) if isinstance(m, nn.RNNBase) else (m.weight_ih, m.weight_hh)
-    sizes = dict(input_size=w_ih.shape[1])
-    return sizes if getattr(m, 'proj_size', 0) else dict(sizes, hidden_size=w_hh.shape[1])
+    if getattr(m, 'proj_size', 0): return dict(input_size=w_ih.shape[1])  # the units of one with a projection stay
+    gates = w_hh.shape[0] // w_hh.shape[1]
+    return dict(input_size=w_ih.shape[1], hidden_size=min(len(w_ih), len(w_hh)) // gates)
 
 def _sizes(m, before=None):
     "Attribute → value for what the layer `m` says of its size; `before`: the shape its weight had"
