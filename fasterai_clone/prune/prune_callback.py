@@ -25,7 +25,7 @@ from .coupling import group_masks
 from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _removable, _shrink, _tensors_of,
                                        _verify, _without, reshape_to, sizes_of)
 from ..report import print_text
-from ..sparse.compact import _inner, _like
+from ..sparse.compact import _inner, _like, stepping_optimizer, why_not_passed_on
 from ..sparse.sparsifier import Sparsifier, _check_flags, _check_tools, _rounded, _check_arguments
 from ..sparse.sparsify_callback import SparsifyCallback, _check_sparsities, _check_whole, _Lean
 from ..sparse.state import _States, random_state, set_random_state
@@ -44,7 +44,8 @@ _uncuttable = ('LBFGS', 'Adafactor', 'SparseAdam', 'Lookahead')
 
 def _why_not_cut(optimizer):
     "Why channels cannot be taken out of what `optimizer` knows, or None"
-    opt  = _inner(optimizer)
+    if type(optimizer).__name__ not in _uncuttable and (why := why_not_passed_on(optimizer)): return why
+    opt  = stepping_optimizer(optimizer)
     name = type(opt).__name__
     if name in _uncuttable or not (hasattr(opt, 'param_lists') or isinstance(opt, torch.optim.Optimizer)):
         return f'{name} keeps more than a number for each weight'
@@ -57,7 +58,7 @@ def _why_not_cut(optimizer):
 @torch.no_grad()
 def _carry_over(optimizer, replaced):
     "Let `optimizer` go on with other parameters: `replaced` has (old, new, axis → kept positions, or None: nothing is known of it)"
-    opt   = _inner(optimizer)
+    opt   = stepping_optimizer(optimizer)
     known = {id(old): (new, axes) for old,new,axes in replaced}
     for old,new,axes in replaced:
         if axes is not None and old.grad is not None: new.grad = _cut(old.grad, axes)

@@ -151,13 +151,11 @@ class Sparsifier:
         self.data, self.loss_func, self.example_inputs, self.seen = data, loss_func, example_inputs, []
         self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity != 'head' and coupled
         kind  = 'weight' if self.coupled and granularity == 'channel' else granularity  # all layers have it; what goes is seen later
-        found = find_targets(self.model, kind, layer_type, include, exclude, part, params)
-        skipped = self._leave_out(found)
+        found = self._without_unfit(find_targets(self.model, kind, layer_type, include, exclude, part, params))
         self.mesh = _mesh(found)  # the processes that share the weights out among them
         if self.mesh is not None: self._check_sharded(min_sparsity is max_sparsity is None)
         self.targets = [t if self.mesh is None else _local_target(t) for t in self._with_held(found, exclude)]
-        self.left_out = {**skipped, **self.left_out}
-        self._check_ties(found)
+        self._settle(found)
         self._share_out(min_sparsity, max_sparsity)
         self.masks = Masks(shapes={p.name: p.tensor.shape for t in self.targets for p in t.parts + t.held})
         self.updates, self.refs, self.used = 0, {}, set()  # changes of masks; what the criterion compares with; whose sums were used
@@ -408,18 +406,19 @@ def _no_pattern(self:Sparsifier, t):
     return f'has {size} inputs, not a multiple of {self.nm[1]}' if size % self.nm[1] else None
 
 @patch
-def _leave_out(self:Sparsifier, found):
-    "Take targets out of `found` that cannot have the n:m pattern, if `nn.Module` asked for all that can be sparsified; layer → why"
-    skipped  = dict(found.skipped)
-    unfit    = {t.label: f'it {why}' for t in found if t.name in found.optional and (why := self._no_pattern(t))}
-    if len(unfit) == len(found): return skipped  # an error then, as for layers that were asked for
+def _without_unfit(self:Sparsifier, found):
+    "Take targets out of `found` that cannot have the n:m pattern, if `nn.Module` asked for all that can be sparsified"
+    unfit = {t.label: f'it {why}' for t in found if t.name in found.optional and (why := self._no_pattern(t))}
+    if len(unfit) == len(found): return found  # an error then, as for layers that were asked for
     found[:] = [t for t in found if t.label not in unfit]
-    return {**skipped, **unfit}
+    found.skipped |= unfit
+    return found
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #checkties
 @patch
-def _check_ties(self:Sparsifier, found):
-    "Say which layers become sparse without being chosen, and refuse to remove channels of weights that share their memory"
+def _settle(self:Sparsifier, found):
+    "Take over what is to be said of the targets `found`: what is left out, and what becomes sparse without being chosen"
+    self.left_out = {**found.skipped, **self.left_out}
     mine = {p.name: t.label for t in self.targets for p in t.parts + t.held}
     self.tied = {name: others for name,others in found.tied.items() if name in mine}
     for name,others in self.tied.items():
@@ -430,8 +429,8 @@ def _check_ties(self:Sparsifier, found):
     if not self.coupled: return
     first, _ = shared_weights({k: p for k,p in self._params().items() if not hasattr(p, 'placements')})
     same = [(k, v) for k,v in first.items() if k != v]
-    if same: raise ValueError(f'`coupled`: {same[0][0]} and {same[0][1]} share their memory, so channels of one cannot go without the other: leave '
-                              f'the layers out with `exclude`')
+    if same: raise ValueError(f'`coupled`: {same[0][0]} and {same[0][1]} share their memory, so channels of one cannot go without the '
+                              'other: leave the layers out with `exclude`')
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #4bd2411c
 @patch
@@ -1034,9 +1033,9 @@ def hold(self:Sparsifier,
     "Keep the masks applied after each `optimizer.step()`, until `release()` of what is returned"
     _check_flags(compact=compact)
     if not all(map(_has_hooks, stepping_optimizers(optimizer))):
-        raise TypeError(f'`hold` takes a `torch.optim.Optimizer` or what wraps one; {type(optimizer).__module__}.{type(optimizer).__name__} has '
-                        'none inside that calls hooks. With fastai pass `SparsifyCallback` to `fit`; in a loop of your own call '
-                        '`apply_masks` after each step')
+        name = f'{type(optimizer).__module__}.{type(optimizer).__name__}'
+        raise TypeError(f'`hold` takes a `torch.optim.Optimizer` or what wraps one; {name} has none inside that calls hooks. '
+                        'With fastai pass `SparsifyCallback` to `fit`; in a loop of your own call `apply_masks` after each step')
     if compact and self.mesh is not None: raise TypeError('`compact` is not possible: the weights are sharded')
     if compact and (why := why_not_compact(optimizer)): raise TypeError(f'`compact` is not possible: {why}')
     self.apply_masks()
