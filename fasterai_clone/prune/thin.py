@@ -28,7 +28,8 @@ from .coupling import _copied, _followed, _left_out, _listed, CoupledGroup, grou
 from ..sparse.compact import _inner
 
 # %% auto #0
-__all__ = ['ThinAttention', 'unremovable', 'thin', 'sizes_of', 'reshape_to', 'save_thinned', 'load_thinned']
+__all__ = ['update_config', 'ThinAttention', 'sampled', 'unremovable', 'thin', 'sizes_of', 'reshape_to', 'save_thinned',
+           'load_thinned']
 
 # %% ../../nbs/13_prune.thin.ipynb #74674186
 def _dead(group, tensors):
@@ -111,6 +112,73 @@ def _sizes(m, before=None):
         q, k, v = (t.shape[1] for t in m.projections())
         return dict(embed_dim=q, kdim=k, vdim=v, num_heads=m.num_heads)
     return {}
+
+# %% ../../nbs/13_prune.thin.ipynb #c66de4c0
+_size_names = set('''in_channels out_channels mid_channels num_channels in_chs out_chs in_features out_features hidden_features num_features
+    hidden_size hidden_dim hidden intermediate_size inner_dim inner_size mlp_dim ffn_dim d_ff dim_feedforward'''.split())
+
+def _tensors_of(model): return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def _shapes(model): return {k: tuple(t.shape) for k,t in _tensors_of(model).items()}
+
+def _changed_sizes(before, after, prefix=''):
+    "Size of an axis `before` → its sizes `after`, of tensors whose names begin with `prefix`"
+    sizes = defaultdict(set)
+    for k,shape in before.items():
+        if not k.startswith(prefix): continue
+        for old,new in zip(shape, after[k]): sizes[old].add(new)
+    return sizes
+
+def _retell(model, before):
+    "Update the numbers that modules keep of their sizes; `before`: the shapes that parameters and buffers had"
+    after = _shapes(model)
+    if after == before: return
+    for n,m in model.named_modules():
+        told = [] if _sizes(m) else [(k, v) for k,v in vars(m).items() if k in _size_names and type(v) is int]
+        if not told: continue
+        sizes = _changed_sizes(before, after, f'{n}.' if n else '')
+        for k,v in told:
+            if len(sizes[v]) == 1: vars(m)[k] = min(sizes[v])
+
+# %% ../../nbs/13_prune.thin.ipynb #624fecda
+def _makes(kind, config, shapes):
+    "Does a model of the class `kind`, made from `config`, have these `shapes`?"
+    with torch.random.fork_rng(), torch.device('meta'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: made = kind(copy.deepcopy(config))
+        except Exception: return False  # a config with numbers that do not go together
+    return _shapes(made) == shapes
+
+def _configs(m, sizes, shapes):
+    "Copies of the config of `m` with new numbers where it has old ones, to be tried"
+    new  = {old: min(now - {old}) for old,now in sizes.items() if len(now - {old}) == 1}
+    told = vars(m.config)
+    keys = [k for k,v in told.items() if type(v) is int and v in new]
+    if told.get('n_inner', 0) is None and len({*new.values()}) == 1: keys.append('n_inner')  # GPT-2: four times the stream
+    for some in [*([k] for k in keys), keys][:20]:
+        config = copy.deepcopy(m.config)
+        for k in some: setattr(config, k, new.get(told[k], min(new.values())))
+        yield config
+
+def update_config(
+    model: nn.Module,        # or modules inside of it, that have a `config` and `from_pretrained` as those of transformers
+    before: dict[str, tuple] # parameter or buffer → the shape it had when `config` described it
+) -> None:
+    "Let the `config` of transformers describe the sizes of now, or warn that it cannot"
+    done, after = [], _shapes(model)
+    for n,m in model.named_modules():
+        prefix = f'{n}.' if n else ''
+        ours   = hasattr(getattr(m, 'config', None), 'to_dict') and hasattr(type(m), 'from_pretrained')
+        if not ours or any(prefix.startswith(d) for d in done): continue
+        done.append(prefix)
+        sizes, shapes = _changed_sizes(before, after, prefix), _shapes(m)
+        if all(now == {old} for old,now in sizes.items()) or _makes(type(m), m.config, shapes): continue
+        config = next((c for c in _configs(m, sizes, shapes) if _makes(type(m), c, shapes)), None)
+        if config is None: warnings.warn(f'The `config` of {type(m).__name__} cannot describe layers of different sizes: `from_pretrained` will not '
+                                         'read this model back. Use `save_thinned` and `load_thinned`', stacklevel=3)
+        else:
+            old = m.config
+            for part in m.modules():
+                if vars(part).get('config') is old: vars(part)['config'] = config
 
 # %% ../../nbs/13_prune.thin.ipynb #0b3c3eb4
 def _projected(x: Tensor, weight: Tensor, bias: Optional[Tensor], extra: Optional[Tensor], zeros: bool, heads: int) -> Tensor:
@@ -205,7 +273,7 @@ def _as_thin(m, heads):
 def _shrink(model, groups, dead):
     "Take the `dead` channels of `groups` out of `model`, in place"
     keep, before = _kept_positions(groups, dead), {n: tuple(w.shape) for n,m in model.named_modules() if (w := _weight(m)) is not None}
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors, shapes = _tensors_of(model), _shapes(model)
     for name,axes in keep.items():
         t = tensors[name]
         for axis,line in axes.items(): t = t.detach().index_select(axis, line.nonzero()[:, 0].to(t.device))
@@ -214,6 +282,7 @@ def _shrink(model, groups, dead):
         if isinstance(m, nn.MultiheadAttention): _resize_attention(f'{n}.' if n else '', m, keep)
         if n in before and tuple(_weight(m).shape) != before[n]: vars(m).update(_sizes(m, before[n]))
         elif n not in before or isinstance(m, ThinAttention): vars(m).update(_sizes(m))
+    _retell(model, shapes)
 
 def _resize_attention(prefix, m, keep):
     "Tell the attention `m` what it still has"
@@ -268,8 +337,11 @@ def _replaced(o, change):
 
 def _double(t): return t.double() if t.is_floating_point() else t
 
-def _sampled(example_inputs, n=2):
-    "The first `n` items of `example_inputs`, if each tensor has as many items as the others; else all"
+def sampled(
+    example_inputs,  # what a model is called with
+    n: int = 2       # how many items
+):
+    "Return the first `n` items of the batch `example_inputs`, or all of it if its tensors are not of one length"
     lengths = {len(t) for t in tensors_in(example_inputs) if t.ndim}
     def first(t): return t[:n] if t.ndim else t
     return _replaced(example_inputs, first) if len(lengths) == 1 else example_inputs
@@ -534,7 +606,9 @@ def find(self:_Blame, why, hint):
         if len(groups) > 1: queue[:0] = self.halves(sorted(groups), why)
         else:
             self.guilty[min(groups)] = why
-            queue = self.without(self.alike(groups), None) or queue
+            rest = self.unknown | self.fine
+            if not rest or not self.why_not(rest): break
+            if self.unknown - self.alike(groups): queue = self.without(self.alike(groups), None) or queue
     if self.fine and self.fine != self.proven and (self.budget < 1 or self.why_not({*self.fine})): self.fine = set()
     return self.guilty
 
@@ -584,8 +658,6 @@ def _faults(check, groups, dead, budget=9):
     return faults
 
 # %% ../../nbs/13_prune.thin.ipynb #c42066df
-def _tensors_of(model): return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
 def _without(model, groups, dead):
     "A copy of `model` without the `dead` channels"
     small = copy.deepcopy(model)
@@ -652,9 +724,10 @@ def thin(
     dead   = _removable(groups, _tensors_of(model))
     small  = _without(model, groups, dead)
     if any(map(_bare, small.modules())): _measure(small, example_inputs)
-    if not check or not any(map(torch.any, dead)): return small
-    if check == 'sample': _verify(model, small, groups, dead, _sampled(example_inputs), modes=(False,))
-    else: _verify(model, small, groups, dead, example_inputs)
+    if not any(map(torch.any, dead)): return small
+    if check == 'sample': _verify(model, small, groups, dead, sampled(example_inputs), modes=(False,))
+    elif check: _verify(model, small, groups, dead, example_inputs)
+    update_config(small, _shapes(model))
     return small
 
 # %% ../../nbs/13_prune.thin.ipynb #ae07910b
@@ -680,6 +753,7 @@ def reshape_to(
     wrong = {*sizes['tensors']} ^ {*state} or {n for n in (*sizes['modules'], *sizes['heads']) if n not in dict(model.named_modules())}
     if wrong:
         raise ValueError(f'This {type(model).__name__} is not what was thinned: only one of both has {", ".join(sorted(wrong)[:5])}')
+    before = _shapes(model)
     with _all_or_nothing(model):
         for k,shape in sizes['tensors'].items():
             if len(shape) != state[k].ndim: raise ValueError(f'{k!r} has {state[k].ndim} axes, and {len(shape)} in the description')
@@ -690,6 +764,8 @@ def reshape_to(
             if not attributes.keys() <= _sizes(m).keys() and not isinstance(m, ThinAttention):  # older files have fewer of a recurrent layer
                 raise ValueError(f'{n!r} is {type(m).__name__}, for which the description has {attributes}')
             vars(m).update(attributes)
+        _retell(model, before)
+        update_config(model, before)
     return model
 
 def _give_heads(model, heads):

@@ -26,6 +26,7 @@ from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_
 from ..prune.coupling import coupled_groups
 from ..report import Report, Row, shared_weights, print_text
 from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on, _inner
+from ..prune.thin import sampled, unremovable
 from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name, _plainly, _processes,
                                            _summed, _types, find_targets, hold_with, layer_sparsities, output_channels,
                                            unwrapped)
@@ -141,11 +142,14 @@ class Sparsifier:
         max_sparsity: float|dict|None = None,    # ... and the most
         budget: str = 'groups',                  # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
         example_inputs = None,                   # inputs to try the model with, or a function that gives them; None: those in `data`
-        coupled: bool|str|list = False           # drop what makes a channel together, so that it can be taken out; or the layers that lead
+        coupled: bool|str|list = False,          # drop what makes a channel together, so that it can be taken out; or the layers that lead
+        check: bool = True                       # with `coupled`: leave out channels that `thin` could not remove, found by trying
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
         _check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget, coupled)
         _check_tools(data, loss_func, example_inputs)
+        _check_flags(check=check)
+        self.check = check
         self.model, self.granularity, self.context, self.budget = unwrapped(model), granularity, context, budget
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen = data, loss_func, example_inputs, []
@@ -263,6 +267,7 @@ def _coupled_targets(self:Sparsifier, targets, exclude):
         self.channel_groups.append(g)
     for t in targets:
         if t.name not in taken: self.left_out.setdefault(t.label, _unseen(t, role))
+    made = self._can_go(made)
     if not made: raise ValueError(f'`coupled`: no channel can go. {"; ".join(f"{k}: {why}" for k,why in self.left_out.items())}')
     return made
 
@@ -271,6 +276,18 @@ def _leaders(self:Sparsifier, targets):
     "Those of the `targets` that `coupled` names, or all"
     if self.coupled is True: return targets
     return [t for t in targets if any(_matches(p, t.layer, t.module, t.name) for p in _patterns('coupled', self.coupled))] or targets
+
+# %% ../../nbs/14_sparse.sparsifier.ipynb #c77d4125
+@patch
+def _can_go(self:Sparsifier, targets):
+    "Those of the coupled `targets` of which `thin` can remove channels, found by removing one of each from a copy"
+    if not targets or not self.check: return targets
+    with _plainly(self.model): why = unremovable(self.model, self.channel_groups, sampled(self._example('`coupled`')))
+    for i,reason in why.items():
+        t = targets[i]
+        self.left_out[t.label] = f'`thin` could not remove its channels: {reason}. `exclude={t.label!r}` leaves it out without this trial'
+    self.channel_groups = [g for i,g in enumerate(self.channel_groups) if i not in why]
+    return [t for i,t in enumerate(targets) if i not in why]
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #45664d65
 def _uneven(g, names):
@@ -647,7 +664,7 @@ def _check_reach(self:Sparsifier, pools, counts):
         if k == total and not self.costs: _warn_collapse([t.label or t.name for t in pool])
 
 class LayerCollapse(UserWarning):
-    "Nothing is left of a layer, or nothing gets through it"
+    "Nothing is left of a layer, or next to nothing, or nothing gets through it"
 
 def _warn_collapse(names):
     if names: warnings.warn(f'Layer collapse: no weight is left in {", ".join(names)}, so nothing gets through', LayerCollapse, 3)
@@ -671,6 +688,18 @@ def _gone(self:Sparsifier, targets):
     "How many groups each of `targets` has dropped"
     masks = [self._group_mask(t) for t in targets]
     return self._total([t.parts[0] for t in targets], [0 if m is None else m.numel() - int(m.count_nonzero()) for m in masks])
+
+# %% ../../nbs/14_sparse.sparsifier.ipynb #e859a524
+@patch
+def _warn_of_few(self:Sparsifier):
+    "Warn once of each layer that keeps less than a tenth of its channels where layers compete, and less than half of the share that all keep"
+    if self.context not in ('global', 'lamp'): return
+    left = [(t, t.groups.n - gone) for t,gone in zip(self.targets, self._gone(self.targets))]
+    share, told = sum(n for _,n in left) / sum(t.groups.n for t in self.targets), vars(self).setdefault('_told_few', set())
+    few  = [(t, n) for t,n in left if n < t.groups.n * min(0.1, share/2) and t.name not in told]
+    told.update(t.name for t,_ in few)
+    named = ', '.join(f'{t.label or t.name} ({n} of {t.groups.n})' for t,n in few)
+    if few: warnings.warn(f'Layer collapse: few channels are left in {named}. `max_sparsity` limits what a layer loses, as max_sparsity=90', LayerCollapse, 4)
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #014cf176
 _as_they_are = Criteria(identity)
@@ -781,6 +810,7 @@ def update(self:Sparsifier,
         for step in rounds: self._update(step, pools, round_to)
     if self.processes is None: choose()
     else: self._follow(choose, names)
+    if self.coupled: self._warn_of_few()
     self.seen = []
 
 @patch

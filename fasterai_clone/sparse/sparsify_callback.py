@@ -194,6 +194,7 @@ def before_fit(self:SparsifyCallback):
     self._say(f'Pruning of {self.granularity} until a sparsity of [{", ".join(f"{s:g}" for s in self._per_layer(self._goal))}]%' +
               (f' ({frozen} of {len(sp.targets)} layers are frozen in this fit)' if frozen else '') +
               (f' ({kept:,} of {sum(t.groups.n for t in sp.targets):,} are zero already, and stay so)' if kept else ''))
+    for layer,why in sp.left_out.items(): self._say(f'  {layer} keeps all: {why}')
 
 # %% ../../nbs/17_sparse.sparsify_callback.ipynb #0169bb96
 @patch
