@@ -716,7 +716,7 @@ def thin(
     check_loaded(model.named_parameters())
     model = _copied(model)
     if masks is not None:
-        params = dict(model.named_parameters(remove_duplicate=False))
+        params = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
         Masks(masks, shapes={k: p.shape for k,p in params.items()}).apply(params)
     trace = _followed(model, example_inputs)
     _left_out(trace, exclude)

@@ -251,7 +251,7 @@ def _coupled_targets(self:Sparsifier, targets, exclude):
     if self.coupled is not True: _patterns('coupled', self.coupled, [(t.layer, t.module, t.name) for t in targets])
     with _plainly(self.model):
         groups = coupled_groups(self.model, self._example('`coupled`'), timeout=None)
-        owners = {f'{n}.{k}' if n else k: (m, k) for n,m in self.model.named_modules() for k in m._parameters}
+        owners = {f'{n}.{k}' if n else k: (m, k) for n,m in self.model.named_modules() for k in (*m._parameters, *m._buffers)}
     known, role = {id(p.whole): t for t in targets for p in t.parts}, _coupled_roles[self.granularity]  # a unit has two parts
     self.channel_groups, made, taken = [], [], set()
     makes = Counter(m.name for g in groups for m in g.members if m.role == 'producer')

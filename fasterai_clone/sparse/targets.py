@@ -38,7 +38,8 @@ class Part:
     @property
     def whole(self):
         "The parameter, as it is now"
-        return self.owner._parameters[self.param]
+        t = self.owner._parameters.get(self.param)
+        return self.owner._buffers[self.param] if t is None else t
     @property
     def tensor(self):
         "What this process has of it: all, if it is not sharded"
