@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import copy
 import numpy as np, torch, torch.nn as nn
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import Learner
 from fastcore.basics import patch, store_attr
 from ..core.criteria import Criteria, large_final
-from ..core.flow import multiply_adds
+from ..core.flow import copied, multiply_adds
 from ..core.granularity import _unknown
 from ..core.measure import as_criteria
 from ..core.schedule import Schedule, agp, as_schedule
@@ -179,7 +179,7 @@ def _try_out(self:PruneCallback, sp):
     "Take a channel of each group out of a copy, so that a model which cannot be cut is found now"
     groups = sp.channel_groups
     with _plainly(sp.model):
-        masked = deepcopy(sp.model)
+        masked = copied(sp.model)
         group_masks(groups, [torch.arange(g.n) > 0 for g in groups]).apply(dict(masked.named_parameters()))
         dead = _removable(groups, _tensors_of(masked))
         _verify(masked, _without(masked, groups, dead), groups, dead, self._some_inputs())
