@@ -240,11 +240,11 @@ def _mode(model, training):
 def _outputs(model, example_inputs, training=False, dtype=torch.float64):
     "What a copy of `model` gives, and whether it drew random numbers for it"
     args, kwargs = _arguments(_doubled(example_inputs) if dtype == torch.float64 else example_inputs)
-    copied = _mode(copy.deepcopy(model), training)
+    own = _mode(_copied(model), training)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         before = torch.get_rng_state()
-        out    = tensors_in((copied.double() if dtype == torch.float64 else copied)(*args, **kwargs))
+        out    = tensors_in((own.double() if dtype == torch.float64 else own)(*args, **kwargs))
         return out, not torch.equal(before, torch.get_rng_state())
 
 def _difference(a, b):
@@ -296,7 +296,7 @@ def _tensors_of(model): return {**dict(model.named_parameters()), **dict(model.n
 
 def _without(model, groups, dead):
     "A copy of `model` without the `dead` channels"
-    small = copy.deepcopy(model)
+    small = _copied(model)
     for p in small.parameters(): p.grad = None
     _shrink(small, groups, dead)
     return small
@@ -306,11 +306,11 @@ def _without(model, groups, dead):
 def _measure(model, example_inputs):
     "Tell instance norms without parameters how many channels they get: that can only be seen"
     args, kwargs = _arguments(example_inputs)
-    copied = copy.deepcopy(model).eval()
-    for n,m in copied.named_modules():
+    own = _copied(model).eval()
+    for n,m in own.named_modules():
         def see(m, args, there=model.get_submodule(n)): m.num_features = there.num_features = args[0].shape[-m._get_no_batch_dim()]
         if _bare(m): m.register_forward_pre_hook(see)
-    copied(*args, **kwargs)
+    own(*args, **kwargs)
 
 def _bare(m): return isinstance(m, nn.modules.instancenorm._InstanceNorm) and not m.state_dict()
 
