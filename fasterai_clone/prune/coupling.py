@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map_only
-from ..core.flow import _arguments, _first_line, _is_model, memory_of, _plain_attention, tensors_in, _undisturbed
+from torch.utils._pytree import tree_map_only, tree_leaves
+from ..core.flow import _arguments, _first_line, _is_model, memory_of, _plain_attention, tensors_in, _undisturbed, copied
+from torch.nn.utils import prune
 from ..core.granularity import _unknown
 from ..core.masks import Masks
 from ..core.selection import check_sparsity, keep_masks, n_dropped
@@ -1110,8 +1111,8 @@ _OPS = {op: kind for kind,ops in dict(
     batch_norm  = '_native_batch_norm_legit _native_batch_norm_legit_no_training native_batch_norm cudnn_batch_norm miopen_batch_norm',
     group_norm  = 'native_group_norm',
     layer_norm  = 'native_layer_norm _fused_rms_norm',
-    same        = '_to_copy contiguous clone detach lift_fresh native_dropout',
-    pointwise   = 'copy fill zero rrelu_with_noise prelu _prelu_kernel hardswish hardtanh hardsigmoid',
+    same        = '_to_copy contiguous clone detach lift_fresh native_dropout rrelu_with_noise',
+    pointwise   = 'copy fill zero masked_fill prelu _prelu_kernel hardswish hardtanh hardsigmoid',
     nothing     = 'zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty rand_like randn_like argmax argmin',
     reduce      = 'mean sum amax amin max min var std norm linalg_vector_norm prod logsumexp var_mean',
     spatial     = 'max_pool1d avg_pool1d adaptive_avg_pool1d max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d '
@@ -1129,16 +1130,17 @@ def _copied(model):
     model = unwrapped(model)
     if any(is_lazy(p) for p in model.parameters()):
         raise ValueError('The model has parameters without a shape: run one batch through it first')
-    try: return copy.deepcopy(model)
-    except Exception as e:
-        raise ValueError(f'{type(model).__name__} cannot be copied: {_first_line(e)}. If `torch.nn.utils.prune` or the old `weight_norm` '
-                         'holds some of it, end that first with `prune.remove` or `remove_weight_norm`') from e
+    for n,m in model.named_modules():
+        if any(isinstance(h, prune.BasePruningMethod) for h in getattr(m, '_forward_pre_hooks', {}).values()):
+            raise ValueError(f'`torch.nn.utils.prune` holds {f"`{n}`" if n else "the model"} ({type(m).__name__}): '
+                             'end that first with `prune.remove`')
+    return copied(model)
 
 # %% ../../nbs/12_prune.coupling.ipynb #06442747
 @patch
 def run(self:_Trace, args, kwargs):
     "Run the model, and look at what it gives back"
-    model = self.model
+    model, self.inside = self.model, []
     with ExitStack() as stack:
         for name,m in model.named_modules():
             if isinstance(m, torch.jit.ScriptModule): continue  # takes no hooks: what it does is its caller's
@@ -1152,6 +1154,17 @@ def run(self:_Trace, args, kwargs):
     for t in outs:
         self.use(self.get(t))
         for l in self.get(t).layers: self.all.fix(l, 'it is the output of the model')
+    for name,t in _remembered(model):
+        if memory_of(t) in self.seen: continue  # something in the model has read it: it need not be for the caller
+        for l in self.get(t).layers: self.all.fix(l, f'it is kept as `{name}`, which only the caller can read')
+
+def _remembered(model):
+    "Tensors among the attributes of the modules, those in lists, tuples and dicts too, as (name, tensor)"
+    for path,m in model.named_modules():
+        for k,v in vars(m).items():
+            if k.startswith('_') or not isinstance(v, (torch.Tensor, list, tuple, dict)): continue
+            for t in tree_leaves(v):
+                if isinstance(t, torch.Tensor): yield f'{path}.{k}'.strip('.'), t
 
 # %% ../../nbs/12_prune.coupling.ipynb #5c3ea5f1
 def _followed(model, example_inputs, timeout=None):
@@ -1164,12 +1177,19 @@ def _followed(model, example_inputs, timeout=None):
             trace.hurry()  # it may come as another error, out of a scripted part
             raise ValueError(f'{type(model).__name__} does not run on `example_inputs`, in {trace.where}: {_first_line(e)}') from e
         used = {trace.all.axes[k][0] for k in trace.all.role}
-        if any(k not in used for k,p in model.named_parameters() if p.numel() > 1):
-            model.train()
-            try: trace.run(args, kwargs)
-            except Exception: trace.hurry()  # else: batch norms need more than one number in train mode
+        if any(k not in used for k,p in model.named_parameters() if p.numel() > 1): _follow_training(trace, model, args, kwargs)
     trace.settle()
     return trace
+
+def _follow_training(trace, model, args, kwargs):
+    "Follow a run in train mode too, if there can be one"
+    model.train()
+    try: return trace.run(args, kwargs)
+    except Exception: trace.hurry()
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._NormBase): m.eval()  # in train mode they need more than one number for a channel
+    try: trace.run(args, kwargs)
+    except Exception: trace.hurry()  # it needs something else in train mode, as targets
 
 # %% ../../nbs/12_prune.coupling.ipynb #b2ee037a
 @dataclass(frozen=True, eq=False)

@@ -660,7 +660,7 @@ def _faults(check, groups, dead, budget=9):
 # %% ../../nbs/13_prune.thin.ipynb #c42066df
 def _without(model, groups, dead):
     "A copy of `model` without the `dead` channels"
-    small = copy.deepcopy(model)
+    small = _copied(model)
     for p in small.parameters(): p.grad = None
     _shrink(small, groups, dead)
     return small
@@ -695,11 +695,11 @@ def unremovable(
 def _measure(model, example_inputs):
     "Tell instance norms without parameters how many channels they get: that can only be seen"
     args, kwargs = _arguments(example_inputs)
-    copied = copy.deepcopy(model).eval()
-    for n,m in copied.named_modules():
+    own = _copied(model).eval()
+    for n,m in own.named_modules():
         def see(m, args, there=model.get_submodule(n)): m.num_features = there.num_features = args[0].shape[-m._get_no_batch_dim()]
         if _bare(m): m.register_forward_pre_hook(see)
-    copied(*args, **kwargs)
+    own(*args, **kwargs)
 
 def _bare(m): return isinstance(m, nn.modules.instancenorm._InstanceNorm) and not m.state_dict()
 
