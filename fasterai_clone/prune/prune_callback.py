@@ -17,7 +17,7 @@ from fastcore.basics import patch, store_attr
 from ..core.criteria import Criteria, large_final
 from ..core.flow import copied, multiply_adds
 from ..core.granularity import _unknown
-from ..core.measure import as_criteria
+from ..core.measure import as_batch, as_criteria
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import n_dropped
 from ..core.masks import Masks
@@ -251,7 +251,7 @@ def _prune(self:PruneCallback, progress):
     sp = self._copied_sparsifier()
     if sp.limits: sp.limits = [0]*len(sp.targets), [max(t.groups.n - self.min_channels, 0) for t in sp.targets]
     unseen = sp.reference == 'measure' or sp.reference == 'grad' and not sp.refs
-    if unseen and self.data is None: sp.observe(*self.xb, *self.yb)
+    if unseen and self.data is None: sp.observe(*as_batch(self.xb, self.yb))
     with _eagerly(sp.model), _all_or_nothing(sp.model, self.opt, sp._params().values()):
         sp.update(counts, round_to=None if self.context == 'local' else self.round_to)
         dead = [torch.zeros(t.groups.n, dtype=torch.bool) if t.name not in sp.masks else ~sp._group_mask(t).flatten().cpu()

@@ -6,10 +6,10 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsifier.html.md"
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #0d66ba6a
 from __future__ import annotations
-import math, warnings
+import inspect, math, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, replace, is_dataclass
 from functools import partial, wraps
 from types import MethodType
 import torch, torch.distributed as dist, torch.nn as nn
@@ -20,7 +20,7 @@ from ..core.criteria import Criteria, group_scores, identity, large_final, magni
 from ..core.flow import multiply_adds, trace_flow
 from ..core.granularity import Granularities, Groups, _block_sizes, _unknown, check_loaded
 from ..core.masks import Masks
-from ..core.measure import accumulated, as_criteria, batches, passes_signal
+from ..core.measure import accumulated, arguments, as_criteria, batches, passes_signal
 from ..core.schedule import Schedule, as_schedule
 from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped, restore
 from ..prune.coupling import coupled_groups
@@ -116,7 +116,7 @@ def _check_tools(data, loss_func, example_inputs):
     if loss_func is not None and not callable(loss_func):
         raise TypeError(f'`loss_func` must be a function of (output, target), got {loss_func!r}')
     x = example_inputs
-    named = isinstance(x, Mapping) and all(isinstance(k, str) for k in x)
+    named = isinstance(x, Mapping) and all(isinstance(k, str) for k in x) or is_dataclass(x)
     if not (x is None or named or callable(x) or isinstance(x, (torch.Tensor, tuple, list))):
         raise TypeError('`example_inputs` must be a tensor, a tuple of what the model is called with, a dict of keyword arguments, or '
                         f'a function that gives one of these; got {x!r}')
@@ -136,8 +136,8 @@ class Sparsifier:
         exclude = None,                          # none of these
         part: nn.Module|None = None,             # only layers inside this part of the model
         params: str|list|None = None,            # parameters of the layers, by name or pattern, as `['weight', 'bias']`; None: the weights
-        data = None,                             # for criteria that measure: a batch, a DataLoader, or fastai's `dls`
-        loss_func = None,                        # for those that need gradients: `(output, target)` → a number
+        data = None,                             # for criteria that measure: a batch, also a dict, a DataLoader, or fastai's `dls`
+        loss_func = None,                        # for those that need gradients: `(output, target)` → a number; None: the model's own
         min_sparsity: float|dict|None = None,    # percent, for each layer or by name: the least where layers share a sparsity
         max_sparsity: float|dict|None = None,    # ... and the most
         budget: str = 'groups',                  # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
@@ -204,9 +204,19 @@ def __repr__(self:Sparsifier):
 def _example(self:Sparsifier, why):
     "Inputs to try the model with"
     x = self.example_inputs
-    if x is None and self.data is not None: return next(iter(batches(self.data, self.targets[0].weight.device)))[0]
+    if x is None and self.data is not None: x = next(iter(batches(self.data, self.targets[0].weight.device)))[0]
     if x is None: raise ValueError(f'{why} needs inputs to try the model with: give `example_inputs`')
-    return x() if callable(x) else x
+    if callable(x) and not isinstance(x, Mapping) and not is_dataclass(x): x = x()
+    if isinstance(x, torch.Tensor): return x
+    args, kwargs = arguments(self.model, tuple(x) if isinstance(x, (tuple, list)) else (x,))
+    return _without_labels(self.model, kwargs) if kwargs else args
+
+def _without_labels(model, kwargs):
+    "The arguments `kwargs` without labels, from which a model makes a loss, if it can be called so"
+    rest = {k: v for k,v in kwargs.items() if k != 'labels'}
+    try: inspect.signature(model.forward).bind(**rest)
+    except (TypeError, ValueError): return kwargs
+    return rest
 
 @patch
 def _with_held(self:Sparsifier, targets, exclude):
@@ -552,7 +562,8 @@ def _measure(self:Sparsifier):
     if not self.refs.keys() <= self.used: return  # sums of steps go first
     params = {p.name: p.tensor for p in self._parts()}
     if self.seen or all(p.grad is None for p in params.values()):
-        self.refs = accumulated(self.model, params, self.seen or self._own_data(), self.loss_func, self.criteria.step_fn)
+        self.refs = accumulated(self.model, params, self.seen or self._own_data(), self.loss_func, self.criteria.step_fn,
+                                training=self.criteria.training)
         self.used.clear()
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #6e323dfd
@@ -570,7 +581,7 @@ def _try_measure(self:Sparsifier, batch):
 def _data(self:Sparsifier):
     "The data to measure with, or example inputs for a criterion that only needs their shape"
     if self.seen: return self.seen
-    return _as_batch(self._example('')) if self.data is None and self.example_inputs is not None else self._own_data()
+    return _as_data(self._example('')) if self.data is None and self.example_inputs is not None else self._own_data()
 
 @patch
 def _own_data(self:Sparsifier):
@@ -583,9 +594,9 @@ def _own_loader(dl):
     "The loader inside of fastai's `DistributedDL`, which waits for the other processes at its start"
     return dl.dl if type(dl).__name__ == 'DistributedDL' else dl
 
-def _as_batch(x):
-    "Inputs as a batch, of which the last part is the target"
-    return x if isinstance(x, Mapping) else (*(x if isinstance(x, (tuple, list)) else [x]), None)
+def _as_data(x):
+    "Inputs as data of one batch, without a target"
+    return [x if isinstance(x, Mapping) else (*(x if isinstance(x, (tuple, list)) else [x]), None)]
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #d49e4e2a
 def _rounded(n, k, round_to):
@@ -745,8 +756,8 @@ def _elementwise(self:Sparsifier):
 def _lazy_scores(self:Sparsifier, t):
     "The scores of target `t` by an elementwise criterion, made while they are ranked"
     c, w, score = self.criteria, t.weight, self.criteria._score
-    if self.reference == 'grad' and t.name not in self.refs and w.grad is not None:
-        score, inputs = (lambda now, grad: c._score(*c._inputs(now, c.step_fn(now, grad)))), (w, w.grad)
+    if self.reference == 'grad' and t.name not in self.refs and (grad := t.parts[0].grad) is not None:
+        score, inputs = (lambda now, grad: c._score(*c._inputs(now, c.step_fn(now, grad)))), (w, grad)
     else: inputs = c._inputs(w, self._reference(t.parts[0]))
     if any(x.shape != w.shape for x in inputs): return self._scores(t)  # a reference that broadcasts
     return LazyScores(score, *[x.reshape(t.groups.shape) for x in inputs])
@@ -946,7 +957,7 @@ def is_pruned(self:Sparsifier,
 def _check_signal(self:Sparsifier):
     "Warn if layers are cut off"
     try:
-        with _plainly(self.model): through = passes_signal(self.model, _as_batch(self._example('Looking for a path')))
+        with _plainly(self.model): through = passes_signal(self.model, _as_data(self._example('Looking for a path')))
     except Exception as e: return warnings.warn(f'Could not look for a path through the model: {type(e).__name__}: {e}', stacklevel=3)
     dead = [t.layer for t in self.targets if not through.get(t.layer, True)]
     if dead: warnings.warn(f'Layer collapse: no path is left through {", ".join(dict.fromkeys(dead))}', LayerCollapse, 3)

@@ -46,8 +46,9 @@ class Part:
         return self.whole
     @property
     def grad(self):
-        "The gradient of that, or None"
-        return self.whole.grad
+        "The gradient of that, or None; that of an embedding with `sparse=True` as a dense tensor"
+        g = self.whole.grad
+        return g.to_dense() if g is not None and g.is_sparse else g
 
 # %% ../../nbs/11_sparse.targets.ipynb #946a3789
 @dataclass(frozen=True)
