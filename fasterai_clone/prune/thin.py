@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from ..core.flow import _arguments, _first_line, tensors_in
+from ..core.flow import _arguments, _first_line, copied, tensors_in
 from ..core.granularity import check_loaded
 from ..core.masks import Masks, _whole_file
 from .coupling import _copied, _followed, _left_out, _listed, CoupledGroup, group_masks
@@ -513,11 +513,11 @@ class _Check:
     "Whether others compute what `model` does with `example_inputs`, in eval mode and in train mode"
     def __init__(self, model, example_inputs, modes=(False, True)):
         self.modes, self.runs, self.where = modes, {}, ''  # `where`: the module in which the last one that fails does so
-        self.model, self.inputs = copy.deepcopy(model).double(), _replaced(example_inputs, _double)
+        self.model, self.inputs = copied(model).double(), _replaced(example_inputs, _double)
         self.doubled, self.limit = True, _limit(torch.float64)
         try: self.wanted(False)
         except Exception:  # it does not run in double precision
-            self.model, self.inputs = copy.deepcopy(model), example_inputs
+            self.model, self.inputs = copied(model), example_inputs
             self.doubled, self.limit = False, max([_limit(p.dtype) for p in model.parameters()], default=1e-4)
             self.wanted(False)
 
@@ -535,7 +535,7 @@ class _Check:
     def wanted(self, training):
         "The run of the model itself; None if it does not run in train mode"
         if training not in self.runs:
-            try: self.runs[training] = self.run(copy.deepcopy(self.model), training)
+            try: self.runs[training] = self.run(copied(self.model), training)
             except Exception:
                 if not training: raise
                 self.runs[training] = None  # batch norms need more than one number in train mode
@@ -564,8 +564,8 @@ def why_not(self:_Check, other, training):
 def __call__(self:_Check, other):
     "Why `other` does not compute the same, or None"
     for training in self.modes:
-        copied = copy.deepcopy(other)
-        if why := self.why_not(copied.double() if self.doubled else copied, training): return why
+        own = copied(other)
+        if why := self.why_not(own.double() if self.doubled else own, training): return why
 
 # %% ../../nbs/13_prune.thin.ipynb #89992bd7
 def _kind(name):

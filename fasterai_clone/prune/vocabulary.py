@@ -6,7 +6,6 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.vocabulary.html.md""
 
 # %% ../../nbs/24_prune.vocabulary.ipynb #7a3e0ca4
 from __future__ import annotations
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 import torch, torch.nn as nn
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
-from ..core.flow import memory_of, tensors_in
+from ..core.flow import copied, memory_of, tensors_in
 from ..sparse.targets import unwrapped
 
 # %% auto #0
@@ -227,14 +226,14 @@ def _called(model, inputs):
 @torch.no_grad()
 def _outputs(model, inputs, double=True):
     "The tensors that a copy of `model` gives in eval mode"
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     return tensors_in(_called(model.double() if double else model, inputs))
 
 # %% ../../nbs/24_prune.vocabulary.ipynb #45425909
 @torch.no_grad()
 def _ids_in(model, inputs, embedding):
     "Which of the tensors in `inputs` are looked up in the vocabulary"
-    model   = copy.deepcopy(model).eval()
+    model   = copied(model).eval()
     lookups = _Lookups({memory_of(m.weight) for m in _embeddings(model, embedding)})
     try:
         with lookups: _called(model, inputs)
@@ -290,7 +289,7 @@ def thin_vocabulary(
     "Return a copy of `model` without the rows of ids that are not used; `model` stays as it is"
     if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
     model = unwrapped(model)
-    small = copy.deepcopy(model)
+    small = copied(model)
     for p in small.parameters(): p.grad = None
     embeddings = _embeddings(small, embedding)
     cuts, n    = _cuts(small, embeddings, _named_by(small, 'get_output_embeddings') if output is None else _of(small, output, 'output'))
