@@ -576,3 +576,16 @@ def test_a_language_model_of_fastai():
     torch.testing.assert_close(b, a[..., words.kept])
     small.train()
     small(words.encode(batches[0][0]))[0].sum().backward()
+
+
+# Units that stay are reported
+
+def test_units_that_stay_are_not_passed_over_in_silence():
+    net = made(lambda m, x: m.out(m.rnn(x)[0]), rnn=nn.LSTM(4, 6, 2, batch_first=True), out=nn.Linear(6, 2))
+    with torch.no_grad():
+        for k,p in net.rnn.named_parameters():
+            if k.endswith('l0'): p.reshape(4, 6, *p.shape[1:])[:, [0, 1]] = 0
+    with pytest.warns(UserWarning, match='2 of 6 units of rnn.weight_ih_l0 are zero and stay.*coupled=True'): thin(net, None, steps())
+    net = made(lambda m, x: m.rnn(x)[0], rnn=nn.GRU(4, 6, batch_first=True))
+    zero_units(net.rnn, [3])
+    with pytest.warns(UserWarning, match='1 of 6 units.*output of the model'): thin(net, None, steps())
