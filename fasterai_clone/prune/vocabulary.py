@@ -102,6 +102,16 @@ def used_ids(
     return (counts >= at_least).nonzero()[:, 0]
 
 # %% ../../nbs/24_prune.vocabulary.ipynb #ec0600d9
+def _copy(model):
+    "A copy of `model`: parameters on one memory stay on one, and what the last run left in it is detached"
+    left  = [t for m in model.modules() for t in tensors_in(vars(m)) if not t.is_leaf]
+    small = copy.deepcopy(model, {id(t): t.detach().clone() for t in left})
+    first, copied = {}, dict(small.named_parameters(remove_duplicate=False))
+    for k,p in model.named_parameters(remove_duplicate=False):
+        k0 = first.setdefault(memory_of(p), k)
+        if copied[k] is not copied[k0]: copied[k].data = copied[k0].data
+    return small
+
 def _of(model, names, what):
     "The modules of these `names`"
     known = dict(model.named_modules())
@@ -235,14 +245,14 @@ def _called(model, inputs):
 @torch.no_grad()
 def _outputs(model, inputs, double=True):
     "The tensors that a copy of `model` gives in eval mode"
-    model = copy.deepcopy(model).eval()
+    model = _copy(model).eval()
     return tensors_in(_called(model.double() if double else model, inputs))
 
 # %% ../../nbs/24_prune.vocabulary.ipynb #45425909
 @torch.no_grad()
 def _ids_in(model, inputs, embedding):
     "Which of the tensors in `inputs` are looked up in the vocabulary"
-    model   = copy.deepcopy(model).eval()
+    model   = _copy(model).eval()
     lookups = _Lookups({memory_of(m.weight) for m in _embeddings(model, embedding)})
     try:
         with lookups: _called(model, inputs)
@@ -301,7 +311,7 @@ def thin_vocabulary(
     "Return a copy of `model` without the rows of ids that are not used; `model` stays as it is"
     if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
     model = unwrapped(model)
-    small = copy.deepcopy(model)
+    small = _copy(model)
     for p in small.parameters(): p.grad = None
     embeddings = _embeddings(small, embedding)
     outputs    = _named_by(small, 'get_output_embeddings') if output is None else _of(small, output, 'output')
