@@ -100,6 +100,7 @@ def test_the_last_states_of_both_directions():
     small = removed(net, steps())
     assert small.rnn.hidden_size == 3 and small.out.in_features == 12
 
+@pytest.mark.filterwarnings('ignore:.* units of')
 def test_a_unit_goes_only_if_all_layers_have_lost_it():
     "One `hidden_size` holds for the module: here unit 0 is zero in both layers, 1 and 2 in one of them"
     net = made(lambda m, x: m.out(m.rnn(x)[0]), rnn=nn.LSTM(4, 6, 2, batch_first=True), out=nn.Linear(6, 2))
@@ -109,6 +110,7 @@ def test_a_unit_goes_only_if_all_layers_have_lost_it():
     assert small.rnn.hidden_size == 5
     equal(net, small, steps())
 
+@pytest.mark.filterwarnings('ignore:.* units of')
 def test_never_all_units():
     net = made(lambda m, x: m.out(m.rnn(x)[0]), rnn=nn.GRU(4, 3, batch_first=True), out=nn.Linear(3, 2))
     zero_units(net.rnn, [0, 1, 2])
@@ -331,7 +333,7 @@ def test_weight_dropout_of_fastai():
 def test_a_sequencer_of_timm():
     "A network of LSTMs in two directions over both axes of an image"
     timm = pytest.importorskip('timm')
-    net  = timm.create_model('sequencer2d_s', layers=[1, 1], patch_sizes=[7, 1], embed_dims=[12, 16], hidden_sizes=[4, 6], mlp_ratios=[2, 2], num_rnn_layers=[1, 1], num_classes=3).double().eval()
+    net  = timm.create_model('sequencer2d_s', layers=[1, 1], patch_sizes=[7, 1], embed_dims=[12, 16], hidden_sizes=[4, 6], mlp_ratios=[2, 2], num_classes=3).double().eval()
     x    = torch.randn(2, 3, 21, 21, dtype=torch.float64)
     small = removed(net, x)
     sizes = [m.hidden_size for m in small.modules() if isinstance(m, nn.LSTM)]
@@ -576,3 +578,16 @@ def test_a_language_model_of_fastai():
     torch.testing.assert_close(b, a[..., words.kept])
     small.train()
     small(words.encode(batches[0][0]))[0].sum().backward()
+
+
+# Units that stay are reported
+
+def test_units_that_stay_are_not_passed_over_in_silence():
+    net = made(lambda m, x: m.out(m.rnn(x)[0]), rnn=nn.LSTM(4, 6, 2, batch_first=True), out=nn.Linear(6, 2))
+    with torch.no_grad():
+        for k,p in net.rnn.named_parameters():
+            if k.endswith('l0'): p.reshape(4, 6, *p.shape[1:])[:, [0, 1]] = 0
+    with pytest.warns(UserWarning, match='2 of 6 units of rnn.weight_ih_l0 are zero and stay.*coupled=True'): thin(net, None, steps())
+    net = made(lambda m, x: m.rnn(x)[0], rnn=nn.GRU(4, 6, batch_first=True))
+    zero_units(net.rnn, [3])
+    with pytest.warns(UserWarning, match='1 of 6 units.*output of the model'): thin(net, None, steps())

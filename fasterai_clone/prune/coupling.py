@@ -818,7 +818,8 @@ class _WholeFunctions(TorchFunctionMode):
         rule   = _rules.get(func) if isinstance(func, BuiltinFunctionType) and not kwargs else None
         if rule is None:
             out = func(*args, **kwargs)
-            if isinstance(out, torch.Tensor) and self.follows(func.__name__, args, kwargs, out): self.trace.zeros[id(out)] = out
+            new = isinstance(out, torch.Tensor) and self.follows(getattr(func, '__name__', ''), args, kwargs, out)
+            if new: self.trace.zeros[id(out)] = out
             return out
         for t in tensors_in(args): self.trace.use(self.trace.get(t))
         with _disable_current_modes(): out = func(*args)
@@ -830,8 +831,9 @@ class _WholeFunctions(TorchFunctionMode):
 def follows(self:_WholeFunctions, name, args, kwargs, out):
     "Whether `out` is zero, and has other sizes if a recurrent layer has"
     floats, known = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()], self.trace.zeros
-    if name == 'zeros_like': return id(floats[0]) in known or bool(self.trace.get(floats[0]).layers) if floats else False
-    sized = any(isinstance(s, _UnitSize) for a in (*args, *kwargs.values()) for s in (a if isinstance(a, (list, tuple)) else [a]))
+    if name == 'zeros_like': return any(id(t) in known or bool(self.trace.get(t).layers) for t in floats[:1])
+    given = (*args, *kwargs.values())
+    sized = any(isinstance(s, _UnitSize) for a in given for s in (a if isinstance(a, (list, tuple)) else [a]))
     if sized and (not floats or name == 'new_zeros'): return not out.count_nonzero()
     return bool(floats) and all(id(t) in known for t in floats) and not out.count_nonzero()
 
@@ -889,7 +891,7 @@ for _name,_n in _gates.items():
 # %% ../../nbs/12_prune.coupling.ipynb #41b02a7e
 @patch
 def recurrent(self:_Trace, gates, x, states, sets, directions, outs):
-    "A recurrent layer; `sets`: the weights and biases of each layer and direction, the directions of a layer side by side"
+    "A recurrent layer; `sets`: weights and biases of each layer and direction, those of one layer side by side"
     inp, nonzero, size = _last(self.get(x).layers), self.get(x).nonzero, sets[0][0].shape[0] // gates
     self.fix_others(x)
     for w_ih,*_ in sets[:directions]: self.read(inp, _along(self.get(w_ih).layers, 1), nonzero)
@@ -907,11 +909,12 @@ def recurrent(self:_Trace, gates, x, states, sets, directions, outs):
 
 @patch
 def units(self:_Trace, gates, size, sets):
-    "Join the rows of each unit in all gates, layers and directions; the labels of the units, None if they cannot be removed"
+    "Join the rows of each unit in all gates, layers and directions, and return their labels; None if they stay"
     rows = [(w, _along(self.get(w).layers, 0)) for s in sets for w in s]
     for w,r in rows:
         if r is not None: self.all.mark(r, 'producer' if w.ndim > 1 else 'bias')
-    why = 'it has one unit' if size == 1 else f'{self.where} has weights of which no parameter is known' if any(r is None for _,r in rows) else None
+    why = 'it has one unit' if size == 1 else None
+    if any(r is None for _,r in rows): why = why or f'{self.where} has weights of which no parameter is known'
     if len(sets[0]) % 2: why = f'{self.where} projects its units to another size'
     if why:
         labels = [l for s in sets for w in s[1:] for l in self.get(w).layers] + [r for _,r in rows if r is not None]
@@ -934,7 +937,8 @@ def start(self:_Trace, states, units):
             if units is None or l is not own[0]: self.all.fix(l, f'{self.where} starts from it')
         if units is None or id(s) in self.zeros: continue
         if not own:
-            self.all.fix(units, f'{self.where} starts from a state of a fixed size: give it none, or zeros whose size is its `hidden_size`')
+            self.all.fix(units, f'{self.where} starts from a state of a fixed size: give it none, or zeros whose size is '
+                                'its `hidden_size`')
             continue
         self.all.join(own[0], units)
         if v.param: self.all.mark(own[0], 'bias')

@@ -282,6 +282,7 @@ def _shrink(model, groups, dead):
         if isinstance(m, nn.MultiheadAttention): _resize_attention(f'{n}.' if n else '', m, keep)
         if n in before and tuple(_weight(m).shape) != before[n]: vars(m).update(_sizes(m, before[n]))
         elif n not in before or isinstance(m, ThinAttention): vars(m).update(_sizes(m))
+        if isinstance(m, nn.RNNBase) and any(k.startswith(f'{n}.' if n else '') for k in keep): m.flatten_parameters()
     _retell(model, shapes)
 
 def _resize_attention(prefix, m, keep):
@@ -703,6 +704,23 @@ def _measure(model, example_inputs):
 
 def _bare(m): return isinstance(m, nn.modules.instancenorm._InstanceNorm) and not m.state_dict()
 
+# %% ../../nbs/13_prune.thin.ipynb #a58faa9b
+def _warn_of_units(groups, dead, tensors):
+    "Warn of units of recurrent layers that are zero and stay"
+    for g,d in zip(groups, dead):
+        zero = torch.zeros(g.n, dtype=torch.bool)
+        for m in g.members:
+            if m.role != 'producer' or 'weight_hh' not in m.name: continue
+            alive = (tensors[m.name].detach() != 0).movedim(m.axis, 0).flatten(1).any(1).cpu()
+            here  = torch.ones(g.n, dtype=torch.bool)
+            here[m.channel[alive & (m.channel >= 0)]] = False
+            zero |= here
+        n = int((zero & ~d).sum())
+        if not n: continue
+        why = g.why_not or ('one `hidden_size` holds for all layers and directions, and they are not zero in all of them, or all '
+                            'units are zero. Choose them with `Sparsifier(..., "unit", coupled=True)`')
+        warnings.warn(f'{n} of {g.n} units of {g.name} are zero and stay: {why}', stacklevel=3)
+
 # %% ../../nbs/13_prune.thin.ipynb #71981642
 def thin(
     model: nn.Module,
@@ -724,6 +742,7 @@ def thin(
     dead   = _removable(groups, _tensors_of(model))
     small  = _without(model, groups, dead)
     if any(map(_bare, small.modules())): _measure(small, example_inputs)
+    _warn_of_units(groups, dead, _tensors_of(model))
     if not any(map(torch.any, dead)): return small
     if check == 'sample': _verify(model, small, groups, dead, sampled(example_inputs), modes=(False,))
     elif check: _verify(model, small, groups, dead, example_inputs)
@@ -761,7 +780,8 @@ def reshape_to(
         _give_heads(model, sizes['heads'])
         for n,attributes in sizes['modules'].items():
             m = model.get_submodule(n)
-            if not attributes.keys() <= _sizes(m).keys() and not isinstance(m, ThinAttention):  # older files have fewer of a recurrent layer
+            known = attributes.keys() <= _sizes(m).keys()  # earlier versions wrote fewer of a recurrent layer
+            if not known and not isinstance(m, ThinAttention):
                 raise ValueError(f'{n!r} is {type(m).__name__}, for which the description has {attributes}')
             vars(m).update(attributes)
         _retell(model, before)

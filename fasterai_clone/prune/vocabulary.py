@@ -40,8 +40,8 @@ class Vocabulary:
         new = table[ids]
         if unknown is not None: new = torch.where(new < 0, self.encode(unknown).to(new.device), new)
         if (lost := ids[new < 0].unique().tolist()):
-            raise ValueError(f'{len(lost)} of the ids were removed from the vocabulary, such as {lost[0]}. Add them to `used` when you '
-                             'thin the vocabulary, or pass `unknown`, the id that stands for them')
+            raise ValueError(f'{len(lost)} of the ids were removed from the vocabulary, such as {lost[0]}. Add them to '
+                             '`used` when you thin the vocabulary, or pass `unknown`, the id that stands for them')
         return new
 
 # %% ../../nbs/24_prune.vocabulary.ipynb #1ac25263
@@ -85,7 +85,7 @@ def _entry(batch, key):
 
 def used_ids(
     data: Iterable,                    # batches: tensors of ids, or tuples or dicts with one
-    key: int|str|tuple|None = None,    # the entry of a batch that has the ids, or several; None: the first, or `'input_ids'`
+    key: int|str|tuple|None = None,    # the entry of a batch with the ids, or several; None: first, or `'input_ids'`
     at_least: int = 1                  # how often an id must occur
 ) -> torch.Tensor:                     # ascending
     "Return the ids that occur in `data`"
@@ -93,7 +93,8 @@ def used_ids(
     for batch in [data] if isinstance(data, torch.Tensor) else data:
         for k in key if isinstance(key, tuple) else (key,):
             ids  = torch.as_tensor(_entry(batch, k)).as_subclass(torch.Tensor).flatten().cpu()
-            if ids.is_floating_point(): raise TypeError(f'Ids must be whole numbers, got {ids.dtype}: name the entry of a batch with `key`')
+            if ids.is_floating_point():
+                raise TypeError(f'Ids must be whole numbers, got {ids.dtype}. Name the entry of a batch with `key`')
             here = torch.bincount(ids[ids >= 0].long(), minlength=len(counts))
             here[:len(counts)] += counts
             counts = here
@@ -119,12 +120,14 @@ def _embeddings(model, names):
     found = _of(model, names, 'embedding') if names is not None else _named_by(model, 'get_input_embeddings')
     if found:
         if (other := [m for m in found if not isinstance(m, kinds)]):
-            raise TypeError(f'The vocabulary must be an `nn.Embedding` or `nn.EmbeddingBag`, got {type(other[0]).__name__}')
+            kind = type(other[0]).__name__
+            raise TypeError(f'The vocabulary must be an `nn.Embedding` or `nn.EmbeddingBag`, got {kind}')
         return found
     tables = {memory_of(m.weight): (n, m) for n,m in reversed([*model.named_modules()]) if isinstance(m, kinds)}
     if len(tables) == 1: return [m for _,m in tables.values()]
     listed = ', '.join(f'{n!r} ({m.num_embeddings} rows)' for n,m in reversed(tables.values()))
-    if listed: raise ValueError(f'Several embeddings could be the vocabulary: {listed}. Name those that are with `embedding`')
+    if listed:
+        raise ValueError(f'Several embeddings could be the vocabulary: {listed}. Name those that are with `embedding`')
     raise ValueError(f'{type(model).__name__} has no `nn.Embedding` or `nn.EmbeddingBag`')
 
 # %% ../../nbs/24_prune.vocabulary.ipynb #9915eaeb
@@ -135,9 +138,9 @@ def _cuts(model, embeddings, outputs):
         own   = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         sized = [t for t in own if t.ndim and t.shape[0] == n]
         if not any(t.ndim == 2 for t in sized):
-            name = next(k for k,o in model.named_modules() if o is m)
-            raise ValueError(f'{name!r} ({type(m).__name__}) must have a weight of its own with {n} rows, one for each token; it has '
-                             f'{", ".join(str(tuple(t.shape)) for t in own) or "none: if it is computed by a parametrization, remove that first"}')
+            name, has = next(k for k,o in model.named_modules() if o is m), ', '.join(str(tuple(t.shape)) for t in own)
+            raise ValueError(f'{name!r} ({type(m).__name__}) must have a weight of its own with {n} rows, one for each '
+                             f'token; it has {has or "none. If a parametrization computes it, remove that first"}')
         cuts.update({memory_of(t): 0 for t in sized})
     for k,t in [*model.named_parameters(), *model.named_buffers()]:
         if k.endswith('final_logits_bias') and t.shape[-1] == n: cuts[memory_of(t)] = t.ndim - 1  # of encoder-decoders
@@ -159,13 +162,15 @@ def _configs(model):
 def _token_ids(config, n):
     "Name → id or ids, of those that `config` has"
     def legal(v): return isinstance(v, int) and not isinstance(v, bool) and 0 <= v < n
-    named = {k: v for k,v in vars(config).items() if k.endswith('_token_id') or k in ('suppress_tokens', 'begin_suppress_tokens')}
+    lists = 'suppress_tokens', 'begin_suppress_tokens'
+    named = {k: v for k,v in vars(config).items() if k.endswith('_token_id') or k in lists}
     return {k: v for k,v in named.items() if legal(v) or isinstance(v, list) and v and all(map(legal, v))}
 
 def _special(model, embeddings, n):
     "Ids that the model itself refers to"
     ids = [m.padding_idx for m in embeddings if m.padding_idx is not None]
-    ids += [v for m in model.modules() for k in _ids if not isinstance(m, nn.Embedding) and type(v := vars(m).get(k)) is int and 0 <= v < n]
+    named = [vars(m).get(k) for m in model.modules() if not isinstance(m, nn.Embedding) for k in _ids]
+    ids  += [i for i in named if type(i) is int and 0 <= i < n]
     for c in _configs(model):
         for v in _token_ids(c, n).values(): ids += v if isinstance(v, list) else [v]
     return ids
@@ -180,7 +185,9 @@ def _cut_tables(model, cuts, kept):
             for k,t in table.items():
                 if t is None or (at := memory_of(t)) not in cuts: continue
                 if at not in data: data[at] = t.detach().index_select(cuts[at], kept.to(t.device))
-                if id(t) not in new: new[id(t)] = t, nn.Parameter(data[at], t.requires_grad) if isinstance(t, nn.Parameter) else data[at]
+                if id(t) not in new:
+                    is_param   = isinstance(t, nn.Parameter)
+                    new[id(t)] = t, nn.Parameter(data[at], t.requires_grad) if is_param else data[at]
                 table[k] = new[id(t)][1]
 
 def _renumber(model, embeddings, vocabulary):
@@ -189,7 +196,7 @@ def _renumber(model, embeddings, vocabulary):
     def new(i): return [new(j) for j in i] if isinstance(i, list) else int(vocabulary.encode(i))
     for m in model.modules():
         w, own = m._parameters.get('weight'), vars(m)
-        if isinstance(m, nn.Linear) and w is not None: m.out_features = len(w)
+        if isinstance(m, nn.Linear) and w is not None and m.out_features == n: m.out_features = len(w)
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and all(m is not e for e in embeddings): continue
         own.update({k: size for k in _sizes if own.get(k) == n})
         own.update({k: new(own[k]) for k in _ids if type(own.get(k)) is int and 0 <= own[k] < n})
@@ -209,7 +216,8 @@ class _Lookups(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _lookups:
             given = tensors_in((args, kwargs))
-            if any(memory_of(t) in self.tables for t in given): self.ids.append(next(t for t in given if not t.is_floating_point()))
+            if any(memory_of(t) in self.tables for t in given):
+                self.ids.append(next(t for t in given if not t.is_floating_point()))
         return func(*args, **(kwargs or {}))
 
     def has(self, t):
@@ -238,11 +246,12 @@ def _ids_in(model, inputs, embedding):
     try:
         with lookups: _called(model, inputs)
     except Exception as e:
-        raise ValueError(f'{type(model).__name__} does not run on `example_inputs`: {e}. Pass inputs that it can be called with, or '
-                         '`check=False`') from e
+        raise ValueError(f'{type(model).__name__} does not run on `example_inputs`: {e}. Pass inputs that it can be '
+                         'called with, or `check=False`') from e
     found = [t for t in tensors_in(inputs) if lookups.has(t)]
     if found: return found
-    raise ValueError('None of `example_inputs` was looked up in the embedding. Name the right one with `embedding`, or pass `check=False`')
+    raise ValueError('None of `example_inputs` was looked up in the embedding. Name the right one with `embedding`, or '
+                     'pass `check=False`')
 
 def _close(x, y):
     "Whether `x` and `y` agree up to rounding"
@@ -260,17 +269,19 @@ def _verify(model, small, vocabulary, embedding, inputs):
     try: want, double = _outputs(model, inputs), True
     except RuntimeError: want, double = _outputs(model, inputs, False), False
     for x,y in zip(want, _outputs(small, new, double), strict=True):
-        for i in range(x.ndim):
-            if x.shape[i] == vocabulary.n and y.shape[i] == len(vocabulary): x = x.index_select(i, vocabulary.kept.to(x.device))
+        for i in [i for i in range(x.ndim) if (x.shape[i], y.shape[i]) == (vocabulary.n, len(vocabulary))]:
+            x = x.index_select(i, vocabulary.kept.to(x.device))
         if not _close(x, y):
-            raise ValueError('The model with the smaller vocabulary does not compute the same. If a layer has an output for each token and '
-                             'is not tied to the embedding, name it with `output`; else name the embedding with `embedding`')
+            raise ValueError('The model with the smaller vocabulary does not compute the same. If a layer has an output '
+                             'for each token and is not tied to the embedding, name it with `output`; else name the '
+                             'embedding with `embedding`')
 
 # %% ../../nbs/24_prune.vocabulary.ipynb #b666a041
 def _kept(used, keep, n):
     "The ids to keep, ascending"
     if isinstance(used, torch.Tensor) and used.dtype == torch.bool:
-        if used.shape != (n,): raise ValueError(f'`used` must be a bool for each of {n} ids, or ids; got bools of shape {tuple(used.shape)}')
+        if used.shape != (n,):
+            raise ValueError(f'`used` must be a bool for each of {n} ids, or ids; got bools of shape {tuple(used.shape)}')
         used = used.nonzero()[:, 0]
     used, keep = _whole_numbers(used, n, '`used`').cpu().flatten(), _whole_numbers(keep, n, '`keep`').cpu().flatten()
     if not len(used): raise ValueError('`used` is empty: pass the ids that the data uses, as from `used_ids`')
@@ -280,10 +291,10 @@ def thin_vocabulary(
     model: nn.Module,
     used: Iterable[int]|torch.Tensor,  # ids to keep, as from `used_ids`, or a bool for each id
     *,
-    embedding: str|list|None = None,   # name of the input table, or several of one vocabulary; None: what the model says, or the only one
-    output: str|list|None = None,      # names of layers with an output for each token; None: what the model says. Tied ones are found
-    keep: Iterable[int] = (),          # more ids to keep, as those of special tokens; those that the model refers to are kept anyway
-    example_inputs = None,             # what to call the model with for the check: a tensor, a tuple or a dict; None: a few ids
+    embedding: str|list|None = None,   # name of the input table, or of several; None: what the model says, or the only one
+    output: str|list|None = None,      # layers with an output for each token, besides tied ones; None: what the model says
+    keep: Iterable[int] = (),          # more ids to keep, as those of special tokens; the model's own are kept anyway
+    example_inputs = None,             # inputs for the check: a tensor, a tuple of arguments or a dict; None: a few ids
     check: bool = True                 # whether to compare both models
 ) -> tuple[nn.Module, Vocabulary]:     # a smaller copy, and the map from old to new ids
     "Return a copy of `model` without the rows of ids that are not used; `model` stays as it is"
@@ -292,7 +303,8 @@ def thin_vocabulary(
     small = copied(model)
     for p in small.parameters(): p.grad = None
     embeddings = _embeddings(small, embedding)
-    cuts, n    = _cuts(small, embeddings, _named_by(small, 'get_output_embeddings') if output is None else _of(small, output, 'output'))
+    outputs    = _named_by(small, 'get_output_embeddings') if output is None else _of(small, output, 'output')
+    cuts, n    = _cuts(small, embeddings, outputs)
     vocabulary = Vocabulary(_kept(used, [*keep, *_special(small, embeddings, n)], n), n)
     _cut_tables(small, cuts, vocabulary.kept)
     _renumber(small, embeddings, vocabulary)
