@@ -820,7 +820,7 @@ class _WholeFunctions(TorchFunctionMode):
             out = func(*args, **kwargs)
             if isinstance(out, torch.Tensor) and self.follows(func.__name__, args, kwargs, out): self.trace.zeros[id(out)] = out
             return out
-        for t in tensors_in(args): self.trace.use(self.trace.get(t))
+        for t in tensors_in(args): self.trace.use(self.trace.get(t)), self.trace.seen.add(memory_of(t))
         with _disable_current_modes(): out = func(*args)
         rule(self.trace, args, out)
         return out
