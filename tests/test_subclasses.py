@@ -188,7 +188,7 @@ def test_kept_for_the_caller():
         return m.b(m.features[0])
     model = Net(forward, a=conv(3, 8), aux_head=nn.Linear(8, 4), b=conv(8, 2))
     assert free(model, image()) == {'a': 8}
-    assert why(model, image(), 'aux_head') == 'it is kept as `aux`, which only the caller can read'
+    assert why(model, image(), 'aux_head') == 'it is kept as `aux`, for the caller or the next run'
 
 
 # --- random numbers

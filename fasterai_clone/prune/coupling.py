@@ -1156,7 +1156,7 @@ def run(self:_Trace, args, kwargs):
         for l in self.get(t).layers: self.all.fix(l, 'it is the output of the model')
     for name,t in _remembered(model):
         if memory_of(t) in self.seen: continue  # something in the model has read it: it need not be for the caller
-        for l in self.get(t).layers: self.all.fix(l, f'it is kept as `{name}`, which only the caller can read')
+        for l in self.get(t).layers: self.all.fix(l, f'it is kept as `{name}`, for the caller or the next run')
 
 def _remembered(model):
     "Tensors among the attributes of the modules, those in lists, tuples and dicts too, as (name, tensor)"
