@@ -892,7 +892,7 @@ def recurrent(self:_Trace, gates, x, states, sets, directions, outs):
     "A recurrent layer; `sets`: the weights and biases of each layer and direction, the directions of a layer side by side"
     inp, nonzero, size = _last(self.get(x).layers), self.get(x).nonzero, sets[0][0].shape[0] // gates
     self.fix_others(x)
-    for w_ih,*_ in sets[:directions]: self.read(inp, _along(self.get(w_ih).layers, 1), nonzero)
+    for w_ih,*_ in sets[:directions]: self.read([] if inp is None else [inp.reshape(-1, 1)], self.sole(_along(self.get(w_ih).layers, 1)), nonzero)
     units = self.units(gates, size, sets)
     self.start(states, units)
     if units is None:
@@ -900,7 +900,7 @@ def recurrent(self:_Trace, gates, x, states, sets, directions, outs):
         return
     for i,(w_ih,w_hh,*_) in enumerate(sets):
         for w in (w_ih, w_hh) if i >= directions else (w_hh,):
-            reads = _along(self.get(w).layers, 1)
+            reads = self.sole(_along(self.get(w).layers, 1))
             self.all.mark(reads, 'consumer')
             self.all.join(reads.reshape(-1, size), units)
     for o in outs: self.put(o, _Value([_on_axis(units.repeat(o.shape[-1] // size), o.ndim - 1, o.ndim)]))
@@ -908,7 +908,7 @@ def recurrent(self:_Trace, gates, x, states, sets, directions, outs):
 @patch
 def units(self:_Trace, gates, size, sets):
     "Join the rows of each unit in all gates, layers and directions; the labels of the units, None if they cannot be removed"
-    rows = [(w, _along(self.get(w).layers, 0)) for s in sets for w in s]
+    rows = [(w, self.sole(_along(self.get(w).layers, 0))) for s in sets for w in s]
     for w,r in rows:
         if r is not None: self.all.mark(r, 'producer' if w.ndim > 1 else 'bias')
     why = 'it has one unit' if size == 1 else f'{self.where} has weights of which no parameter is known' if any(r is None for _,r in rows) else None
