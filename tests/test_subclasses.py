@@ -188,7 +188,7 @@ def test_kept_for_the_caller():
         return m.b(m.features[0])
     model = Net(forward, a=conv(3, 8), aux_head=nn.Linear(8, 4), b=conv(8, 2))
     assert free(model, image()) == {'a': 8}
-    assert why(model, image(), 'aux_head') == 'it is kept as `aux`, which only the caller can read'
+    assert why(model, image(), 'aux_head') == 'it is kept as `aux`, for the caller or the next run'
 
 
 # --- random numbers
@@ -305,3 +305,15 @@ def test_what_cannot_be_copied_is_named():
     model[0].lock = None
     model.pipe = [(i for i in range(3))]
     with pytest.raises(ValueError, match=r'because `pipe` \(list\) cannot: TypeError'): copied(model)
+
+@pytest.mark.parametrize('look', [lambda m, x: multiply_adds(m, x), lambda m, x: trace_flow(m, x), lambda m, x: coupled_groups(m, x),
+                                  lambda m, x: compare(m, m, x, runs=1), lambda m, x: Sparsifier(m, 'filter', layer_type=nn.Module, coupled=True, example_inputs=x)])
+@pytest.mark.parametrize('make, x', [(lambda: DynamicUnet(body(), 3, (16, 16)), torch.rand(2, 3, 16, 16)), (lambda: Hooked('object'), torch.rand(2, 4))])
+def test_what_hooks_store_is_still_there(make, x, look):
+    "A loss of what a hook stored, computed after a look at the model, has its gradients"
+    model  = make()
+    model(x)
+    hooks  = [*getattr(model, 'sfs', [])] or [model.holder]
+    stored = [h.stored for h in hooks]
+    look(model, x)
+    assert all(h.stored is t and t.requires_grad for h,t in zip(hooks, stored))

@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import CellType, FunctionType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import NamedTuple
 import numpy as np, torch, torch.nn as nn
 from torch import fx
@@ -281,6 +281,7 @@ def _run_steps(model, example_inputs):
     return recorder.steps
 
 # %% ../../nbs/07_core.flow.ipynb #1b0b6eb4
+_DEPTH      = 3
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 def _contents(c): return [*c.items()] if isinstance(c, dict) else [*c]
@@ -298,12 +299,17 @@ class _Memory:
     "What the modules of `model` and their parameters remember: attributes, hooks, and what is in their containers"
     def __init__(self, model):
         self.attributes, self.containers, self.tensors, seen = [], [], [], {}
-        left = [*model.parameters(), model]
+        left = [(p, 0) for p in model.parameters()] + [(model, 0)]
         while left:
-            o = left.pop()
-            if id(o) in seen or not (type(o) in _CONTAINERS or isinstance(o, (nn.Module, torch.Tensor))): continue
+            o, depth = left.pop()  # `depth`: within how many objects that are no modules, as fastai's hooks are
+            if isinstance(o, MethodType): o = o.__self__
+            if id(o) in seen or depth > _DEPTH: continue
             seen[id(o)] = o
-            left.extend(self.look(o))
+            if type(o) in _CONTAINERS or isinstance(o, nn.Module) or isinstance(o, torch.Tensor) and not depth:
+                left.extend((v, depth) for v in self.look(o))
+            elif hasattr(o, '__dict__') and not isinstance(o, (*_leaves, torch.Tensor)):
+                self.attributes.append((o, dict(vars(o))))
+                left.extend((v, depth + 1) for v in vars(o).values())
 
     def look(self, o):
         "Note down what `o` holds, and return where to look further"

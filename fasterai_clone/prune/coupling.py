@@ -821,7 +821,7 @@ class _WholeFunctions(TorchFunctionMode):
             new = isinstance(out, torch.Tensor) and self.follows(getattr(func, '__name__', ''), args, kwargs, out)
             if new: self.trace.zeros[id(out)] = out
             return out
-        for t in tensors_in(args): self.trace.use(self.trace.get(t))
+        for t in tensors_in(args): self.trace.use(self.trace.get(t)), self.trace.seen.add(memory_of(t))
         with _disable_current_modes(): out = func(*args)
         rule(self.trace, args, out)
         return out
@@ -894,7 +894,7 @@ def recurrent(self:_Trace, gates, x, states, sets, directions, outs):
     "A recurrent layer; `sets`: weights and biases of each layer and direction, those of one layer side by side"
     inp, nonzero, size = _last(self.get(x).layers), self.get(x).nonzero, sets[0][0].shape[0] // gates
     self.fix_others(x)
-    for w_ih,*_ in sets[:directions]: self.read(inp, _along(self.get(w_ih).layers, 1), nonzero)
+    for w_ih,*_ in sets[:directions]: self.read([] if inp is None else [inp.reshape(-1, 1)], self.sole(_along(self.get(w_ih).layers, 1)), nonzero)
     units = self.units(gates, size, sets)
     self.start(states, units)
     if units is None:
@@ -902,7 +902,7 @@ def recurrent(self:_Trace, gates, x, states, sets, directions, outs):
         return
     for i,(w_ih,w_hh,*_) in enumerate(sets):
         for w in (w_ih, w_hh) if i >= directions else (w_hh,):
-            reads = _along(self.get(w).layers, 1)
+            reads = self.sole(_along(self.get(w).layers, 1))
             self.all.mark(reads, 'consumer')
             self.all.join(reads.reshape(-1, size), units)
     for o in outs: self.put(o, _Value([_on_axis(units.repeat(o.shape[-1] // size), o.ndim - 1, o.ndim)]))
@@ -910,7 +910,7 @@ def recurrent(self:_Trace, gates, x, states, sets, directions, outs):
 @patch
 def units(self:_Trace, gates, size, sets):
     "Join the rows of each unit in all gates, layers and directions, and return their labels; None if they stay"
-    rows = [(w, _along(self.get(w).layers, 0)) for s in sets for w in s]
+    rows = [(w, self.sole(_along(self.get(w).layers, 0))) for s in sets for w in s]
     for w,r in rows:
         if r is not None: self.all.mark(r, 'producer' if w.ndim > 1 else 'bias')
     why = 'it has one unit' if size == 1 else None
@@ -1160,7 +1160,7 @@ def run(self:_Trace, args, kwargs):
         for l in self.get(t).layers: self.all.fix(l, 'it is the output of the model')
     for name,t in _remembered(model):
         if memory_of(t) in self.seen: continue  # something in the model has read it: it need not be for the caller
-        for l in self.get(t).layers: self.all.fix(l, f'it is kept as `{name}`, which only the caller can read')
+        for l in self.get(t).layers: self.all.fix(l, f'it is kept as `{name}`, for the caller or the next run')
 
 def _remembered(model):
     "Tensors among the attributes of the modules, those in lists, tuples and dicts too, as (name, tensor)"
