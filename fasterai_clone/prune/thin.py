@@ -510,15 +510,17 @@ class _Run:
 # %% ../../nbs/13_prune.thin.ipynb #4b53ea75
 class _Check:
     "Whether others compute what `model` does with `example_inputs`, in eval mode and in train mode"
-    def __init__(self, model, example_inputs, modes=(False, True)):
-        self.modes, self.runs, self.where = modes, {}, ''  # `where`: the module in which the last one that fails does so
-        self.model, self.inputs = model, _replaced(example_inputs, _double)
-        self.doubled, self.limit = True, _limit(torch.float64)
-        try: self.wanted(False)
-        except Exception:  # it does not run in double precision
-            self.doubled, self.inputs = False, example_inputs
-            self.limit = max([_limit(p.dtype) for p in model.parameters()], default=1e-4)
-            self.wanted(False)
+    def __init__(self, model, example_inputs, modes=(False, True), sample=False):
+        self.model, self.modes, self.runs, self.where = model, modes, {}, ''  # `where`: the module in which the last that fails does so
+        own  = max([_limit(p.dtype) for p in model.parameters()], default=1e-4)
+        some = [sampled(example_inputs)] if sample else []
+        ways = [(x, doubled) for x in (*some, example_inputs) for doubled in (True, False)]
+        while not self.runs:  # not every model runs on two items, or in double precision
+            x, self.doubled = ways.pop(0)
+            self.inputs, self.limit = (_replaced(x, _double), _limit(torch.float64)) if self.doubled else (x, own)
+            try: self.wanted(False)
+            except Exception:
+                if not ways: raise
 
     def precise(self, copied):
         "A copy of a model in the precision to compare in"
@@ -671,9 +673,9 @@ def _without(model, groups, dead):
     return small
 
 # %% ../../nbs/13_prune.thin.ipynb #0e4b4a5b
-def _verify(model, small, groups, dead, example_inputs, modes=(False, True)):
+def _verify(model, small, groups, dead, example_inputs, modes=(False, True), sample=False):
     "Refuse `small` if it does not compute the same as `model`, and name the groups at fault"
-    check = _Check(model, example_inputs, modes)
+    check = _Check(model, example_inputs, modes, sample)
     if not (problem := check(small)): return
     faults  = _faults(check, groups, dead)
     reasons = defaultdict(list)
@@ -687,14 +689,15 @@ def _verify(model, small, groups, dead, example_inputs, modes=(False, True)):
 def unremovable(
     model: nn.Module,            # looked at in copies
     groups: list[CoupledGroup],  # of its channels, as from `coupled_groups`
-    example_inputs               # what the model is called with: a tensor, a tuple of arguments, or a dict of them
+    example_inputs,              # what the model is called with: a tensor, a tuple of arguments, or a dict of them
+    sample: bool = True          # use two items of the batch, where that is possible
 ) -> dict[int, str]:             # index of a group → why its channels cannot be removed
     "Remove one channel of each group from copies of `model`, and find the groups for which what is left does not compute the same"
     model = _copied(model)
     first = [None if g.why_not or g.n < 2 else torch.arange(g.n) > 0 for g in groups]
     group_masks(groups, first).apply(dict(model.named_parameters(remove_duplicate=False)))
     dead  = _keep_some(groups, [torch.zeros(g.n, dtype=torch.bool) if k is None else ~k for g,k in zip(groups, first)])
-    return _faults(_Check(model, example_inputs), groups, dead)
+    return _faults(_Check(model, example_inputs, sample=sample), groups, dead)
 
 # %% ../../nbs/13_prune.thin.ipynb #782ce80b
 @torch.no_grad()
@@ -730,7 +733,7 @@ def thin(
     small  = _without(model, groups, dead)
     if any(map(_bare, small.modules())): _measure(small, example_inputs)
     if not any(map(torch.any, dead)): return small
-    if check == 'sample': _verify(model, small, groups, dead, sampled(example_inputs), modes=(False,))
+    if check == 'sample': _verify(model, small, groups, dead, example_inputs, modes=(False,), sample=True)
     elif check: _verify(model, small, groups, dead, example_inputs)
     update_config(small, _shapes(model))
     return small

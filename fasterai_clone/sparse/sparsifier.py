@@ -22,7 +22,7 @@ from ..core.measure import accumulated, as_criteria, batches, passes_signal
 from ..core.schedule import Schedule, as_schedule
 from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped, restore
 from ..prune.coupling import coupled_groups
-from ..prune.thin import sampled, unremovable
+from ..prune.thin import unremovable
 from ..report import Report, Row
 from .compact import CompactStep, _inner, why_not_compact
 from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name, _plainly, _processes,
@@ -277,7 +277,7 @@ def _can_go(self:Sparsifier, targets):
     "Those of the coupled `targets` of which `thin` can remove channels, found by removing one of each from a copy"
     _check_flags(check=self.check)
     if not targets or not self.check: return targets
-    with _plainly(self.model): why = unremovable(self.model, self.channel_groups, sampled(self._example('`coupled`')))
+    with _plainly(self.model): why = unremovable(self.model, self.channel_groups, self._example('`coupled`'))
     for i,reason in why.items():
         t = targets[i]
         self.left_out[t.label] = f'`thin` could not remove its channels: {reason}. `exclude={t.label!r}` leaves it out without this trial'
@@ -659,7 +659,7 @@ def _warn_of_few(self:Sparsifier):
     few  = [(t, n) for t,n in left if n < t.groups.n * min(0.1, share/2) and t.name not in told]
     told.update(t.name for t,_ in few)
     named = ', '.join(f'{t.label or t.name} ({n} of {t.groups.n})' for t,n in few)
-    limit = '`max_sparsity` limits what a layer loses, as max_sparsity=90'
+    limit = '`max_sparsity` (of `PruneCallback`: `min_channels`) limits what a layer loses'
     if few: warnings.warn(f'Layer collapse: few channels are left in {named}. {limit}', LayerCollapse, 4)
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #014cf176
