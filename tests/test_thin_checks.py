@@ -74,7 +74,7 @@ def test_a_wrong_trace_is_caught(monkeypatch):
     free = [CoupledGroup(g.name, g.n, g.members, None) for g in coupled_groups(model, x)]
     assert [g.name for g in free] == ['0', '2']
     why = unremovable(model, free, x)
-    assert [*why] == [1] and 'have the shape (4, 3) instead of (4, 4)' in why[1]
+    assert [*why] == [1] and 'have the shape (2, 3) instead of (2, 4)' in why[1]
 
 
 # -- few runs ----------------------------------------------------------------------------------------------------------------------------
@@ -119,6 +119,14 @@ def test_an_error_points_to_its_module(monkeypatch):
     why = unremovable(model, groups, x)
     assert {groups[i].name for i in why} == {f'{i}.sized.a' for i in range(12)} and len(runs) <= 4 + 10
     assert all('RuntimeError: 8 units expected' in w for w in why.values())
+
+def test_a_list_of_images_is_no_batch(monkeypatch):
+    "Three channels are no three items: two of them are too few, and the whole is taken"
+    model = lively(Net(lambda m, x: [m.b(m.a(i[None]).relu()) for i in x], a=conv(3, 8), b=conv(8, 2)))
+    x, seen, run = ([torch.randn(3, 5, 5)],), [], module._Choices.run
+    def look(self, args, kwargs): seen.append(args[0][0].shape); return run(self, args, kwargs)
+    monkeypatch.setattr(module._Choices, 'run', look)
+    assert not unremovable(model, coupled_groups(model, x), x) and {*seen[-4:]} == {torch.Size([3, 5, 5])}
 
 def test_the_check_can_sample(monkeypatch):
     model, x, runs = tower(False, False), torch.randn(64, 8), runs_of(monkeypatch)
@@ -326,7 +334,7 @@ def test_a_layer_that_loses_nearly_all_is_named_once(context):
         warnings.simplefilter('always')
         for s in (10, 50, 51): sp.sparsify_model(s)
     told = [str(o.message) for o in w if issubclass(o.category, LayerCollapse) and 'few channels' in str(o.message)]
-    assert told == (['Layer collapse: few channels are left in 2 (1 of 128). `max_sparsity` limits what a layer loses, as max_sparsity=90'] if context == 'global' else [])
+    assert told == (['Layer collapse: few channels are left in 2 (1 of 128). `max_sparsity` (of `PruneCallback`: `min_channels`) limits what a layer loses'] if context == 'global' else [])
 
 def test_with_a_limit_there_is_no_warning():
     sp = Sparsifier(ladder(), 'filter', 'global', layer_type=nn.Linear, coupled=True, example_inputs=torch.randn(3, 4), max_sparsity=80)

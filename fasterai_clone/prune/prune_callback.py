@@ -21,7 +21,7 @@ from ..core.measure import as_batch, as_criteria
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import n_dropped
 from ..core.masks import Masks
-from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _shrink, _shapes as _all_shapes, _tensors_of,
+from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _shrink, _tensors_of,
                                        _verify, _without, reshape_to, sizes_of, update_config)
 from ..report import print_text
 from ..sparse.compact import _inner, _like, stepping_optimizer, why_not_passed_on
@@ -275,7 +275,8 @@ def _take_out(self:PruneCallback, sp, dead):
     model, groups, inputs = sp.model, sp.channel_groups, self._some_inputs()
     with _plainly(model):
         if self.check: _verify(model, _without(model, groups, dead), groups, dead, inputs)
-        keep, before, shapes = _kept_positions(groups, dead), dict(model.named_parameters()), _all_shapes(model)
+        keep, before = _kept_positions(groups, dead), dict(model.named_parameters())
+        shapes = {k: tuple(t.shape) for k,t in _tensors_of(model).items()}
         _shrink(model, groups, dead)
         if any(map(_bare, model.modules())): _measure(model, inputs)
         update_config(model, shapes)

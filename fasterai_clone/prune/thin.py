@@ -65,16 +65,20 @@ def _keep_some(groups, dead):
     return dead
 
 # %% ../../nbs/13_prune.thin.ipynb #2f496f7d
-def _replace(model, name, tensor):
-    "Put `tensor` where the parameter or buffer `name` is, and wherever it is shared"
-    path, _, leaf = name.rpartition('.')
-    owner = model.get_submodule(path)
-    old   = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
-    new   = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-    for m in model.modules():
+def _replace(model, tensors):
+    "Put `tensors` where the parameters and buffers of these names are, and wherever those are shared"
+    places, known = defaultdict(list), {}
+    for n,m in model.named_modules(remove_duplicate=False):
         for table in (m._parameters, m._buffers):
             for k,t in table.items():
-                if t is old: table[k] = new
+                if t is None: continue
+                places[id(t)].append((table, k))
+                known[f'{n}.{k}' if n else k] = t
+    for name,tensor in tensors.items():
+        old = known[name]
+        new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        for table,k in places[id(old)]: table[k] = new
+    for m in model.modules():
         if isinstance(m, nn.RNNBase): m._flat_weights = [getattr(m, k, None) for k in m._flat_weights_names]  # it calls those
 
 # %% ../../nbs/13_prune.thin.ipynb #1e8b958c
@@ -173,12 +177,13 @@ def update_config(
         sizes, shapes = _changed_sizes(before, after, prefix), _shapes(m)
         if all(now == {old} for old,now in sizes.items()) or _makes(type(m), m.config, shapes): continue
         config = next((c for c in _configs(m, sizes, shapes) if _makes(type(m), c, shapes)), None)
-        if config is None: warnings.warn(f'The `config` of {type(m).__name__} cannot describe layers of different sizes: `from_pretrained` will not '
-                                         'read this model back. Use `save_thinned` and `load_thinned`', stacklevel=3)
-        else:
-            old = m.config
-            for part in m.modules():
-                if vars(part).get('config') is old: vars(part)['config'] = config
+        if config is None:
+            warnings.warn(f'The `config` of {type(m).__name__} cannot describe layers of different sizes: `from_pretrained` will not read '
+                          'this model back. Use `save_thinned` and `load_thinned`', stacklevel=3)
+            continue
+        old = m.config
+        for part in m.modules():
+            if vars(part).get('config') is old: vars(part)['config'] = config
 
 # %% ../../nbs/13_prune.thin.ipynb #0b3c3eb4
 def _projected(x: Tensor, weight: Tensor, bias: Optional[Tensor], extra: Optional[Tensor], zeros: bool, heads: int) -> Tensor:
@@ -277,7 +282,8 @@ def _shrink(model, groups, dead):
     for name,axes in keep.items():
         t = tensors[name]
         for axis,line in axes.items(): t = t.detach().index_select(axis, line.nonzero()[:, 0].to(t.device))
-        _replace(model, name, t)
+        tensors[name] = t
+    _replace(model, {k: tensors[k] for k in keep})
     for n,m in model.named_modules():
         if isinstance(m, nn.MultiheadAttention): _resize_attention(f'{n}.' if n else '', m, keep)
         if n in before and tuple(_weight(m).shape) != before[n]: vars(m).update(_sizes(m, before[n]))
@@ -382,7 +388,8 @@ def _apart(want, got, limit):
     return None if worst is None else f'differ by {worst:.1e} of the largest'
 
 # %% ../../nbs/13_prune.thin.ipynb #a5117769
-_ranked = dict(topk=-1, sort=-1, kthvalue=-1, mode=-1, max=None, min=None, median=None, nanmedian=None, cummax=None, cummin=None)  # → its `dim`
+_ranked = dict(topk=-1, sort=-1, kthvalue=-1, mode=-1, max=None, min=None, median=None, nanmedian=None,
+               cummax=None, cummin=None)  # operation → its default `dim`
 _steps  = set('''round floor ceil trunc fix sign sgn heaviside floor_divide histc _unique2 unique_dim unique_consecutive roi_pool
     ps_roi_pool equal _local_scalar_dense fake_quantize_per_tensor_affine_cachemask fake_quantize_per_channel_affine_cachemask
     _fake_quantize_per_tensor_affine_cachemask_tensor_qparams'''.split())
@@ -512,15 +519,21 @@ class _Run:
 # %% ../../nbs/13_prune.thin.ipynb #4b53ea75
 class _Check:
     "Whether others compute what `model` does with `example_inputs`, in eval mode and in train mode"
-    def __init__(self, model, example_inputs, modes=(False, True)):
-        self.modes, self.runs, self.where = modes, {}, ''  # `where`: the module in which the last one that fails does so
-        self.model, self.inputs = copied(model).double(), _replaced(example_inputs, _double)
-        self.doubled, self.limit = True, _limit(torch.float64)
-        try: self.wanted(False)
-        except Exception:  # it does not run in double precision
-            self.model, self.inputs = copied(model), example_inputs
-            self.doubled, self.limit = False, max([_limit(p.dtype) for p in model.parameters()], default=1e-4)
-            self.wanted(False)
+    def __init__(self, model, example_inputs, modes=(False, True), sample=False):
+        self.model, self.modes, self.runs, self.where = model, modes, {}, ''  # `where`: the module in which the last that fails does so
+        own  = max([_limit(p.dtype) for p in model.parameters()], default=1e-4)
+        some = [sampled(example_inputs)] if sample else []
+        ways = [(x, doubled) for x in (*some, example_inputs) for doubled in (True, False)]
+        while not self.runs:  # not every model runs on two items, or in double precision
+            x, self.doubled = ways.pop(0)
+            self.inputs, self.limit = (_replaced(x, _double), _limit(torch.float64)) if self.doubled else (x, own)
+            try: self.wanted(False)
+            except Exception:
+                if not ways: raise
+
+    def precise(self, own):
+        "A copy of a model in the precision to compare in"
+        return own.double() if self.doubled else own
 
     @torch.no_grad()
     def run(self, model, training, known=None):
@@ -536,7 +549,8 @@ class _Check:
     def wanted(self, training):
         "The run of the model itself; None if it does not run in train mode"
         if training not in self.runs:
-            try: self.runs[training] = self.run(copied(self.model), training)
+            if not self.runs: self.copied = self.precise(copied(self.model))
+            try: self.runs[training] = self.run(self.copied, training)
             except Exception:
                 if not training: raise
                 self.runs[training] = None  # batch norms need more than one number in train mode
@@ -564,9 +578,9 @@ def why_not(self:_Check, other, training):
 @patch
 def __call__(self:_Check, other):
     "Why `other` does not compute the same, or None"
+    own = self.precise(copied(other))
     for training in self.modes:
-        own = copied(other)
-        if why := self.why_not(own.double() if self.doubled else own, training): return why
+        if why := self.why_not(own, training): return why
 
 # %% ../../nbs/13_prune.thin.ipynb #89992bd7
 def _kind(name):
@@ -576,7 +590,8 @@ def _kind(name):
 class _Blame:
     "Finds which groups must stay so that the rest can be removed, in at most `budget` trials"
     def __init__(self, names, trial, budget):
-        self.names, self.trial, self.budget = names, trial, budget  # `names`: number → name of a group that cannot be removed with the others
+        self.names = names  # number → name of a group; all together cannot be removed
+        self.trial, self.budget = trial, budget
         self.guilty, self.fine, self.proven = {}, set(), set()      # number → reason; can be removed; can be removed together
 
     @property
@@ -646,10 +661,10 @@ def _alone(dead, some):
     return [d if i in some else torch.zeros_like(d) for i,d in enumerate(dead)]
 
 def _faults(check, groups, dead, budget=9):
-    "Number → reason of each group whose `dead` channels cannot be removed; all others can; in at most `budget` runs besides one in each mode"
+    "Number → reason of each group whose `dead` channels cannot be removed, found in `budget` runs besides one in each mode"
     left, faults = {i for i,d in enumerate(dead) if d.any()}, {}
     for training in check.modes:
-        def trial(some): return check.why_not(_without(check.model, groups, _alone(dead, some)), training)
+        def trial(some): return check.why_not(check.precise(_without(check.model, groups, _alone(dead, some))), training)
         if not left or not (why := trial(left)): continue
         blame = _Blame({i: groups[i].name for i in left}, trial, budget)
         faults |= blame.find(why, left & _nearby(groups, check.where))
@@ -667,29 +682,31 @@ def _without(model, groups, dead):
     return small
 
 # %% ../../nbs/13_prune.thin.ipynb #0e4b4a5b
-def _verify(model, small, groups, dead, example_inputs, modes=(False, True)):
+def _verify(model, small, groups, dead, example_inputs, modes=(False, True), sample=False):
     "Refuse `small` if it does not compute the same as `model`, and name the groups at fault"
-    check = _Check(model, example_inputs, modes)
+    check = _Check(model, example_inputs, modes, sample)
     if not (problem := check(small)): return
     faults  = _faults(check, groups, dead)
     reasons = defaultdict(list)
     for i,why in sorted(faults.items()): reasons[why].append(f'`{groups[i].name}`')
     named = '; '.join(f'without the zero channels of {", ".join(ks)}, {why}' for why,ks in reasons.items()) or problem
     layers = [*dict.fromkeys(_layer(groups[i]) for i in sorted(faults))]
-    raise ValueError(f'The thinned model does not compute the same: {named}. ' + (f'Keep the channels with `exclude={layers}`' if layers else ''))
+    advice = f'Keep the channels with `exclude={layers}`' if layers else 'Please report this: no group is at fault alone'
+    raise ValueError(f'The thinned model does not compute the same: {named}. {advice}')
 
 # %% ../../nbs/13_prune.thin.ipynb #a2ffcef0
 def unremovable(
     model: nn.Module,            # looked at in copies
     groups: list[CoupledGroup],  # of its channels, as from `coupled_groups`
-    example_inputs               # what the model is called with: a tensor, a tuple of arguments, or a dict of them
+    example_inputs,              # what the model is called with: a tensor, a tuple of arguments, or a dict of them
+    sample: bool = True          # use two items of the batch, where that is possible
 ) -> dict[int, str]:             # index of a group → why its channels cannot be removed
     "Remove one channel of each group from copies of `model`, and find the groups for which what is left does not compute the same"
     model = _copied(model)
     first = [None if g.why_not or g.n < 2 else torch.arange(g.n) > 0 for g in groups]
     group_masks(groups, first).apply(dict(model.named_parameters(remove_duplicate=False)))
     dead  = _keep_some(groups, [torch.zeros(g.n, dtype=torch.bool) if k is None else ~k for g,k in zip(groups, first)])
-    return _faults(_Check(model, example_inputs), groups, dead)
+    return _faults(_Check(model, example_inputs, sample=sample), groups, dead)
 
 # %% ../../nbs/13_prune.thin.ipynb #782ce80b
 @torch.no_grad()
@@ -744,7 +761,7 @@ def thin(
     if any(map(_bare, small.modules())): _measure(small, example_inputs)
     _warn_of_units(groups, dead, _tensors_of(model))
     if not any(map(torch.any, dead)): return small
-    if check == 'sample': _verify(model, small, groups, dead, sampled(example_inputs), modes=(False,))
+    if check == 'sample': _verify(model, small, groups, dead, example_inputs, modes=(False,), sample=True)
     elif check: _verify(model, small, groups, dead, example_inputs)
     update_config(small, _shapes(model))
     return small
@@ -773,10 +790,11 @@ def reshape_to(
     if wrong:
         raise ValueError(f'This {type(model).__name__} is not what was thinned: only one of both has {", ".join(sorted(wrong)[:5])}')
     before = _shapes(model)
+    for k,shape in sizes['tensors'].items():
+        if len(shape) != state[k].ndim: raise ValueError(f'{k!r} has {state[k].ndim} axes, and {len(shape)} in the description')
     with _all_or_nothing(model):
-        for k,shape in sizes['tensors'].items():
-            if len(shape) != state[k].ndim: raise ValueError(f'{k!r} has {state[k].ndim} axes, and {len(shape)} in the description')
-            if tuple(state[k].shape) != tuple(shape): _replace(model, k, state[k].new_zeros(shape))
+        new = {k: shape for k,shape in sizes['tensors'].items() if tuple(state[k].shape) != tuple(shape)}
+        _replace(model, {k: state[k].new_zeros(shape) for k,shape in new.items()})
         _give_heads(model, sizes['heads'])
         for n,attributes in sizes['modules'].items():
             m = model.get_submodule(n)

@@ -148,11 +148,9 @@ class Sparsifier:
         if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
         _check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget, coupled)
         _check_tools(data, loss_func, example_inputs)
-        _check_flags(check=check)
-        self.check = check
         self.model, self.granularity, self.context, self.budget = unwrapped(model), granularity, context, budget
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
-        self.data, self.loss_func, self.example_inputs, self.seen = data, loss_func, example_inputs, []
+        self.data, self.loss_func, self.example_inputs, self.seen, self.check = data, loss_func, example_inputs, [], check
         self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity != 'head' and coupled
         kind  = 'weight' if self.coupled and granularity == 'channel' else granularity  # all layers have it; what goes is seen later
         found = self._without_unfit(find_targets(self.model, kind, layer_type, include, exclude, part, params))
@@ -291,8 +289,9 @@ def _leaders(self:Sparsifier, targets):
 @patch
 def _can_go(self:Sparsifier, targets):
     "Those of the coupled `targets` of which `thin` can remove channels, found by removing one of each from a copy"
+    _check_flags(check=self.check)
     if not targets or not self.check: return targets
-    with _plainly(self.model): why = unremovable(self.model, self.channel_groups, sampled(self._example('`coupled`')))
+    with _plainly(self.model): why = unremovable(self.model, self.channel_groups, self._example('`coupled`'))
     for i,reason in why.items():
         t = targets[i]
         self.left_out[t.label] = f'`thin` could not remove its channels: {reason}. `exclude={t.label!r}` leaves it out without this trial'
@@ -703,14 +702,15 @@ def _gone(self:Sparsifier, targets):
 # %% ../../nbs/14_sparse.sparsifier.ipynb #e859a524
 @patch
 def _warn_of_few(self:Sparsifier):
-    "Warn once of each layer that keeps less than a tenth of its channels where layers compete, and less than half of the share that all keep"
+    "Warn once of each layer that keeps less than a tenth of its channels, and less than half of the share that all layers keep"
     if self.context not in ('global', 'lamp'): return
     left = [(t, t.groups.n - gone) for t,gone in zip(self.targets, self._gone(self.targets))]
     share, told = sum(n for _,n in left) / sum(t.groups.n for t in self.targets), vars(self).setdefault('_told_few', set())
     few  = [(t, n) for t,n in left if n < t.groups.n * min(0.1, share/2) and t.name not in told]
     told.update(t.name for t,_ in few)
     named = ', '.join(f'{t.label or t.name} ({n} of {t.groups.n})' for t,n in few)
-    if few: warnings.warn(f'Layer collapse: few channels are left in {named}. `max_sparsity` limits what a layer loses, as max_sparsity=90', LayerCollapse, 4)
+    limit = '`max_sparsity` (of `PruneCallback`: `min_channels`) limits what a layer loses'
+    if few: warnings.warn(f'Layer collapse: few channels are left in {named}. {limit}', LayerCollapse, 4)
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #014cf176
 _as_they_are = Criteria(identity)
