@@ -10,7 +10,7 @@ import copy, inspect, math, operator, random, re, sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import FunctionType, ModuleType
 from typing import NamedTuple
@@ -32,6 +32,7 @@ class Flow:
     "What becomes of each layer's output channels; layers and norms go by their names in `model.named_modules()`"
     norms:   dict[str, tuple[str, ...]]  # layer → norms that get this layer's output channels and nothing else's, in the order they run
     why_not: dict[str, str]              # layer → why it has none, or why a norm it reaches is not among them
+    vectors: dict[str, tuple[str, ...]] = field(default_factory=dict)  # layer → other parameters and buffers that must be zero where it is
 
 # %% ../../nbs/07_core.flow.ipynb #11533d37
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -44,6 +45,9 @@ def _channels(layer): return layer.out_features if isinstance(layer, nn.Linear) 
 _KEEPS_ZERO = frozenset('relu relu6 leakyrelu prelu rrelu elu celu selu gelu silu mish hardswish tanh identity '
                         'dropout dropout1d dropout2d dropout3d contiguous clone detach to float'.split())
 
+_NORM_FUNCTIONS = frozenset('batchnorm layernorm groupnorm instancenorm rmsnorm nativebatchnorm nativelayernorm nativegroupnorm'.split())
+_MOVERS = frozenset('view reshape permute transpose movedim moveaxis swapaxes flatten unflatten unsqueeze squeeze t mt einops rearrange'.split())
+
 def _plain(name): return name.replace('_', '').lower()
 
 def _keeps_zero(kind, layer):
@@ -51,6 +55,47 @@ def _keeps_zero(kind, layer):
     kind = _plain(kind)
     pool = re.fullmatch(r'(?:adaptive)?(?:max|avg)pool([123])d', kind)
     return kind in _KEEPS_ZERO or pool is not None and int(pool[1]) == layer.weight.ndim - 2
+
+# %% ../../nbs/07_core.flow.ipynb #dd1ae3a7
+def _is_custom(m):
+    "Is `m` a module of someone's own with a number for each channel, and no layers inside: a norm, or a scale and shift?"
+    if type(m).__module__.startswith('torch.nn.') or isinstance(m, (_LAYERS, torch.jit.ScriptModule)): return False
+    if any(isinstance(c, (*_LAYERS, nn.RNNBase, nn.MultiheadAttention, nn.Embedding)) for c in m.modules()): return False
+    return any(t.is_floating_point() for t in [*m.parameters(), *m.buffers()])
+
+def _vectors(m, n):
+    "Names of what has a number for each of `n` channels in `m`, but for statistics"
+    named = {**dict(m.named_parameters()), **dict(m.named_buffers())}
+    return [k for k,t in named.items() if t.is_floating_point() and t.numel() == n == max(t.shape, default=0)
+            and not k.rpartition('.')[2].startswith(('running_', 'num_'))]
+
+def _stays_zero(m, layer, names):
+    "Does a zero channel of `layer` stay zero in `m` if the vectors `names` are zero there too?"
+    n, device = _channels(layer), next(t.device for t in [*m.parameters(), *m.buffers()])
+    shape, axis = ((6, n), 1) if isinstance(layer, nn.Linear) else ((6, n, *[4]*(layer.weight.ndim - 2)), 1)
+    values = {**dict(m.named_parameters()), **dict(m.named_buffers())}
+    for k in names: values[k].data.reshape(-1)[0] = 0
+    for training in (False, True):
+        for c in m.modules(): c.training = training
+        x = torch.rand(shape, device=device) + .5
+        x.select(axis, 0).zero_()
+        out = m(x)
+        if not isinstance(out, torch.Tensor) or out.shape != x.shape or out.select(axis, 0).any(): return False
+    return True
+
+def _probed(m, layer):
+    "The vectors of a copy of `m` to hold, so that a zero channel of `layer` stays zero in it; None: that does not do"
+    def stirred():
+        new = copy.deepcopy(m).float()
+        for k,t in [*new.named_parameters(), *new.named_buffers()]:
+            if t.is_floating_point() and 'running_' not in k: t.data.uniform_(.5, 1.5)
+        return new
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            if _stays_zero(stirred(), layer, []): return []
+            names = _vectors(m, _channels(layer))
+            return names if names and _stays_zero(stirred(), layer, names) else None
+    except Exception: return None  # it does not run on its own, or on such a shape
 
 # %% ../../nbs/07_core.flow.ipynb #04900e09
 def _unfit(layer, norm, name, owners):
@@ -85,27 +130,65 @@ class _Source(NamedTuple):
     layer: str               # name of the layer
     norms: tuple = ()        # names of the norms they have passed since
 
+# %% ../../nbs/07_core.flow.ipynb #af063d96
+class _Custom:
+    "What a walk does with norms that are not torch's, and where channels are lost"
+    def __init__(self):
+        self.moved, self.lost = {}, {}                    # value → layer whose channels it has elsewhere; layer → why they may not stay zero
+        self.vectors, self.inner = defaultdict(dict), {}  # layer → what else to hold; name of a custom norm → the layer it follows
+
+    def move(self, s, src):
+        "Follow channels that change places, until something normalises them"
+        got  = s.inputs[0] if s.inputs else None
+        lost = src.layer if src else self.moved.get(got)
+        if lost is None or isinstance(s.module, _LAYERS): return
+        if s.module is None: norm = _plain(s.kind) in _NORM_FUNCTIONS
+        else: norm = isinstance(s.module, _NORMS) or _is_custom(s.module)
+        if norm and (not src or s.module is None): self.lost.setdefault(lost,
+            f'{s} normalises its output, where its channels are not followed')
+        if _plain(s.kind) in _MOVERS:
+            for o in s.outputs: self.moved[o] = lost
+
+    def custom(self, s, src):
+        "A norm or scale of someone's own: tried out"
+        layer, names = self.layers[src.layer], None
+        shared = any(self.owners[id(p)] > 1 for m in s.module.modules() for p in m._parameters.values() if p is not None)
+        if not shared: names = _probed(s.module, layer)
+        others = self.inner.setdefault(s.name, src.layer) != src.layer
+        if names is None or others:
+            why = 'also gets other values' if others else 'makes something else of a zero channel, or was not understood'
+            self.lost.setdefault(src.layer, f'{s} {why}')
+            return None
+        self.vectors[src.layer].update(dict.fromkeys(f'{s.name}.{k}' if s.name else k for k in names))
+        return src
+
 # %% ../../nbs/07_core.flow.ipynb #cc87cef6
-class _Walk:
+class _Walk(_Custom):
     "Follow the output channels of each layer, step by step"
     def __init__(self, model):
         self.layers = {n: m for n,m in model.named_modules() if isinstance(m, _LAYERS)}
         self.owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
         self.origin, self.root, self.changed = {}, {}, set()  # value → source, value → whose memory it may share, roots written into
         self.calls, self.ends = defaultdict(list), {}         # norm → (source, why not) of each call, layer → what else it goes to
+        super().__init__()
 
     def source(self, value): return None if self.root.get(value, value) in self.changed else self.origin.get(value)
 
     def step(self, s):
         "Take one step"
         src  = self.source(s.inputs[0]) if s.inputs else None
+        self.move(s, src)
         keep = src is not None and not isinstance(s.module, _LAYERS+_NORMS) and _keeps_zero(s.kind, self.layers[src.layer])
-        new  = src if keep else self.norm(s, src) if isinstance(s.module, _NORMS) else self.other(s)
+        new  = src if keep else self.take(s, src)
         if s.in_place and s.inputs and not keep: self.changed.add(self.root.get(s.inputs[0], s.inputs[0]))
         for o in s.outputs:
             self.origin.pop(o, None)
             self.root[o] = o if isinstance(s.module, _LAYERS+_NORMS) or not s.inputs else self.root.get(s.inputs[0], s.inputs[0])
         if new and s.outputs: self.origin[s.outputs[0]] = new
+
+    def take(self, s, src):
+        if src and s.module is not None and _is_custom(s.module): return self.custom(s, src)
+        return self.norm(s, src) if isinstance(s.module, _NORMS) else self.other(s)
 
     def norm(self, s, src):
         "A norm: its output is zero where the channel is, if it can be held"
@@ -146,7 +229,10 @@ def _why_layer(name, walk, held):
     "Why there is nothing to hold behind layer `name`, or not everything; None: there is no reason"
     for n,cs in walk.calls.items():
         if n not in held and any(src and src.layer == name for src,_ in cs): return _why_norm(n, name, cs, held)
-    if name in held.values(): return None
+    if name in walk.lost: return walk.lost[name]
+    inside = [n for n,c in walk.layers[name].named_children() if isinstance(c, _NORMS)]
+    if inside: return f'It has a norm inside (`{inside[0]}`), after which a zero channel is not zero'
+    if name in held.values() or name in walk.vectors: return None
     if name not in walk.ends: return 'It is never called as a layer of its own'
     return f'No norm gets its output: it goes to {", ".join([*walk.ends[name]][:3]) or "nothing"}'
 
@@ -156,12 +242,13 @@ def _flow(model, steps):
     for s in steps: walk.step(s)
     held = _held(walk.calls)
     norms = {l: tuple(n for n in walk.calls if held.get(n) == l) for l in walk.layers if l in held.values()}
-    return Flow(norms, {l: why for l in walk.layers if (why := _why_layer(l, walk, held))})
+    vectors = {l: tuple(names) for l,names in walk.vectors.items() if names}
+    return Flow(norms, {l: why for l in walk.layers if (why := _why_layer(l, walk, held))}, vectors)
 
 # %% ../../nbs/07_core.flow.ipynb #e8f3240d
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m, module_qualified_name):
-        return isinstance(m, _LAYERS+_NORMS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _LAYERS+_NORMS) or _is_custom(m) or super().is_leaf_module(m, module_qualified_name)
 
 def _arguments(example_inputs):
     "`example_inputs` as positional and keyword arguments"

@@ -257,7 +257,7 @@ def compare(
     "What a model costs before and after pruning; both stay as they are"
     if type(runs) is not int or runs < 1: raise ValueError(f'`runs` must be a whole number from 1 on, got {runs!r}')
     devices, models = _named_devices(devices), (_copied(before), _copied(after))
-    if not any(t.ndim for t in tensors_in(example_inputs)): raise ValueError('`example_inputs` must hold a batch: there is no tensor in it')
+    if not any(t.ndim and len(t) for t in tensors_in(example_inputs)): raise ValueError('`example_inputs` must hold a batch: there is no tensor in it')
     costs, items = zip(*(_cost(which, m, example_inputs) for which,m in zip(('before', 'after'), models)))
     times = {d: _timed(*models, example_inputs, d, runs) for d in devices}
     costs = [replace(c, seconds={d: tuple(s[i]) for d,s in times.items()}) for i,c in enumerate(costs)]
