@@ -6,20 +6,25 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.flow.html.md"""
 
 # %% ../../nbs/07_core.flow.ipynb #e0b25e0b
 from __future__ import annotations
-import inspect, random, re, copy
+import inspect, random, re, copy, math, operator, sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from types import CellType, FunctionType, MethodType, ModuleType
+from functools import cache
 from typing import NamedTuple
 import numpy as np, torch, torch.nn as nn
 from torch import fx
+from torch._ops import HigherOrderOperator
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # %% auto #0
-__all__ = ['Flow', 'tensors_in', 'memory_of', 'restored', 'undisturbed', 'trace_flow', 'copied', 'multiply_adds']
+__all__ = ['Flow', 'tensors_in', 'memory_of', 'restored', 'undisturbed', 'trace_flow', 'copied', 'Counted', 'multiply_adds']
 
 # %% ../../nbs/07_core.flow.ipynb #d6594953
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Flow:
     "What becomes of each layer's output channels; layers and norms go by their names in `model.named_modules()`"
     norms:   dict[str, tuple[str, ...]]  # layer → norms that get this layer's output channels and nothing else's, in the order they run
     why_not: dict[str, str]              # layer → why it has none, or why a norm it reaches is not among them
+    vectors: dict[str, tuple[str, ...]] = field(default_factory=dict)  # layer → other parameters and buffers that must be zero where it is
 
 # %% ../../nbs/07_core.flow.ipynb #11533d37
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -39,6 +45,9 @@ def _channels(layer): return layer.out_features if isinstance(layer, nn.Linear) 
 _KEEPS_ZERO = frozenset('relu relu6 leakyrelu prelu rrelu elu celu selu gelu silu mish hardswish tanh identity '
                         'dropout dropout1d dropout2d dropout3d contiguous clone detach to float'.split())
 
+_NORM_FUNCTIONS = frozenset('batchnorm layernorm groupnorm instancenorm rmsnorm nativebatchnorm nativelayernorm nativegroupnorm'.split())
+_MOVERS = frozenset('view reshape permute transpose movedim moveaxis swapaxes flatten unflatten unsqueeze squeeze t mt einops rearrange'.split())
+
 def _plain(name): return name.replace('_', '').lower()
 
 def _keeps_zero(kind, layer):
@@ -46,6 +55,47 @@ def _keeps_zero(kind, layer):
     kind = _plain(kind)
     pool = re.fullmatch(r'(?:adaptive)?(?:max|avg)pool([123])d', kind)
     return kind in _KEEPS_ZERO or pool is not None and int(pool[1]) == layer.weight.ndim - 2
+
+# %% ../../nbs/07_core.flow.ipynb #dd1ae3a7
+def _is_custom(m):
+    "Is `m` a module of someone's own with a number for each channel, and no layers inside: a norm, or a scale and shift?"
+    if type(m).__module__.startswith('torch.nn.') or isinstance(m, (_LAYERS, torch.jit.ScriptModule)): return False
+    if any(isinstance(c, (*_LAYERS, nn.RNNBase, nn.MultiheadAttention, nn.Embedding)) for c in m.modules()): return False
+    return any(t.is_floating_point() for t in [*m.parameters(), *m.buffers()])
+
+def _vectors(m, n):
+    "Names of what has a number for each of `n` channels in `m`, but for statistics"
+    named = {**dict(m.named_parameters()), **dict(m.named_buffers())}
+    return [k for k,t in named.items() if t.is_floating_point() and t.numel() == n == max(t.shape, default=0)
+            and not k.rpartition('.')[2].startswith(('running_', 'num_'))]
+
+def _stays_zero(m, layer, names):
+    "Does a zero channel of `layer` stay zero in `m` if the vectors `names` are zero there too?"
+    n, device = _channels(layer), next(t.device for t in [*m.parameters(), *m.buffers()])
+    shape, axis = ((6, n), 1) if isinstance(layer, nn.Linear) else ((6, n, *[4]*(layer.weight.ndim - 2)), 1)
+    values = {**dict(m.named_parameters()), **dict(m.named_buffers())}
+    for k in names: values[k].data.reshape(-1)[0] = 0
+    for training in (False, True):
+        for c in m.modules(): c.training = training
+        x = torch.rand(shape, device=device) + .5
+        x.select(axis, 0).zero_()
+        out = m(x)
+        if not isinstance(out, torch.Tensor) or out.shape != x.shape or out.select(axis, 0).any(): return False
+    return True
+
+def _probed(m, layer):
+    "The vectors of a copy of `m` to hold, so that a zero channel of `layer` stays zero in it; None: that does not do"
+    def stirred():
+        new = copy.deepcopy(m).float()
+        for k,t in [*new.named_parameters(), *new.named_buffers()]:
+            if t.is_floating_point() and 'running_' not in k: t.data.uniform_(.5, 1.5)
+        return new
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            if _stays_zero(stirred(), layer, []): return []
+            names = _vectors(m, _channels(layer))
+            return names if names and _stays_zero(stirred(), layer, names) else None
+    except Exception: return None  # it does not run on its own, or on such a shape
 
 # %% ../../nbs/07_core.flow.ipynb #04900e09
 def _unfit(layer, norm, name, owners):
@@ -80,27 +130,65 @@ class _Source(NamedTuple):
     layer: str               # name of the layer
     norms: tuple = ()        # names of the norms they have passed since
 
+# %% ../../nbs/07_core.flow.ipynb #af063d96
+class _Custom:
+    "What a walk does with norms that are not torch's, and where channels are lost"
+    def __init__(self):
+        self.moved, self.lost = {}, {}                    # value → layer whose channels it has elsewhere; layer → why they may not stay zero
+        self.vectors, self.inner = defaultdict(dict), {}  # layer → what else to hold; name of a custom norm → the layer it follows
+
+    def move(self, s, src):
+        "Follow channels that change places, until something normalises them"
+        got  = s.inputs[0] if s.inputs else None
+        lost = src.layer if src else self.moved.get(got)
+        if lost is None or isinstance(s.module, _LAYERS): return
+        if s.module is None: norm = _plain(s.kind) in _NORM_FUNCTIONS
+        else: norm = isinstance(s.module, _NORMS) or _is_custom(s.module)
+        if norm and (not src or s.module is None): self.lost.setdefault(lost,
+            f'{s} normalises its output, where its channels are not followed')
+        if _plain(s.kind) in _MOVERS:
+            for o in s.outputs: self.moved[o] = lost
+
+    def custom(self, s, src):
+        "A norm or scale of someone's own: tried out"
+        layer, names = self.layers[src.layer], None
+        shared = any(self.owners[id(p)] > 1 for m in s.module.modules() for p in m._parameters.values() if p is not None)
+        if not shared: names = _probed(s.module, layer)
+        others = self.inner.setdefault(s.name, src.layer) != src.layer
+        if names is None or others:
+            why = 'also gets other values' if others else 'makes something else of a zero channel, or was not understood'
+            self.lost.setdefault(src.layer, f'{s} {why}')
+            return None
+        self.vectors[src.layer].update(dict.fromkeys(f'{s.name}.{k}' if s.name else k for k in names))
+        return src
+
 # %% ../../nbs/07_core.flow.ipynb #cc87cef6
-class _Walk:
+class _Walk(_Custom):
     "Follow the output channels of each layer, step by step"
     def __init__(self, model):
         self.layers = {n: m for n,m in model.named_modules() if isinstance(m, _LAYERS)}
         self.owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
         self.origin, self.root, self.changed = {}, {}, set()  # value → source, value → whose memory it may share, roots written into
         self.calls, self.ends = defaultdict(list), {}         # norm → (source, why not) of each call, layer → what else it goes to
+        super().__init__()
 
     def source(self, value): return None if self.root.get(value, value) in self.changed else self.origin.get(value)
 
     def step(self, s):
         "Take one step"
         src  = self.source(s.inputs[0]) if s.inputs else None
+        self.move(s, src)
         keep = src is not None and not isinstance(s.module, _LAYERS+_NORMS) and _keeps_zero(s.kind, self.layers[src.layer])
-        new  = src if keep else self.norm(s, src) if isinstance(s.module, _NORMS) else self.other(s)
+        new  = src if keep else self.take(s, src)
         if s.in_place and s.inputs and not keep: self.changed.add(self.root.get(s.inputs[0], s.inputs[0]))
         for o in s.outputs:
             self.origin.pop(o, None)
             self.root[o] = o if isinstance(s.module, _LAYERS+_NORMS) or not s.inputs else self.root.get(s.inputs[0], s.inputs[0])
         if new and s.outputs: self.origin[s.outputs[0]] = new
+
+    def take(self, s, src):
+        if src and s.module is not None and _is_custom(s.module): return self.custom(s, src)
+        return self.norm(s, src) if isinstance(s.module, _NORMS) else self.other(s)
 
     def norm(self, s, src):
         "A norm: its output is zero where the channel is, if it can be held"
@@ -141,7 +229,10 @@ def _why_layer(name, walk, held):
     "Why there is nothing to hold behind layer `name`, or not everything; None: there is no reason"
     for n,cs in walk.calls.items():
         if n not in held and any(src and src.layer == name for src,_ in cs): return _why_norm(n, name, cs, held)
-    if name in held.values(): return None
+    if name in walk.lost: return walk.lost[name]
+    inside = [n for n,c in walk.layers[name].named_children() if isinstance(c, _NORMS)]
+    if inside: return f'It has a norm inside (`{inside[0]}`), after which a zero channel is not zero'
+    if name in held.values() or name in walk.vectors: return None
     if name not in walk.ends: return 'It is never called as a layer of its own'
     return f'No norm gets its output: it goes to {", ".join([*walk.ends[name]][:3]) or "nothing"}'
 
@@ -151,17 +242,19 @@ def _flow(model, steps):
     for s in steps: walk.step(s)
     held = _held(walk.calls)
     norms = {l: tuple(n for n in walk.calls if held.get(n) == l) for l in walk.layers if l in held.values()}
-    return Flow(norms, {l: why for l in walk.layers if (why := _why_layer(l, walk, held))})
+    vectors = {l: tuple(names) for l,names in walk.vectors.items() if names}
+    return Flow(norms, {l: why for l in walk.layers if (why := _why_layer(l, walk, held))}, vectors)
 
 # %% ../../nbs/07_core.flow.ipynb #e8f3240d
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m, module_qualified_name):
-        return isinstance(m, _LAYERS+_NORMS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _LAYERS+_NORMS) or _is_custom(m) or super().is_leaf_module(m, module_qualified_name)
 
 def _arguments(example_inputs):
     "`example_inputs` as positional and keyword arguments"
     if isinstance(example_inputs, Mapping): return (), dict(example_inputs)
-    return (tuple(example_inputs) if isinstance(example_inputs, (list, tuple)) else (example_inputs,)), {}
+    several = isinstance(example_inputs, (list, tuple)) and not isinstance(example_inputs, PackedSequence)
+    return (tuple(example_inputs) if several else (example_inputs,)), {}
 
 def _fixed(model, example_inputs):
     "Arguments of `forward` that are not given: those with plain defaults"
@@ -338,7 +431,7 @@ def restored(
     model: nn.Module  # whatever is done to it in the block
 ) -> Iterator[None]:
     "Put everything but the parameters' values back afterwards: modes, hooks, attributes, buffers, gradients, random numbers"
-    memory, modes = _Memory(model), [(m, m.training) for m in model.modules()]
+    memory, modes = _Memory(model), [(m, m.training) for m in model.modules() if hasattr(m, 'training')]  # frozen scripted ones have none
     grads   = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     hooks   = [(p, k) for p,*_ in grads for k in ('_backward_hooks', '_post_accumulate_grad_hooks') if getattr(p, k) is None]
     numbers = random.getstate(), np.random.get_state()
@@ -363,7 +456,8 @@ def undisturbed(
 ) -> Iterator[None]:
     "Put `model` into eval mode, without gradients; afterwards it is as before, see `restored`"
     with restored(model), torch.no_grad():
-        for m in model.modules(): m.training = False
+        for m in model.modules():
+            if hasattr(m, 'training'): m.training = False
         yield
 
 _undisturbed = undisturbed  # its earlier name, which `prune.coupling` imports
@@ -460,53 +554,397 @@ def copied(
                 if isinstance(f, FunctionType): table[k] = _rebound(f, memo)
     return new
 
+# %% ../../nbs/07_core.flow.ipynb #4baa0a82
+def _numel(shape): return math.prod(int(n) for n in shape)
+
+def _product(out, left):
+    "Each number of a product of matrices sums over the last axis of the left one"
+    return _numel(out.shape) * int(left.shape[-1])
+
+def _products(out, lefts): return sum(map(_product, out, lefts))
+
+def _summed_product(out, left): return len(left) * _product(out, left)  # over the batch, too
+
+def _grouped_product(out, left, right):
+    "Where both factors are matrices, the axis that is summed over is shared out among the groups"
+    return _product(out[0] if left.ndim == right.ndim == 2 else out, left)
+
+def _outer_product(out, left): return _numel(out.shape)
+
+def _convolution(out, x, weight, transposed=False):
+    "Each number of the result meets each weight of its channel; in a transposed convolution each number of the input does"
+    return _numel((x if transposed else out).shape) * _numel(weight.shape[1:])
+
+def _transposed_convolution(out, x, weight): return _convolution(out, x, weight, True)
+
+def _convolution_in_time(out, weight): return _numel(out.shape) * _numel(weight.shape[:2])  # steps × inputs × outputs
+
+def _trilinear(out, a, b, c, *added):
+    "Each product of the three inputs, after axes of size 1 were `added` to each"
+    shapes = [[*t.shape] for t in (a, b, c)]
+    for shape,axes in zip(shapes, added):
+        for i in sorted(axes): shape.insert(i, 1)
+    return _numel(max(sizes) for sizes in zip(*shapes))
+
+def _recurrent(out, x, *weights):
+    "Each matrix meets each step of each item once"
+    return _numel(x.shape[:-1]) * sum(_numel(w.shape) for w in tensors_in(weights) if w.ndim == 2)
+
+def _packed(out, x, weights):
+    "A quantized layer, which keeps its weights in an object"
+    return _convolution(out, x, weights.unpack()[0])
+
+# %% ../../nbs/07_core.flow.ipynb #ac583838
+def _attention(out, q, k, v):
+    "Scores and weighted sum: all keys for each query, masked or not; heads before the sequence"
+    return _numel(q.shape[:-1]) * int(k.shape[-2]) * int(q.shape[-1] + v.shape[-1])
+
+def _attention_heads_last(out, q, k, v, starts=None, key_starts=None):
+    "The same, heads after the sequence; if there are `starts`, sequences of different lengths lie one after another"
+    each = int(q.shape[-2]) * int(q.shape[-1] + v.shape[-1])
+    if starts is None: return _numel(q.shape[:-2]) * int(k.shape[-3]) * each
+    queries, keys = (torch.diff(s).tolist() for s in (starts, starts if key_starts is None else key_starts))
+    return each * sum(map(operator.mul, queries, keys))
+
+def _sequence_lengths(x):
+    "The length of each sequence of a batch (items, steps, features) or a nested tensor"
+    if x.is_nested: return x._nested_tensor_size()[:, 0].tolist()
+    return [int(x.shape[-2])] * _numel(x.shape[:-2])
+
+def _projected_attention(out, query, key, width, weight):
+    "Attention and its projections: of queries, keys, values and output, each with as many weights as `weight`"
+    queries, keys = _sequence_lengths(query), _sequence_lengths(key)
+    scores = sum(map(operator.mul, queries, keys))
+    return 2*_numel(weight.shape)*(sum(queries) + sum(keys)) + 2*width*scores
+
+def _encoder_layer(out, x, width, weight, *linear):
+    "Attention of a sequence to itself, then linear layers"
+    steps = sum(_sequence_lengths(x))
+    return _projected_attention(out, x, x, width, weight) + steps * sum(_numel(w.shape) for w in linear)
+
+# %% ../../nbs/07_core.flow.ipynb #b076a52a
+_FORMULAS = (  # formula, which arguments it takes, names of the operators; what a version of torch lacks is never met
+    (_product, (0,), '''mm bmm mv dot vdot linear mkldnn_linear _int_mm _sparse_mm smm _sparse_mm_reduce_impl _sparse_sparse_matmul _cdist_forward _scaled_mm _scaled_mm_v2
+        _weight_int8pack_mm _weight_int4pack_mm _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros
+        _dyn_quant_matmul_4bit _mixed_dtypes_linear _sparse_semi_structured_linear fbgemm_linear_int8_weight
+        fbgemm_linear_int8_weight_fp32_activation fbgemm_linear_fp16_weight fbgemm_linear_fp16_weight_fp32_activation
+        _wrapped_quantized_linear_prepacked mkldnn::_linear_pointwise'''),
+    (_product, (1,), 'addmm addmv baddbmm _sparse_addmm sspaddmm sparse_sampled_addmm _addmm_activation _scaled_addmm'),
+    (_products, (0,), '_foreach_mm'),
+    (_summed_product, (1,), 'addbmm'),
+    (_grouped_product, (0, 1), '_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2'),
+    (_outer_product, (1,), 'addr ger'),
+    (_convolution, (0, 1, 6), 'convolution _convolution convolution_overrideable'),
+    (_convolution, (0, 1), '''cudnn_convolution mkldnn_convolution miopen_convolution miopen_depthwise_convolution
+        _slow_conv2d_forward slow_conv3d_forward thnn_conv2d slow_conv3d _conv_depthwise2d conv_depthwise3d slow_conv_dilated2d
+        slow_conv_dilated3d cudnn_convolution_relu cudnn_convolution_add_relu miopen_convolution_relu
+        miopen_convolution_add_relu _nnpack_spatial_convolution _mps_convolution mkldnn::_convolution_pointwise
+        torchvision::deform_conv2d'''),
+    (_transposed_convolution, (0, 1), '''slow_conv_transpose2d slow_conv_transpose3d cudnn_convolution_transpose
+        miopen_convolution_transpose _mps_convolution_transpose'''),
+    (_convolution_in_time, (1,), 'conv_tbc'),
+    (_trilinear, (0, 1, 2, 3, 4, 5), '_trilinear'),
+    (_recurrent, (0, 1, 2), 'mkldnn_rnn_layer'),
+    (_recurrent, (0, 1), '_cudnn_rnn miopen_rnn'),
+    (_recurrent, (0, 2), '_lstm_mps'),
+    (_packed, (0, 1), '''quantized::linear quantized::linear_relu quantized::linear_dynamic quantized::linear_relu_dynamic
+        quantized::linear_dynamic_fp16 quantized::linear_relu_dynamic_fp16 quantized::conv1d quantized::conv2d quantized::conv3d
+        quantized::conv1d_relu quantized::conv2d_relu quantized::conv3d_relu'''),
+    (_attention, (0, 1, 2), '''_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+        _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math
+        _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps _triton_scaled_dot_attention'''),
+    (_attention_heads_last, (0, 1, 2, 3, 4), '_flash_attention_forward _flash_attention_forward_no_dropout_inplace'),
+    (_attention_heads_last, (0, 1, 2, 4, 5), '''_efficient_attention_forward _cudnn_attention_forward
+        _cudnn_attention_forward_no_dropout_inplace'''),
+    (_projected_attention, (0, 1, 3, 7), '_native_multi_head_attention _triton_multi_head_attention'),
+    (_encoder_layer, (0, 1, 5, 14, 16), '_transformer_encoder_layer_fwd'),
+)
+
+@cache
+def _formulas(): return {f'aten::{n}' if '::' not in n else n: (f, at) for f,at,names in _FORMULAS for n in names.split()}
+
+# %% ../../nbs/07_core.flow.ipynb #46f68d71
+_CHEAP = re.compile('norm|embedding|cat$|stack|scatter|gather|index|put|copy|select|slice|pool|sample|interpolat|loss|softmax|prelu|'
+                    'rrelu|gru_cell|lstm_cell|histogram|search|isin|block_diag|cross|complex|polar|sub|divide|resize|set$|dist$|where|foreach')
+_SOLVES = re.compile('^_?linalg_(?!cross|vector_norm|diagonal)|cholesky|_solve|matrix_exp|geqrf|ormqr|orgqr|^_?svd|inverse')
+_MOVES = frozenset('prim prims profiler c10d _c10d_functional fsdp torchvision image'.split())  # these only move or choose numbers
+
+def _names_of(func): return func.namespace, func._schema.name.rpartition('::')[2].removesuffix('_')
+
+def _works(func, given):
+    "Does the operator multiply matrices or weights, as far as can be told? For those that there is no formula for"
+    space, name = _names_of(func)
+    matrices = [t for t in tensors_in(given) if t.ndim > 1 and (t.is_floating_point() or t.is_complex())]
+    if space in _MOVES or space in ('aten', 'quantized') and (torch.Tag.pointwise in func.tags or _CHEAP.search(name)): return False
+    if any(isinstance(o, torch.ScriptObject) for o in given): return True  # packed weights
+    if space == 'aten': return len(matrices) > (0 if _SOLVES.search(name) else 1)
+    return len(matrices) > 1 or any(isinstance(t, nn.Parameter) for t in tensors_in(given))
+
+def _given(func, args, kwargs):
+    "All arguments of an operator, in order"
+    return [*args, *(kwargs.get(a.name, a.default_value) for a in func._schema.arguments[len(args):])]
+
+def _operator_cost(func, args, kwargs, out):
+    "Multiply-adds of a call of an operator; None: it does some, and there is no formula"
+    given = _given(func, args, kwargs)
+    if formula := _formulas().get('::'.join(_names_of(func))):
+        f, at = formula
+        return f(out[0] if isinstance(out, tuple) else out, *(given[i] for i in at))
+    registry = sys.modules.get('torch.utils.flop_counter')  # where users register formulas: not imported, so none
+    known = registry and registry.flop_registry.get(func._overloadpacket)
+    if known is not None: return int(known(*args, **kwargs, out_val=out)) // 2
+    return None if _works(func, given) else 0
+
 # %% ../../nbs/07_core.flow.ipynb #029e0423
 @contextmanager
 def _plain_attention():
-    "Attention as separate steps: the fused one can't be counted"
+    "Attention as separate steps"
     mha = torch.backends.mha
     before = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)
     try: yield
     finally: mha.set_fastpath_enabled(before)
 
-class _FlopSplit:
-    "Split what `counter` counts among the modules that run"
-    def __init__(self, counter): self.counter, self.running, self.seen, self.flops = counter, [], 0, Counter()
+# %% ../../nbs/07_core.flow.ipynb #a1790555
+class _Operators(TorchDispatchMode):
+    "Count the multiply-adds of each operator, for the module that runs"
+    supports_higher_order_operators = True
 
-    def settle(self):
-        "What came since the last time belongs to the innermost module"
-        total = self.counter.get_total_flops()
-        if self.running: self.flops[self.running[-1]] += total - self.seen
-        self.seen = total
+    @classmethod
+    def _should_skip_dynamo(cls): return False  # that would import it, which takes seconds
 
-    def enter(self, m, args):
-        self.settle()
-        self.running.append(m)
+    def __init__(self, model):
+        super().__init__()
+        self.names  = {m: n for n,m in model.named_modules()}
+        self.owners = {p.untyped_storage().data_ptr(): n.rpartition('.')[0] for n,p in model.named_parameters() if _has_memory(p)}
+        self.running, self.costs, self.uncounted, self.quiet = [], Counter(), defaultdict(dict), 0
 
-    def leave(self, m, args, out):
-        self.settle()
-        self.running.pop()
+    def module(self, given):
+        "Name of the innermost module that runs; inside a scripted one, which does not tell, of the owner of a weight it uses"
+        inner = self.running[-1] if self.running else None
+        if not isinstance(inner, torch.jit.ScriptModule): return self.names.get(inner, '')
+        owners = (self.owners.get(t.untyped_storage().data_ptr()) for t in tensors_in(given) if _has_memory(t))
+        return next((n for n in owners if n is not None), self.names[inner])
+
+    def add(self, name, cost, given):
+        if cost is None: self.uncounted[name][self.module(given)] = None
+        elif cost: self.costs[self.module(given)] += cost
+
+    @contextmanager
+    def alone(self):
+        "Run what is counted as a whole"
+        self.quiet += 1
+        try: yield
+        finally: self.quiet -= 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator) or self.quiet: return func(*args, **kwargs)
+        if any(t.__name__ != 'FakeTensor' for t in types): return NotImplemented  # it holds tensors, and calls operators on them
+        whole = '::'.join(_names_of(func)) in _formulas()
+        if not whole and func.namespace != 'prim':
+            with self: out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented: return out
+        out = func(*args, **kwargs)
+        self.add(str(func._overloadpacket), _operator_cost(func, args, kwargs, out), (args, kwargs))
+        return out
+
+def _has_memory(t):
+    try: return not (is_lazy(t) or t.is_sparse or t.is_meta) and t.untyped_storage().data_ptr() != 0
+    except (RuntimeError, NotImplementedError): return False
+
+# %% ../../nbs/07_core.flow.ipynb #3f97be76
+class _Calls(TorchFunctionMode):
+    "Count attention as it is called: a kernel may pad its heads"
+    def __init__(self, operators):
+        super().__init__()
+        self.operators = operators
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, ops = kwargs or {}, self.operators
+        if isinstance(func, HigherOrderOperator):
+            with ops.alone(), _disable_current_modes(): out = func(*args, **kwargs)
+            ops.add(func.name(), _attention(out, *args[:3]) if func.name().startswith('flex_attention') else None, args)
+            return out
+        if func is not nn.functional.scaled_dot_product_attention: return func(*args, **kwargs)
+        qkv = [*args[:3], *(kwargs[k] for k in ('query', 'key', 'value')[len(args):])]
+        if any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_nested for t in qkv): return func(*args, **kwargs)
+        with ops.alone(): out = func(*args, **kwargs)
+        ops.add(func.__name__, _attention(out, *qkv), qkv)
+        return out
+
+# %% ../../nbs/07_core.flow.ipynb #dc08e240
+def _uncompiled():
+    "Run compiled parts as they were written, which is also how uncompiled flex attention can be counted"
+    compiles = 'torch._dynamo' in sys.modules or 'torch.nn.attention.flex_attention' in sys.modules
+    return torch.compiler.set_stance('force_eager') if compiles and hasattr(torch.compiler, 'set_stance') else nullcontext()  # torch 2.6
+
+@contextmanager
+def _counting(model):
+    "Count what `model` does in the block"
+    ops = _Operators(model)
+    def enter(m, args):
+        if m in ops.names: ops.running.append(m)
+    def leave(m, args, out):
+        if m in ops.names: ops.running.pop()
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]  # scripted ones, too
+    try:
+        with undisturbed(model), _plain_attention(), _uncompiled(), ops, _Calls(ops): yield ops
+    finally:
+        for h in hooks: h.remove()
+
+# %% ../../nbs/07_core.flow.ipynb #7198aecf
+class Counted(dict):
+    "Multiply-adds by name of the module, for one item of the batch; or for all of the input, if what an item is cannot be told"
+    def __init__(self,
+        counts: dict[str, int],                # multiply-adds by name of the module
+        total: int,                            # of the whole model: also of modules without parameters
+        items: int|None,                       # how many items the input holds; None: unknown, and the counts are for all of them
+        uncounted: dict[str, tuple[str, ...]]  # operator that multiplies and that there is no formula for → modules that call it
+    ):
+        super().__init__(counts)
+        self.total, self.items, self.uncounted = total, items, uncounted
+
+    def __reduce__(self): return Counted, (dict(self), self.total, self.items, self.uncounted)
+
+# %% ../../nbs/07_core.flow.ipynb #8104d206
+def _rebuilt(o, change):
+    "A copy of `o` with what `change` gives for each of its parts, outermost first; None: look inside"
+    new = change(o)
+    if new is not None: return new
+    if isinstance(o, (torch.Tensor, *_leaves)): return o
+    if isinstance(o, (list, tuple)):
+        parts = [_rebuilt(p, change) for p in o]
+        return type(o)(*parts) if hasattr(o, '_fields') else type(o)(parts)
+    if not isinstance(o, Mapping) and not tensors_in(o): return o
+    new = copy.copy(o)
+    for k,v in (o if isinstance(o, Mapping) else vars(o)).items():
+        if isinstance(o, Mapping): new[k] = _rebuilt(v, change)
+        else: object.__setattr__(new, k, _rebuilt(v, change))
+    return new
+
+def _twice_along(axis, n):
+    "Repeat tensors that have size `n` along `axis`"
+    def change(o):
+        if isinstance(o, torch.Tensor) and o.ndim > axis and o.shape[axis] == n: return torch.cat([o, o], axis)
+    return change
+
+def _is_list(o): return isinstance(o, (list, tuple)) and not hasattr(o, '_fields') and len(o) and all(map(tensors_in, o))
+
+def _lists_twice(n):
+    "Repeat lists of `n` items"
+    def change(o):
+        if _is_list(o) and len(o) == n: return o + o
+    return change
+
+def _first_of_lists(n):
+    "Keep the first item of lists of `n` items"
+    def change(o):
+        if _is_list(o) and len(o) == n: return o[:1]
+    return change
+
+def _lists_in(o):
+    "The lists anywhere in `o` whose items all hold tensors"
+    if isinstance(o, (torch.Tensor, *_leaves)): return []
+    return ([o] if _is_list(o) else []) + [l for part in _held_by(o) for l in _lists_in(part)]
+
+# %% ../../nbs/07_core.flow.ipynb #d0c037c9
+class _Reading(NamedTuple):
+    "A way to read what a model is called with as a batch"
+    items: int
+    double: Callable         # what doubles the batch, for `_rebuilt`
+    single: Callable|None    # what makes it one item, if items may be of different sizes
+    outer: set               # what may lie outside of the items in an output
+    certain: bool = False    # whether it takes more than a count that doubles
+
+def _readings(args, kwargs):
+    "The ways to read what a model is called with as a batch, the usual ones first"
+    values  = [*args, *kwargs.values()]
+    tensors = sorted(tensors_in(values), key=torch.Tensor.numel, reverse=True)
+    first, second = ([*dict.fromkeys(t.shape[axis] for t in tensors if t.ndim > axis)] for axis in (0, 1))
+    lists   = [*dict.fromkeys(len(l) for v in values for l in _lists_in(v))]
+    return ([_Reading(n, _twice_along(0, n), None, {1}) for n in first[:2]] +
+            [_Reading(n, _lists_twice(n), _first_of_lists(n), {1}) for n in lists[:2]] +
+            [_Reading(n, _twice_along(1, n), None, {1, *first}, True) for n in second[:1]])
+
+# %% ../../nbs/07_core.flow.ipynb #d9128caa
+def _alike(a, b):
+    if a.shape != b.shape: return False
+    if not (a.is_floating_point() or a.is_complex()): return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=0, atol=1e-3 * float(a.abs().nan_to_num().max()) if a.numel() else 0, equal_nan=True)
+
+def _copies(once, twice, outer):
+    "Both copies of the items in `twice`, if it is `once` for a doubled batch, as pairs: one for each size that may lie `outer` of them"
+    changed = [i for i,(a,b) in enumerate(zip(once.shape, twice.shape)) if a != b]
+    if once.ndim != twice.ndim or not changed: return []
+    axis, n = changed[0], once.shape[changed[0]]
+    if twice.shape[axis] != 2*n: return []
+    return [twice.unflatten(axis, (o, 2, n//o)).unbind(axis + 1) for o in outer if o and n % o == 0]
+
+def _independent(once, twice, outer):
+    "Do both copies of each item give the same, in what a model gave for a batch and for the batch twice? None: no copies are seen"
+    once, twice = tensors_in(once), tensors_in(twice)
+    if once and len(twice) == 2*len(once): return all(map(_alike, twice[:len(once)], twice[len(once):]))
+    ways = [pairs for a,b in zip(once, twice) if (pairs := _copies(a, b, outer))]
+    return all(any(_alike(*pair) for pair in pairs) for pairs in ways) if ways else None
+
+# %% ../../nbs/07_core.flow.ipynb #afce8050
+def _known_items(args, kwargs):
+    "How many items the inputs hold, where they tell themselves; None: they do not"
+    values = [*args, *kwargs.values()]
+    packed = [o for o in values if isinstance(o, PackedSequence)]
+    if packed: return int(packed[0].batch_sizes[0])
+    tensors = tensors_in(values)
+    nested  = [t for t in tensors if t.is_nested]
+    if nested: return nested[0].size(0)
+    return 1 if all(t.shape[:1] in ((), (1,)) for t in tensors) else None
+
+def _counts(model, args, kwargs):
+    "What was counted in a forward pass, what came out, and whether random numbers were drawn"
+    with _counting(model) as ops:
+        before = torch.get_rng_state()
+        out = model(*args, **kwargs)
+        return ops, out, not torch.equal(before, torch.get_rng_state())
+
+def _for_one(once, twice, n):
+    "Multiply-adds for one item of `n`, if it is told by those for `n` and for 2·n; what does not grow with the items stays"
+    names = once.keys() | twice.keys()
+    if any(not once[k] <= twice[k] <= 2*once[k] for k in names) or once == twice: return None
+    return {k: 2*once[k] - twice[k] + (twice[k] - once[k]) // n for k in names}
+
+# %% ../../nbs/07_core.flow.ipynb #fce37777
+def _read_as(reading, model, args, kwargs, ops, out, drawn):
+    "Multiply-adds for one item if what a model is called with is read as a batch in that way; None: it is no batch"
+    def run(change): return _counts(model, [_rebuilt(a, change) for a in args], {k: _rebuilt(a, change) for k,a in kwargs.items()})
+    try: twice, out_twice, _ = run(reading.double)
+    except Exception: return None  # the model takes no more along that axis
+    one, same = _for_one(ops.costs, twice.costs, reading.items), _independent(out, out_twice, reading.outer)
+    if drawn and not reading.certain: same = None
+    if one is not None: return one if same or same is None and not reading.certain else None
+    return dict(run(reading.single)[0].costs) if same and reading.single else None
+
+def _per_item(model, args, kwargs, ops, out, drawn):
+    "How many items the inputs hold and multiply-adds for one of them; None and those for all if that cannot be told"
+    n, readings = _known_items(args, kwargs), _readings(args, kwargs)
+    if n is None and not ops.costs: n = readings[0].items
+    if n is not None: return n, {k: c//n for k,c in ops.costs.items()}
+    for r in readings:
+        one = _read_as(r, model, args, kwargs, ops, out, drawn)
+        if one is not None: return r.items, one
+    return None, dict(ops.costs)
 
 # %% ../../nbs/07_core.flow.ipynb #de3b5b00
 def multiply_adds(
-    model: nn.Module,     # looked at in eval mode, left as it was
-    example_inputs        # what the model is called with, the batch first: a tensor, a tuple of arguments, or a dict of them
-) -> dict[str, int]:  # by name of the module, for those that have parameters of their own
-    "Multiply-adds of each layer in a forward pass in eval mode, for one item of the batch"
-    from torch.utils.flop_counter import FlopCounterMode  # slow to import: only who counts pays
+    model: nn.Module,  # it runs in eval mode and stays as it is
+    example_inputs     # what the model is called with: a tensor, a tuple of arguments, or a dict of them
+) -> Counted:          # for modules that have parameters of their own
+    "Count the multiply-adds of each layer in a forward pass in eval mode, for one item of the batch"
     _is_model(model)
-    tensors = [t for t in tensors_in(example_inputs) if t.ndim]
-    if not tensors: raise ValueError('`example_inputs` must hold a batch: there is no tensor in it')
+    if not any(t.ndim for t in tensors_in(example_inputs)):
+        raise ValueError('`example_inputs` must hold a batch: there is no tensor in it')
     args, kwargs = _arguments(example_inputs)
-    split, hooks = _FlopSplit(FlopCounterMode(display=False)), []
-    with undisturbed(model), _plain_attention():
-        try:
-            for m in model.modules():
-                if isinstance(m, torch.jit.ScriptModule): continue  # takes no hooks: what it does is its caller's
-                hooks += [m.register_forward_pre_hook(split.enter), m.register_forward_hook(split.leave, always_call=True)]
-            with split.counter: model(*args, **kwargs)
-        finally:
-            for h in hooks: h.remove()
-    own = {n: m for n,m in model.named_modules() if any(p is not None for p in m._parameters.values())}
-    return {n: split.flops[m] // (2*len(tensors[0])) for n,m in own.items()}
+    ops, out, drawn = _counts(model, args, kwargs)
+    items, costs = _per_item(model, args, kwargs, ops, out, drawn)
+    own = [n for n,m in model.named_modules() if costs.get(n) and isinstance(m, torch.jit.ScriptModule)
+           or any(p is not None for p in m._parameters.values())]
+    return Counted({n: costs.get(n, 0) for n in own}, sum(costs.values()), items, {k: tuple(ms) for k,ms in ops.uncounted.items()})

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 import torch, torch.nn as nn
 from fastcore.basics import patch
-from ..core.flow import _arguments, _first_line, _plain_attention, tensors_in, _undisturbed, multiply_adds
+from ..core.flow import _arguments, _first_line, _plain_attention, multiply_adds, tensors_in, undisturbed
 from ..core.measure import _device, _to
 from ..core.style import colors, plot_style
 from .coupling import _copied
@@ -41,7 +41,8 @@ class Cost:
     activations: int                       # bytes of what modules put out in a forward pass, for the whole batch
     file: int                              # bytes of the `state_dict` as `torch.save` writes it
     layers: dict[str, LayerCost]           # by name of the module
-    seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)  # device → of each forward pass measured
+    seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)    # device → of each forward pass measured
+    uncounted: dict[str, tuple[str, ...]] = field(default_factory=dict)  # operator whose multiply-adds nobody can count → modules that call it
 
 # %% ../../nbs/22_prune.report.ipynb #3e2585dc
 class _Outputs:
@@ -55,19 +56,18 @@ class _Outputs:
     def leave(self, m, args, out):
         if self.innermost.pop(): self.bytes += sum(t.nbytes for t in tensors_in(out))
 
-def _run(model, args, kwargs):
-    "Flops and bytes put out in one forward pass"
-    from torch.utils.flop_counter import FlopCounterMode  # slow to import: only who counts pays
-    counter, outputs, hooks = FlopCounterMode(display=False), _Outputs(), []
-    with _undisturbed(model), _plain_attention():
+def _output_bytes(model, args, kwargs):
+    "Bytes that modules put out in one forward pass"
+    outputs, hooks = _Outputs(), []
+    with undisturbed(model), _plain_attention():
         try:
             for m in model.modules():
                 if isinstance(m, torch.jit.ScriptModule): continue  # takes no hooks
                 hooks += [m.register_forward_pre_hook(outputs.enter), m.register_forward_hook(outputs.leave, always_call=True)]
-            with counter: model(*args, **kwargs)
+            model(*args, **kwargs)
         finally:
             for h in hooks: h.remove()
-    return counter.get_total_flops(), outputs.bytes
+    return outputs.bytes
 
 # %% ../../nbs/22_prune.report.ipynb #766bb71e
 _ends = (('in_channels', 'out_channels'), ('in_features', 'out_features'), ('num_embeddings', 'embedding_dim'),
@@ -91,18 +91,18 @@ def _file_size(model):
     return file.getbuffer().nbytes
 
 # %% ../../nbs/22_prune.report.ipynb #1ac171c4
-def _cost(which, model, example_inputs, n):
-    "What `model` costs, but for time; `example_inputs` hold `n` items"
+def _cost(which, model, example_inputs):
+    "What `model` costs, but for time, and how many items `example_inputs` hold"
     example_inputs = _to(example_inputs, _device(model))
-    try: flops, outputs = _run(model, *_arguments(example_inputs))
+    try: outputs, adds = _output_bytes(model, *_arguments(example_inputs)), multiply_adds(model, example_inputs)
     except Exception as e: raise ValueError(f'`{which}` does not run on `example_inputs`: {_first_line(e)}') from e
-    own, adds = {name: m for name,m in model.named_modules() if _weights(m)}, multiply_adds(model, example_inputs)
+    own     = {name: m for name,m in model.named_modules() if _weights(m)}
     params  = list(model.parameters())
     weights = [p for p in params if p.ndim > 1]
     layers  = {name: LayerCost(type(m).__name__, *_channels(m), sum(p.numel() for p in m._parameters.values() if p is not None),
                                _zeros(_weights(m)), adds[name]) for name,m in own.items()}
-    return Cost(sum(p.numel() for p in params), sum(w.numel() for w in weights), _zeros(weights), flops // (2*n), outputs,
-                _file_size(model), layers)
+    return Cost(sum(p.numel() for p in params), sum(w.numel() for w in weights), _zeros(weights), adds.total, outputs,
+                _file_size(model), layers, uncounted=adds.uncounted), adds.items
 
 # %% ../../nbs/22_prune.report.ipynb #959492b5
 def _once(model, args, kwargs, device):
@@ -120,7 +120,7 @@ def _timed(before, after, example_inputs, device, runs):
     collects = gc.isenabled()
     gc.disable()
     try:
-        with _undisturbed(before), _undisturbed(after):
+        with undisturbed(before), undisturbed(after):
             for r in range(-3, runs):
                 for i in (r % 2, 1 - r % 2):
                     s = _once(models[i], args, kwargs, device)
@@ -133,10 +133,10 @@ def _timed(before, after, example_inputs, device, runs):
 @dataclass(frozen=True)
 class Comparison:
     "What a model costs before and after"
-    before: Cost  # of the model as it was
-    after: Cost   # of the pruned one
-    batch: int    # items in `example_inputs`
-    threads: int  # that torch used on the CPU
+    before: Cost     # of the model as it was
+    after: Cost      # of the pruned one
+    batch: int|None  # items in `example_inputs`; None: it cannot be told, and multiply-adds are for all of them
+    threads: int     # that torch used on the CPU
 
     @property
     def layers(self):
@@ -199,8 +199,17 @@ def _lines(self):
     return lines
 
 def _note(self):
-    return (f'Multiply-adds for one item, activations and latency for the batch of {self.batch:,}; latency: median (least–most) of runs '
-            f'in turns, {self.threads} CPU thread{"s"*(self.threads > 1)}.')
+    what = ('Multiply-adds, activations and latency for `example_inputs` as they are: what an item is cannot be told'
+            if self.batch is None else f'Multiply-adds for one item, activations and latency for the batch of {self.batch:,}')
+    return f'{what}; latency: median (least–most) of runs in turns, {self.threads} CPU thread{"s"*(self.threads > 1)}.' + _missing(self)
+
+def _missing(self):
+    "A sentence on the operators that are not counted"
+    left = {**self.after.uncounted, **self.before.uncounted}
+    if not left: return ''
+    named = ', '.join(f'{op} (in {", ".join(m or "the model" for m in ms[:3])}{", …" * (len(ms) > 3)})' for op,ms in left.items())
+    return (f' Not among the multiply-adds: {named}, for which no formula is known. Register one with '
+            '`torch.utils.flop_counter.register_flop_formula`.')
 
 def _layer_lines(self):
     "Name, type, channels and parameters of each layer, before and after, as text"
@@ -223,12 +232,6 @@ def __str__(self:Comparison):
 def __repr__(self:Comparison): return str(self)
 
 # %% ../../nbs/22_prune.report.ipynb #3e2d7f18
-def _items(example_inputs):
-    "How many items the batch holds"
-    tensors = [t for t in tensors_in(dict(example_inputs) if hasattr(example_inputs, 'keys') else example_inputs) if t.ndim and len(t)]
-    if not tensors: raise ValueError('`example_inputs` must hold a batch: there is no tensor in it')
-    return len(tensors[0])
-
 def _kind(device):
     try: return torch.device(device).type
     except (RuntimeError, TypeError): return None
@@ -247,17 +250,18 @@ def _named_devices(devices):
 def compare(
     before: nn.Module,  # the dense model
     after: nn.Module,   # masked, or made from `before` by `thin` or otherwise
-    example_inputs,     # what both are called with, the batch first: a tensor, a tuple of arguments, or a dict of them
+    example_inputs,     # what both are called with, a tensor, a tuple of arguments, or a dict of them
     runs: int = 20,     # forward passes to time, of each model
     devices = None      # where to time: 'cpu', 'cuda', or both in a list; []: nowhere; None: the CPU, and the GPU if there is one
 ) -> Comparison:
     "What a model costs before and after pruning; both stay as they are"
     if type(runs) is not int or runs < 1: raise ValueError(f'`runs` must be a whole number from 1 on, got {runs!r}')
-    devices, n, models = _named_devices(devices), _items(example_inputs), (_copied(before), _copied(after))
-    costs = [_cost(which, m, example_inputs, n) for which,m in zip(('before', 'after'), models)]
+    devices, models = _named_devices(devices), (_copied(before), _copied(after))
+    if not any(t.ndim and len(t) for t in tensors_in(example_inputs)): raise ValueError('`example_inputs` must hold a batch: there is no tensor in it')
+    costs, items = zip(*(_cost(which, m, example_inputs) for which,m in zip(('before', 'after'), models)))
     times = {d: _timed(*models, example_inputs, d, runs) for d in devices}
     costs = [replace(c, seconds={d: tuple(s[i]) for d,s in times.items()}) for i,c in enumerate(costs)]
-    return Comparison(*costs, n, torch.get_num_threads())
+    return Comparison(*costs, items[0] if items[0] == items[1] else None, torch.get_num_threads())
 
 # %% ../../nbs/22_prune.report.ipynb #6e6a3594
 @patch

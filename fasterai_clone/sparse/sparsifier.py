@@ -386,6 +386,11 @@ def _cost(self:Sparsifier, t):
     if self.budget == 'params': return weights
     with _plainly(self.model):
         if not hasattr(self, '_macs'): self._macs = multiply_adds(self.model, self._example('A budget of multiply-adds'))
+    hidden = [op for op,names in self._macs.uncounted.items() if any(f'{n}.'.startswith(f'{t.layer}.') for n in names)]
+    if hidden:
+        raise ValueError(f'The multiply-adds of {", ".join(hidden)}, which {t.label} calls, cannot be counted. Register a formula with '
+                         '`torch.utils.flop_counter.register_flop_formula`, leave the layer out with `exclude`, or choose '
+                         'budget="params"')
     layer = sum(p.numel() for k,p in t.module.named_parameters() if 'bias' not in k)
     if self.coupled: return sum(self._macs.get(p.name.rpartition('.')[0], 0) * p.groups.size / p.whole.numel() for p in t.parts)
     return self._macs.get(t.layer, 0) * weights / layer

@@ -37,7 +37,7 @@ class Part:
 
     @property
     def whole(self):
-        "The parameter, as it is now"
+        "The parameter, or the buffer of a frozen norm, as it is now"
         t = self.owner._parameters.get(self.param)
         return self.owner._buffers[self.param] if t is None else t
     @property
@@ -526,13 +526,21 @@ def hold_with(
     model: nn.Module,
     flow: Flow         # from `trace_flow(model)`
 ) -> Target:
-    "`target` with the bias and the norms of its filters"
+    "Return `target` with the bias and the norms of its filters, and what else must be zero with them"
     groups = output_channels(target)
     if groups is None: return target
     owners  = [(target.layer, target.module, ('bias',))]
     owners += [(n, model.get_submodule(n), ('weight', 'bias')) for n in flow.norms.get(target.layer, ())]
-    held = tuple(Part(_full(n, k), m, k, groups) for n,m,ks in owners for k in ks if m._parameters.get(k) is not None)
-    return replace(target, held=held)
+    held = [Part(_full(n, k), m, k, groups) for n,m,ks in owners for k in ks if m._parameters.get(k) is not None]
+    return replace(target, held=(*held, *(_vector(model, k, groups) for k in flow.vectors.get(target.layer, ()))))
+
+def _vector(model, name, groups):
+    "The parameter or buffer `name`, which has a number for each of the `groups` along one of its axes"
+    owner, leaf = _owner(model, name)
+    part = Part(name, owner, leaf, groups)
+    axis = max(range(part.whole.ndim), key=part.whole.shape.__getitem__)
+    dims = () if not groups.dims else tuple(range(part.whole.ndim))
+    return replace(part, groups=Groups(tuple(part.whole.shape), dims or tuple(i for i in range(part.whole.ndim) if i != axis)))
 
 # %% ../../nbs/11_sparse.targets.ipynb #9788f2cc
 def layer_sparsities(
