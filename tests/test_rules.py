@@ -343,6 +343,15 @@ def test_frozen_norm_of_torchvision():
     small = thin(net, example_inputs=image())
     assert small[0].out_channels == 4 and small[1].running_var.shape == (4,) and error(net, small, image()) < 1e-10
 
+def test_backbone_with_frozen_norms():
+    "All channels of a detector's ResNet can go"
+    models, ops = (pytest.importorskip(f'torchvision.{k}') for k in ('models', 'ops'))
+    torch.manual_seed(0)
+    net, x = lively(models.resnet18(weights=None, norm_layer=ops.FrozenBatchNorm2d)), image(3, 32, 32)
+    groups = coupled_groups(net, x)
+    assert [g.name for g in groups if g.why_not] == ['fc'] and sum(g.n for g in groups if not g.why_not) == 2*(64 + 128 + 256 + 512) + 64 + 128 + 256 + 512
+    assert shrunk(net, x).layer4[1].conv2.out_channels == 256
+
 def test_a_position_that_is_a_buffer_stays():
     "It is often computed when the model is made: zeros in it would be lost with the next file"
     net = Net(lambda m, x: m.b(m.a(x) + m.place), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
