@@ -59,7 +59,7 @@ def test_timm(name):
 
 def test_what_cannot_go_is_refused_before_training():
     timm = pytest.importorskip('timm')
-    with pytest.raises(ValueError, match=r'no channel can go.*stem\.conv1: .*\(ScaledStdConv2d\) standardises over it'):
+    with pytest.raises(ValueError, match=r'no channel can go.*stem\.conv: .*\(ScaledStdConv2d\) standardises over it'):
         Sparsifier(timm.create_model('nf_resnet26'), 'filter', coupled=True, example_inputs=torch.randn(2, 3, 64, 64))
 
 

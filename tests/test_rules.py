@@ -328,10 +328,21 @@ def test_frozen_norms(kind):
 def test_frozen_norm_held_in_training():
     "Its shift and scale are zero for what is dropped, and `thin` takes it out"
     net = lively(nn.Sequential(conv(3, 8, bias=False), Frozen(8, 'fused'), nn.ReLU(), conv(8, 2)))
-    Sparsifier(net, 'filter', coupled=True, example_inputs=image()).sparsify_model(50)
+    dense, sp = copy.deepcopy(net), Sparsifier(net, 'filter', coupled=True, example_inputs=image())
+    sp.sparsify_model(50)
     assert int((net[1].weight == 0).sum()) == int((net[1].bias == 0).sum()) == 4
+    assert thin(dense, sp.masks, image())[1].bias.shape == (4,)
     small = thin(net, example_inputs=image())
     assert small[0].out_channels == 4 and error(net, small, image()) < 1e-10
+
+def test_frozen_norm_in_a_pruning_run():
+    from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
+    items = [(torch.randn(3, 4, 4), i % 2) for i in range(8)]
+    dls   = DataLoaders.from_dsets(items, items, bs=4, num_workers=0)
+    net   = lively(nn.Sequential(conv(3, 8, bias=False), Frozen(8, 'fused'), nn.ReLU(), conv(8, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)))
+    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat())
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=PruneCallback(50, 'lin', verbose=False))
+    assert net[0].out_channels == 4 and net[1].running_mean.shape == (4,)
 
 def test_frozen_norm_of_torchvision():
     FrozenBatchNorm2d = pytest.importorskip('torchvision.ops').FrozenBatchNorm2d

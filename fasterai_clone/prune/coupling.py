@@ -317,7 +317,8 @@ def shape(self:_Trace, t):
         sizes, layers = t.shape, self.get(t).layers
         if not layers: return sizes
         found = [[l for l in layers if i in _varies(l)] for i in range(t.ndim)]
-    def size(n, i, own):
+    def size(n, i, own):  # an axis along which only whole lines go keeps its size
+        own = [l for l in own if len(_varies(l)) == 1 or not self.all.constant(l, {i})]
         if not own: return n
         return _Size(n, [(own[0].movedim(i, 0).reshape(n, -1)[:, 0], 1)] if len(own) == 1 else None)
     return _Shape(size(n, i, own) for i,(n,own) in enumerate(zip(sizes, found)))

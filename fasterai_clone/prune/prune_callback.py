@@ -180,7 +180,7 @@ def _try_out(self:PruneCallback, sp):
     groups = sp.channel_groups
     with _plainly(sp.model):
         masked = deepcopy(sp.model)
-        group_masks(groups, [torch.arange(g.n) > 0 for g in groups]).apply(dict(masked.named_parameters()))
+        group_masks(groups, [torch.arange(g.n) > 0 for g in groups]).apply(_tensors_of(masked))
         dead = _removable(groups, _tensors_of(masked))
         _verify(masked, _without(masked, groups, dead), groups, dead, self._some_inputs())
 
