@@ -123,6 +123,7 @@ def unite(self:_Together, a, b, why):
     self.join(a, b)
     return min(a, b, key=torch.Tensor.numel)
 
+# %% ../../nbs/12_prune.coupling.ipynb #a0c03b01
 @patch
 def count(self:_Together, t, n):
     "The label `t` of a parameter, and `n-1` more counts of the same positions, each of which can lose other ones"
@@ -202,6 +203,7 @@ for _name,_of in [('add', _sum_of), ('mul', _product_of), ('floordiv', _quotient
                   ('sub', lambda a, b: _sum_of(a, b, -1))]:
     for _side in ('', 'r'): setattr(_Size, f'__{_side}{_name}__', _arithmetic(f'__{_side}{_name}__', _of))
 
+# %% ../../nbs/12_prune.coupling.ipynb #43cd8451
 class _Shape(tuple):
     "The shape of a value, with numbers that follow its channels"
     def numel(self): return math.prod(self)
@@ -238,6 +240,7 @@ def _requested(trace, func, args, kwargs):
     sizes = [*rest[0]] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
     return sizes if all(isinstance(s, int) for s in sizes) else None
 
+# %% ../../nbs/12_prune.coupling.ipynb #4ef02609
 class _Calls(TorchFunctionMode):
     "Sees what the model's own code asks for, before PyTorch replaces -1 and such"
     def __init__(self, trace):
@@ -252,9 +255,11 @@ class _Calls(TorchFunctionMode):
             return shape[args[1]] if len(args) > 1 else shape
         if func in (_T.numel, _T.nelement, torch.numel): return math.prod(trace.shape(args[0]))
         strange = sys._getframe(1).f_globals.get('__name__', '').startswith('einops')  # has computed all sizes, and remembers them
-        trace.asked = None if strange else _requested(trace, func, args, kwargs)
-        try: return func(*args, **kwargs)
+        trace.asked = asked = None if strange else _requested(trace, func, args, kwargs)
+        try: out = func(*args, **kwargs)
         finally: trace.asked = before
+        if isinstance(asked, list): trace.follow_view(out, asked, func.__name__)
+        return out
 
 # %% ../../nbs/12_prune.coupling.ipynb #691dc79a
 class _Trace(TorchDispatchMode):
@@ -381,7 +386,8 @@ def shape(self:_Trace, t):
         sizes, layers = t.shape, self.get(t).layers
         if not layers: return sizes
         found = [[l for l in layers if i in _varies(l)] for i in range(t.ndim)]
-    def size(n, i, own):
+    def size(n, i, own):  # an axis along which only whole lines go keeps its size
+        own = [l for l in own if len(_varies(l)) == 1 or not self.all.constant(l, {i})]
         if not own: return n
         return _Size(n, [(own[0].movedim(i, 0).reshape(n, -1)[:, 0], 1)] if len(own) == 1 else None)
     return _Shape(size(n, i, own) for i,(n,own) in enumerate(zip(sizes, found)))
@@ -405,6 +411,7 @@ def follow_sizes(self:_Trace):
             vars(m)[k] = size if size == n and not grouped else _Size(n)
     return before
 
+# %% ../../nbs/12_prune.coupling.ipynb #3824990e
 @patch
 def __enter__(self:_Trace):
     self.before, self.calls = self.follow_sizes(), _Calls(self)
@@ -416,6 +423,26 @@ def __exit__(self:_Trace, *error):
     TorchDispatchMode.__exit__(self, *error)
     self.calls.__exit__(*error)
     for m,k,n in self.before: vars(m)[k] = n
+
+@patch
+def follow_view(self:_Trace, out, sizes, name):
+    "Note which channels the `sizes` count that the model gives for the view `out`: these and its own must lose the same"
+    if isinstance(self.module, nn.MultiheadAttention): return
+    with torch._C.DisableTorchFunction(): layers = self.get(out).layers
+    why = f'{self.where} says its size itself with `{name}`'
+    for i,size in enumerate(sizes):
+        if getattr(size, 'of', None) is None: continue
+        own = [l for l in layers if i < l.ndim and l.shape[i] > 1]
+        if len(own) == 1: self.all.followed.append((own[0], i, size.of, why))
+        for t,_ in size.of * (not own): self.all.fix(t, f'{self.where} gives its number to other values with `{name}`')
+
+@patch
+def fits(self:_Trace, l, axis, of):
+    "Does an axis of the label `l` lose as much as the number does that counts `of`, whatever is removed?"
+    fixed, left = {self.all.find(i) for i in self.all.why}, Counter()
+    for t,share in [*of, (l.movedim(axis, 0).reshape(l.shape[axis], -1)[:, 0], -1)]:
+        for r in self.all.roots(t).tolist(): left[r] += share
+    return all(abs(n) < 1e-6 for r,n in left.items() if r >= 0 and r not in fixed)
 
 # %% ../../nbs/12_prune.coupling.ipynb #ae73826b
 @patch
@@ -469,15 +496,14 @@ def sized(self:_Trace, l, name):
     why, named = f'{self.where} says its size itself with `{name}`', set()
     for i in _varies(l):
         size = self.asked[i] if i < len(self.asked) else -1
-        if isinstance(size, _Size):
-            if size.of is not None: self.all.followed.append((l, i, size.of, why))
-        elif size != -1: named.add(i)
+        if not isinstance(size, _Size) and size != -1: named.add(i)
     if name == 'expand': self.all.keep(l, named, why)
     return named
 
 @patch
 def split(self:_Trace, before, after, name):
     "A view: where the model says how long an axis is, nothing can be removed along it; of several others only whole lines"
+    name = 'reshape' if name.startswith('_') else name
     more = len(_varies(after)) > len(_varies(before))
     why  = f'{self.where} cuts it in parts with `{name}`, and says itself how many'
     if isinstance(self.module, nn.MultiheadAttention):
@@ -534,7 +560,9 @@ def settle(self:_Trace):
         equal = period and len(roots) % period == 0 and (roots.reshape(-1, period, *roots.shape[1:]) == roots[:period]).all()
         if not equal: self.all.fix(l, why)
     for l,axis,of,why in self.all.followed:
-        if not self.fits(l, axis, of): self.all.keep(l, {axis}, why)
+        if self.fits(l, axis, of): continue
+        self.all.keep(l, {axis}, why)
+        for t,_ in of: self.all.fix(t, why)
 
 @patch
 def shift_of_norm(self:_Trace, k):
@@ -544,14 +572,6 @@ def shift_of_norm(self:_Trace, k):
     if self.all.role[k] != 'bias': return self.all.role[k] == 'norm'
     return any(r in ('scale', 'norm', 'statistics') and module(o) == module(k) and first(o) == first(k)
                for o,r in self.all.role.items())
-
-@patch
-def fits(self:_Trace, l, axis, of):
-    "Does an axis of the label `l` lose as much as the number does that counts `of`, whatever is removed?"
-    fixed, left = {self.all.find(i) for i in self.all.why}, Counter()
-    for t,share in [*of, (l.movedim(axis, 0).reshape(l.shape[axis], -1)[:, 0], -1)]:
-        for r in self.all.roots(t).tolist(): left[r] += share
-    return all(abs(n) < 1e-6 for r,n in left.items() if r >= 0 and r not in fixed)
 
 # %% ../../nbs/12_prune.coupling.ipynb #fb412217
 @patch
