@@ -97,7 +97,7 @@ def made(name, seed):
     last  = [m for n,m in model.named_modules() if any(f'.{n}'.endswith(f'.{e}') or f'.{e}.' in f'.{n}' for e in ends.split())]
     if hasattr(model, 'get_classifier'): last.append(model.get_classifier())
     last += [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == getattr(model, 'num_classes', None)]
-    return lively(model), torch.randn(1, 3, size, size), [m for m in last if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return lively(model), torch.randn(1, 3, size, size), [m for m in last if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
 
 @torch.no_grad()
 def lively(model):

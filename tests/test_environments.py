@@ -30,9 +30,9 @@ def child(folder):
     sp.report().to_pandas().to_csv(folder/'report.csv')
     torch.set_num_threads(1)  # of training the sums do depend on it
     for name,cb in (('sparsify', SparsifyCallback(50, 'filter', coupled=True, live=True)), ('prune', PruneCallback(50))):
-        learn = Learner(digits_dls(), digits_net(8), loss_func=CrossEntropyLossFlat(), path=folder)
+        learn = Learner(digits_dls(64, 256), digits_net(8), loss_func=CrossEntropyLossFlat(), path=folder)
         learn.recorder.add_time = False
-        with learn.no_bar(): learn.fit(2, 1e-2, cbs=cb)
+        with learn.no_bar(): learn.fit(1, 1e-2, cbs=cb)
         if hasattr(cb, 'plot'): cb.plot()
         learn.save(name, with_opt=False)
     print_text(str(compare(digits_net(8), thin(learn.model, example_inputs=torch.rand(4, 1, 8, 8)), torch.rand(4, 1, 8, 8), devices=[])))
@@ -47,7 +47,7 @@ def runs(tmp_path_factory):
                                                       cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)))
     found = []
     for folder,env,process in started:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == 0, err.decode(errors='replace')[-3000:]
         files = {p.relative_to(folder).as_posix(): p for p in folder.rglob('*') if p.is_file()}
         found.append((out.decode(env['PYTHONIOENCODING']), files))
