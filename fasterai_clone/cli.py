@@ -14,11 +14,12 @@ from fastcore.script import call_parse, store_true
 from .core.granularity import _unknown
 from .core.schedule import Schedule, as_schedule
 from .core.style import _styled, colors
-from .report import Report, print_text, report_tensors
+from .report import Report, report_tensors, weights_in, print_text
 from .sparse.sparsifier import Sparsifier
 
 # %% auto #0
-__all__ = ['Run', 'plot_schedules', 'plot_accuracy', 'plot_zeros', 'sparsify_demo', 'load_tensors', 'sparsity_report']
+__all__ = ['Run', 'plot_schedules', 'plot_accuracy', 'plot_zeros', 'sparsify_demo', 'load_weights', 'load_tensors',
+           'sparsity_report']
 
 # %% ../nbs/50_cli.ipynb #3e1021c2
 @dataclass
@@ -185,37 +186,56 @@ def sparsify_demo(
           'schedules.png, accuracy.png, zeros.png, epochs.csv, comparison.csv')
 
 # %% ../nbs/50_cli.ipynb #758801d9
-def load_tensors(
-    file: str|Path  # a `state_dict` saved with `torch.save`, a checkpoint of `Learner.save`, or safetensors
-) -> dict[str, torch.Tensor]:
-    "The tensors in `file`, read without running code from it"
+def _load(file):
+    "What is in `file`, read without running code from it"
     import numpy as np
     from fastcore.foundation import L
     from safetensors.torch import load_file
-    file = Path(file)
     if not file.is_file(): raise ValueError(f'There is no file {file}')
     try:
         if file.suffix == '.safetensors': return load_file(file)
         # what fastai's optimizers keep beside their tensors: lists and numbers
         plain = [L, np.dtype, np._core.multiarray.scalar, *(getattr(np.dtypes, k) for k in np.dtypes.__all__)]
-        with torch.serialization.safe_globals(plain): state = torch.load(file, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals(plain): return torch.load(file, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as e: raise ValueError(
         f'{file} is not a file of weights: expected a `state_dict` saved with `torch.save`, or safetensors. Whole modules and '
-        f'exported learners '
-        f'would have to run code to be read, and are refused ({type(e).__name__})') from None
+        f'exported learners would have to run code to be read, and are refused ({type(e).__name__})') from None
     except Exception as e:
         if type(e).__name__ != 'SafetensorError': raise
         raise ValueError(f'{file} is not a safetensors file ({e})') from None
-    for k in ('model', 'state_dict'):
-        if isinstance(state, dict) and isinstance(state.get(k), dict): state = state[k]
-    tensors = {k: v for k,v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
-    if not tensors: raise ValueError(f'{file} holds no tensors by name: expected a `state_dict`, got {type(state).__name__}')
+
+def load_weights(
+    file: str|Path,         # a `state_dict` saved with `torch.save`, a checkpoint that has one, or safetensors
+    entry: str|None = None  # where in a checkpoint the weights are, as `'ema'` or `'ema.module'`; None: the most usual place
+) -> tuple[dict[str, torch.Tensor], str, list[str]]:  # the tensors, where they were, and the other places with weights
+    "Read the tensors in `file` without running code from it"
+    state = _load(file := Path(file))
+    found = weights_in(state)
+    if not found: raise ValueError(f'{file} holds no tensors by name: expected a `state_dict`, got {type(state).__name__}')
+    if entry is not None and entry not in found: raise ValueError(_unknown(f'place of weights in {file.name}', entry, found))
+    taken = next(iter(found)) if entry is None else entry
+    return found[taken], taken, [k for k in found if k != taken]
+
+def load_tensors(
+    file: str|Path,         # a `state_dict` saved with `torch.save`, a checkpoint that has one, or safetensors
+    entry: str|None = None  # where in a checkpoint the weights are, as `'ema'`; None: the most usual place
+) -> dict[str, torch.Tensor]:
+    "Read the tensors in `file` without running code from it"
+    tensors, taken, others = load_weights(file, entry)
+    if others and entry is None:
+        warnings.warn(f'Read: {taken}. {Path(file).name} has weights in {", ".join(others)} too: choose with `entry`', stacklevel=2)
     return tensors
 
+# %% ../nbs/50_cli.ipynb #fc5ac7ba
 @call_parse
 def sparsity_report(
-    file: str  # A state_dict saved with torch.save, a checkpoint of Learner.save, or a safetensors file
+    file: str,         # A state_dict saved with torch.save, a checkpoint that has one, or a safetensors file
+    entry: str = None  # Where in a checkpoint the weights are, as ema; default: the most usual place
 ):
     "Count the zeros in a checkpoint, tensor by tensor"
-    try: print_text(str(report_tensors(load_tensors(file))))
+    try:
+        tensors, taken, others = load_weights(file, entry)
+        report = report_tensors(tensors)
     except ValueError as e: raise SystemExit(f'sparsity-report: {e}')
+    if others: print_text(f'Counted: {taken or "the tensors at the top"}. The file also has {", ".join(others)}: choose with `--entry`\n')
+    print_text(str(report))

@@ -6,14 +6,16 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/report.html.md"""
 
 # %% ../nbs/06_report.ipynb #dd495678
 from __future__ import annotations
-import sys
+import re, warnings, sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 import torch, torch.nn as nn
 from fastcore.basics import patch
+from .core.granularity import check_loaded
 from .core.style import _styled, colors
 
 # %% auto #0
-__all__ = ['Row', 'Report', 'report_tensors', 'print_text']
+__all__ = ['Row', 'Report', 'shared_weights', 'as_mask_of', 'used_weights', 'weights_in', 'report_tensors', 'print_text']
 
 # %% ../nbs/06_report.ipynb #0b2b017d
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Report:
     why_not: tuple[tuple[str, str], ...] = ()     # (layer, why its filters may still put out something)
     left_out: tuple[tuple[str, str], ...] = ()    # (layer, why it is left out)
     budget: tuple[str, float, float]|None = None  # with a budget: (what it counts, how much of that is zero, how much there is)
+    tied: tuple[tuple[str, str], ...] = ()        # (parameter, another name of it): one weight, which is counted once
+    notes: tuple[str, ...] = ()                   # what else is to be said of the counts
 
     def _sum(self, k): return sum(getattr(r, k) for r in self.rows)
 
@@ -100,7 +104,8 @@ def _dense_lines(self):
     if self.held:     lines += [f'Dropped together with whole {self.granularity}s:', *_by_type(self.held)]
     if self.why_not:  lines += ['Dropped filters may still put out a constant:', *_by_reason(self.why_not)]
     if self.left_out: lines += ['Left out:', *_by_reason(self.left_out)]
-    return lines
+    if self.tied:     lines += ['One weight, counted once:', *(f'  {name} is also {other}' for name,other in self.tied)]
+    return lines + list(self.notes)
 
 # %% ../nbs/06_report.ipynb #baeda36b
 @patch
@@ -172,19 +177,152 @@ def plot(self:Report,
         ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))  # the longest bar may be anywhere
     return ax
 
+# %% ../nbs/06_report.ipynb #2d458a19
+def _extent(t):
+    "(address of the storage, first byte, end) of a dense tensor, or None"
+    if t.is_meta or t.layout != torch.strided or hasattr(t, 'placements') or not t.numel(): return None
+    try: address = t.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError): return None  # a subclass without memory of its own
+    last = sum((n-1) * s for n,s in zip(t.shape, t.stride()))
+    return (address, t.storage_offset() * t.element_size(), (t.storage_offset() + last + 1) * t.element_size()) if address else None
+
+def _element_order(t):
+    "Where each element of `t` lies in its storage, in bytes"
+    at = torch.full((), t.storage_offset())
+    for i,(n,s) in enumerate(zip(t.shape, t.stride())): at = at.unsqueeze(-1) + torch.arange(n) * s
+    return at.flatten() * t.element_size()
+
+def _meet(a, b):
+    "How `a` and `b`, of one storage, share memory: `'all'`, `'some'` or None"
+    if a.dtype != b.dtype: return 'some'  # their ranges meet
+    (_, *x), (_, *y) = _extent(a), _extent(b)
+    if all(t.numel() * t.element_size() == end - start for t,(start,end) in ((a, x), (b, y))): return 'all' if x == y else 'some'
+    at, bt = _element_order(a).unique(), _element_order(b).unique()
+    if torch.equal(at, bt): return 'all'
+    return 'some' if torch.isin(at, bt).any() else None
+
+# %% ../nbs/06_report.ipynb #340cbd43
+def shared_weights(
+    tensors: Mapping[str, torch.Tensor]         # by name, under each name that they have
+) -> tuple[dict[str, str], dict[str, str]]:  # name → first name with the same elements; name → another one with some of them
+    "Find tensors that lie in the same memory"
+    first, partly, ids, placed = {}, {}, {}, {}
+    for k,t in tensors.items():
+        first[k] = ids.setdefault(id(t), k)
+        if first[k] == k and (extent := _extent(t)): placed.setdefault(extent[0], []).append((*extent[1:], k))
+    for spans in placed.values():
+        open_spans = []
+        for start,end,k in sorted(spans, key=lambda o: o[0]):
+            open_spans = [o for o in open_spans if o[1] > start]
+            for _,_,other in open_spans: _note_shared(tensors, k, other, first, partly)
+            open_spans.append((start, end, k))
+    return {k: first[v] for k,v in first.items()}, partly
+
+def as_mask_of(
+    mask: torch.Tensor,    # of `tensor`
+    tensor: torch.Tensor,
+    other: torch.Tensor    # with the same elements in memory, in whatever order
+) -> torch.Tensor:         # for `other`
+    "Return the mask of a tensor for another one in the same memory"
+    if tensor.shape == other.shape and tensor.stride() == other.stride(): return mask
+    out = mask.new_empty(mask.numel())
+    out[_element_order(other).argsort().to(mask.device)] = mask.flatten()[_element_order(tensor).argsort().to(mask.device)]
+    return out.reshape(other.shape)
+
+def _note_shared(tensors, k, other, first, partly):
+    "Note how the tensors `k` and `other` share memory"
+    how = _meet(tensors[k], tensors[other])
+    if how == 'some': partly[k], partly[other] = other, k
+    if how != 'all': return
+    names = list(tensors)
+    a, b  = sorted((first[k], first[other]), key=names.index)
+    for name,v in first.items():
+        if v == b: first[name] = a
+
+# %% ../nbs/06_report.ipynb #0bd3c146
+_ao_weight = re.compile(r'(?:(.*)\.)?parametrizations\.(\w+)\.original')
+
+def _masked_pairs(tensors):
+    "(name of the weight, name of what it is made of, names of its masks) as `torch.nn.utils.prune` and `torch.ao.pruning` save them"
+    for k in tensors:
+        if k.endswith('_orig') and (mask := f'{k[:-5]}_mask') in tensors: yield k[:-5], k, [mask]
+        elif (m := _ao_weight.fullmatch(k)):
+            before = k.removesuffix('original')
+            masks  = [o for o in tensors if re.fullmatch(re.escape(before) + r'\d+\.mask', o)]
+            if masks: yield '.'.join(filter(None, m.groups())), k, masks
+
+def used_weights(
+    tensors: Mapping[str, torch.Tensor]  # a state dict
+) -> dict[str, torch.Tensor]:            # the same with weight · mask in place of a weight and its mask
+    "Return the weights as the layers use them"
+    pairs  = {k: (name, masks) for name,k,masks in _masked_pairs(tensors) if all(tensors[m].shape == tensors[k].shape for m in masks)}
+    hidden = {m for _,masks in pairs.values() for m in masks}
+    used   = {}
+    for k,t in tensors.items():
+        if k in hidden: continue
+        name, masks = pairs.get(k, (k, []))
+        for m in masks: t = t * tensors[m].to(t.device)
+        used[name] = t
+    return used
+
+# %% ../nbs/06_report.ipynb #2799eb34
+_no_weights  = re.compile(r'opts?$|optim|\w*optimizer|\w*sched|\w*scaler|callbacks|loops|\w*rng|masks', re.I)
+_usual_names = ('model_state_dict', 'state_dict', 'model', 'net', 'network', 'module', 'weights', 'params')
+
+def _is_weights(o):
+    "Is `o` a dict with weights by name?"
+    return any(isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim > 1 for k,v in o.items())
+
+def weights_in(
+    state  # what `torch.load` gives: a state dict, or dicts that have some among other things
+) -> dict[str, dict[str, torch.Tensor]]:  # where they are ('' for `state` itself) → the tensors by name; the most usual place first
+    "Find the state dicts in a checkpoint"
+    found, left = {}, [('', state)]
+    while left:
+        path, o = left.pop(0)
+        if not isinstance(o, Mapping) or path.count('.') > 3: continue
+        if _is_weights(o): found[path] = {k: v for k,v in o.items() if isinstance(v, torch.Tensor)}
+        else: left += [(f'{path}.{k}' if path else k, v) for k,v in o.items() if isinstance(k, str) and not _no_weights.match(k)]
+    if not found and isinstance(state, Mapping):
+        tensors = {k: v for k,v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        if tensors: found[''] = tensors
+    def rank(path):
+        names = [_usual_names.index(k) if k in _usual_names else len(_usual_names) for k in path.split('.')] if path else [-1]
+        return max(names), len(names)
+    return {k: found[k] for k in sorted(found, key=rank)}
+
 # %% ../nbs/06_report.ipynb #23ceb545
+def _one_state(tensors):
+    "The state dict in `tensors`, which may be a checkpoint that has one"
+    found = weights_in(tensors)
+    if len(found) > 1:
+        taken, *others = found
+        warnings.warn(f'Counted: {taken}. There are weights in {", ".join(others)} too: pass one of these to count it', stacklevel=3)
+    return next(iter(found.values()), {k: v for k,v in tensors.items() if isinstance(v, torch.Tensor)})
+
 def report_tensors(
-    tensors: dict[str, torch.Tensor]  # a state dict
+    tensors: Mapping[str, torch.Tensor]  # a state dict, or a checkpoint that has one
 ) -> Report:
-    "The zeros in a `state_dict`"
+    "Count the zeros in a state dict"
+    tensors = used_weights(_one_state(tensors))
+    check_loaded(tensors.items())
+    first, _ = shared_weights(tensors)
+    made     = [k for k in tensors if re.search(r'(^|\.)parametrizations\.\w+\.original\d*$', k)]
     rows, dense = [], []
     for k,v in tensors.items():
-        name, kind = k.rpartition('.')[0] or k, '×'.join(map(str, v.shape))
+        if first[k] != k: continue
         if v.is_floating_point() and v.ndim > 1:
-            zeros = v.numel() - int(v.count_nonzero())
+            v = v if v.layout == torch.strided else v.to_dense()
+            kind, zeros = '×'.join(map(str, v.shape)), v.numel() - int(v.count_nonzero())
             rows.append(Row(f'Tensor {len(rows)}', kind, k, v.numel(), zeros, v.numel(), zeros))
         else: dense.append((k, f'{v.ndim}-d', v.numel()))
-    return Report(tuple(rows), tuple(dense))
+    return Report(tuple(rows), tuple(dense), tied=tuple((v, k) for k,v in first.items() if v != k), notes=_computed_note(made))
+
+def _computed_note(names):
+    "What to say of tensors that a parametrization makes weights of"
+    if not names: return ()
+    return (f'A parametrization computes the weights that are used from {_abbreviated(names)}: these are counted as saved. `torch.ao.pruning` does '
+            'not save its masks: call `squash_mask()` before saving',)
 
 # %% ../nbs/06_report.ipynb #31ed561a
 _plainer = str.maketrans({'→': '->', '…': '...', '–': '-', '×': 'x', '÷': '/', '≤': '<='})

@@ -7,8 +7,8 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.flow.html.md"""
 # %% ../../nbs/07_core.flow.ipynb #e0b25e0b
 from __future__ import annotations
 import inspect, random, re
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
-__all__ = ['Flow', 'tensors_in', 'memory_of', 'trace_flow', 'multiply_adds']
+__all__ = ['Flow', 'tensors_in', 'memory_of', 'restored', 'undisturbed', 'trace_flow', 'multiply_adds']
 
 # %% ../../nbs/07_core.flow.ipynb #d6594953
 @dataclass(frozen=True)
@@ -281,28 +281,86 @@ def _run_steps(model, example_inputs):
     return recorder.steps
 
 # %% ../../nbs/07_core.flow.ipynb #1b0b6eb4
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+
+def _contents(c): return [*c.items()] if isinstance(c, dict) else [*c]
+
+def _refill(c, contents):
+    "Make the container `c` hold `contents` again"
+    now  = _contents(c)
+    same = len(now) == len(contents) and all(
+        a is b or isinstance(c, dict) and a[0] is b[0] and a[1] is b[1] for a,b in zip(now, contents))
+    if same: return
+    c.clear()
+    (c.extend if isinstance(c, (list, deque)) else c.update)(contents)
+
+class _Memory:
+    "What the modules of `model` and their parameters remember: attributes, hooks, and what is in their containers"
+    def __init__(self, model):
+        self.attributes, self.containers, self.tensors, seen = [], [], [], {}
+        left = [*model.parameters(), model]
+        while left:
+            o = left.pop()
+            if id(o) in seen or not (type(o) in _CONTAINERS or isinstance(o, (nn.Module, torch.Tensor))): continue
+            seen[id(o)] = o
+            left.extend(self.look(o))
+
+    def look(self, o):
+        "Note down what `o` holds, and return where to look further"
+        if isinstance(o, (nn.Module, nn.Parameter)):
+            self.attributes.append((o, dict(vars(o))))
+            more = [o._backward_hooks, o._post_accumulate_grad_hooks] if isinstance(o, nn.Parameter) else [*o.children()]
+            return [*vars(o).values(), *more]
+        if isinstance(o, _CONTAINERS):
+            self.containers.append((o, _contents(o)))
+            return o.values() if isinstance(o, dict) else o
+        if not is_lazy(o) and not o.is_meta and o.layout is torch.strided: self.tensors.append((o, o.detach().clone()))
+        return ()
+
+    def restore(self):
+        for o,was in self.attributes:
+            for k in vars(o).keys() - was.keys(): del vars(o)[k]
+            vars(o).update(was)
+        for c,contents in self.containers: _refill(c, contents)
+        with torch.no_grad():
+            for t,old in self.tensors:
+                if not torch.equal(t, old): t.copy_(old)  # only then: a pending backward pass may need it untouched
+
+# %% ../../nbs/07_core.flow.ipynb #b6691deb
 @contextmanager
-def _undisturbed(model):
-    "In eval mode and without gradients; afterwards modes, attributes, buffers and random numbers are as before"
-    tables  = ('_parameters', '_buffers', '_modules')
-    attrs   = [(m, dict(vars(m)), {k: dict(v) for k,v in vars(m).items() if k in tables and isinstance(v, dict)}, m.training)
-               for m in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not is_lazy(b) and not b.is_meta]
+def restored(
+    model: nn.Module  # whatever is done to it in the block
+) -> Iterator[None]:
+    "Put everything but the parameters' values back afterwards: modes, hooks, attributes, buffers, gradients, random numbers"
+    memory, modes = _Memory(model), [(m, m.training) for m in model.modules()]
+    grads   = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    hooks   = [(p, k) for p,*_ in grads for k in ('_backward_hooks', '_post_accumulate_grad_hooks') if getattr(p, k) is None]
     numbers = random.getstate(), np.random.get_state()
     devices = {p.device for p in model.parameters() if p.is_cuda}
     try:
-        for m,*_ in attrs: m.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=devices): yield
+        for p,g,_ in grads:
+            if g is not None: p.grad = None
+        with torch.random.fork_rng(devices=devices): yield
     finally:
         random.setstate(numbers[0]), np.random.set_state(numbers[1])
-        for m,was,inside,training in attrs:
-            for k in vars(m).keys() - was.keys(): del vars(m)[k]
-            vars(m).update(was)
-            for k,v in inside.items(): was[k].clear(), was[k].update(v)
-            m.training = training
-        with torch.no_grad():
-            for b,old in buffers:
-                if not torch.equal(b, old): b.copy_(old)  # only then: a pending backward pass may need it untouched
+        memory.restore()
+        for m,training in modes: m.training = training
+        for p,g,needed in grads:
+            if p.grad is not g: p.grad = g
+            if p.requires_grad != needed: p.requires_grad_(needed)
+        for p,k in hooks:
+            if getattr(p, k) is not None: getattr(p, k).clear()
+
+@contextmanager
+def undisturbed(
+    model: nn.Module  # to run or to look at in the block
+) -> Iterator[None]:
+    "Put `model` into eval mode, without gradients; afterwards it is as before, see `restored`"
+    with restored(model), torch.no_grad():
+        for m in model.modules(): m.training = False
+        yield
+
+_undisturbed = undisturbed  # its earlier name, which `prune.coupling` imports
 
 # %% ../../nbs/07_core.flow.ipynb #1775df21
 def _first_line(e):
@@ -322,7 +380,7 @@ def trace_flow(
 ) -> Flow:
     "Which norms get the output channels of which layer, as `model` runs in eval mode"
     _is_model(model)
-    with _undisturbed(model):
+    with undisturbed(model):
         try: steps = list(_traced_steps(model, example_inputs))
         except Exception as e:
             if example_inputs is None: return _untraceable(model, f'Not traced without `example_inputs`: {_first_line(e)}')
@@ -370,7 +428,7 @@ def multiply_adds(
     if not tensors: raise ValueError('`example_inputs` must hold a batch: there is no tensor in it')
     args, kwargs = _arguments(example_inputs)
     split, hooks = _FlopSplit(FlopCounterMode(display=False)), []
-    with _undisturbed(model), _plain_attention():
+    with undisturbed(model), _plain_attention():
         try:
             for m in model.modules():
                 if isinstance(m, torch.jit.ScriptModule): continue  # takes no hooks: what it does is its caller's

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .style import _styled, colors
 
 # %% auto #0
-__all__ = ['Groups', 'Granularities', 'plot_granularity', 'plot_granularities']
+__all__ = ['Groups', 'check_loaded', 'Granularities', 'plot_granularity', 'plot_granularities']
 
 # %% ../../nbs/01_core.granularity.ipynb #e9f638d1
 @dataclass(frozen=True)
@@ -72,8 +72,23 @@ def _unknown(what, got, legal):
     if len(legal) > 40: legal = [*legal[:20], f'… ({len(legal)-21} more)', legal[-1]]
     return f'Unknown {what} {got!r}.{hint} Legal: {", ".join(legal)}'
 
+# %% ../../nbs/01_core.granularity.ipynb #16779aa5
+def check_loaded(
+    tensors  # pairs of a name and a tensor
+) -> None:
+    "Raise `ValueError` if one of the tensors is on the device `meta`, where it has no numbers"
+    missing = [k for k,t in tensors if t.is_meta]
+    if not missing: return
+    also = f' (and {len(missing)-1} more)' if len(missing) > 1 else ''
+    raise ValueError(f'{missing[0]}{also} is on the device "meta" and has no numbers. Load the weights first: `load_state_dict(..., assign=True)`, '
+                     'or `from_pretrained` without offloading. If accelerate has offloaded the model, take it back with '
+                     '`accelerate.hooks.remove_hook_from_module(model, recurse=True)`')
+
 # %% ../../nbs/01_core.granularity.ipynb #9dedaef0
-def _rnn_gates(m): return dict(LSTM=4, GRU=3).get(m.mode, 1)
+def _shape(m, param):
+    "The shape of a parameter of `m`, or of a plain tensor in its place, as fastai's `WeightDropout` leaves one"
+    path, _, leaf = param.rpartition('.')
+    return tuple(getattr(m.get_submodule(path), leaf).shape)
 
 def _heads(m, param):
     "An attention head: its rows of the query, key and value projections, and its columns of the output projection"
@@ -81,17 +96,17 @@ def _heads(m, param):
     own = ['in_proj_weight'] if m.in_proj_weight is not None else ['q_proj_weight', 'k_proj_weight', 'v_proj_weight']
     if param != own[0]: return None
     sets  = 3 if len(own) == 1 else 1
-    parts = [(k, Groups((sets, H, E//H, m.get_parameter(k).shape[1]), (0, 2, 3))) for k in own]
+    parts = [(k, Groups((sets, H, E//H, _shape(m, k)[1]), (0, 2, 3))) for k in own]
     parts.append(('out_proj.weight', Groups((E, H, E//H), (0, 2))))
     return parts + [('in_proj_bias', Groups((3, H, E//H), (0, 2)))] * (m.in_proj_bias is not None)
 
 def _units(m, param):
     "A hidden unit: its row in each gate, for the input, the hidden state and the biases"
     if not param.startswith('weight_ih'): return None
-    gates, end = _rnn_gates(m), param.removeprefix('weight_ih')
-    size  = m.get_parameter(param).shape[0] // gates
-    parts = [(f'weight_{k}{end}', Groups((gates, size, m.get_parameter(f'weight_{k}{end}').shape[1]), (0, 2))) for k in ('ih', 'hh')]
-    return parts + [(f'bias_{k}{end}', Groups((gates, size), (0,))) for k in ('ih', 'hh') if m.bias]
+    rows, end = _shape(m, param)[0], param.removeprefix('weight_ih')
+    gates = rows // m.hidden_size
+    parts = [(k, Groups((gates, m.hidden_size, _shape(m, k)[1]), (0, 2))) for k in (f'weight_ih{end}', f'weight_hh{end}')]
+    return parts + [(f'bias_{k}{end}', Groups((gates, m.hidden_size), (0,))) for k in ('ih', 'hh') if m.bias]
 
 # %% ../../nbs/01_core.granularity.ipynb #aee9dc64
 _matrix, _vector = dict(_matrix_dims), dict(weight=(), layer=(0,))
@@ -99,12 +114,13 @@ _linear = dict(weight=(), column=(0,), row=(1,), filter=(1,), layer=(0, 1))
 _conv1, _conv2, _conv3 = (dict(weight=_conv_dims(d), bias=_vector) for d in (1, 2, 3))
 _back1, _back2, _back3 = (dict(weight=_conv_dims(d, out=1, inp=0), bias=_vector) for d in (1, 2, 3))
 _recurrent = {'weight_*': {**_matrix, 'unit': _units}, 'bias_*': _vector}
+_bilinear  = dict(weight=dict(weight=(), filter=(1, 2), layer=(0, 1, 2)), bias=_vector)
 _attention = {'*_proj_weight': {**_matrix, 'head': _heads}, 'out_proj.weight': _matrix, '*bias': _vector}
 _layouts = {
     nn.Conv1d: _conv1, nn.Conv2d: _conv2, nn.Conv3d: _conv3,
     nn.ConvTranspose1d: _back1, nn.ConvTranspose2d: _back2, nn.ConvTranspose3d: _back3,
     nn.Linear: dict(weight=_linear, bias=_vector), nn.Embedding: dict(weight=_matrix), nn.EmbeddingBag: dict(weight=_matrix),
-    nn.MultiheadAttention: _attention, nn.RNNBase: _recurrent,
+    nn.MultiheadAttention: _attention, nn.RNNBase: _recurrent, nn.RNNCellBase: _recurrent, nn.Bilinear: _bilinear,
     'transformers.pytorch_utils.Conv1D': dict(weight={**_matrix, 'row': (0,), 'column': (1,), 'filter': (0,)}, bias=_vector),
 }
 
@@ -165,7 +181,7 @@ def parts(cls:Granularities,
     param: str = 'weight'    # name of a parameter of `m`
 ) -> list[tuple[str, Groups]]|None:
     "The parameters that groups which begin in `param` lie in, with how each splits; None if another parameter leads them"
-    shape = tuple(m.get_parameter(param).shape)
+    shape = _shape(m, param)
     if not isinstance(granularity, str): return [(param, Groups(shape, _axes(m, tuple(granularity), len(shape))))]
     if _block_sizes(granularity): return [(param, _blocks(m, shape, granularity, param))]
     legal = cls.allowed_granularities(m, param)

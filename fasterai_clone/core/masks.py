@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
-from .granularity import _unknown
+from .granularity import _unknown, check_loaded
 from .style import _styled, colors
 
 # %% auto #0
@@ -117,6 +117,7 @@ def apply(self:Masks,
     for k,mask in self.items():
         if k not in params: raise ValueError(_unknown('parameter', k, params))
         p = params[k].data
+        if p.is_meta: check_loaded([(k, p)])
         if mask.device != p.device:
             mask = mask.to(p.device)
             if not whole: self._own(k, mask)  # a copy of the model may be elsewhere, the parameters of each step are not

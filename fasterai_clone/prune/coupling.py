@@ -9,14 +9,16 @@ from __future__ import annotations
 import copy, math, time
 from collections import defaultdict
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import BuiltinFunctionType
 import torch, torch.nn as nn
 from fastcore.basics import patch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
-from ..core.flow import _arguments, _first_line, _is_model, _plain_attention, tensors_in, _undisturbed
+from ..core.flow import _arguments, _first_line, _is_model, memory_of, _plain_attention, tensors_in, _undisturbed
 from ..core.granularity import _unknown
 from ..core.masks import Masks
 from ..core.selection import check_sparsity, keep_masks, n_dropped
@@ -51,6 +53,10 @@ class _Together:
 
     def roots(self, t): return torch.tensor([self.find(i) if i >= 0 else i for i in t.reshape(-1).tolist()]).reshape(t.shape)
 
+    def equal(self, a, b):
+        "Are the labels `a` and `b` of the same shape, and belongs together what is in the same place?"
+        return a.shape == b.shape and (torch.equal(a, b) or torch.equal(self.roots(a), self.roots(b)))
+
 # %% ../../nbs/12_prune.coupling.ipynb #2fbf6432
 @patch
 def join(self:_Together, a, b):
@@ -79,6 +85,7 @@ class _Value:
     nonzero: str|None = None   # why channels whose weights are zero need not be zero here; None: they are
     param: bool = False        # whether it is a parameter, or one moved around
     unless: tuple = ()         # (label, why) of what can't be removed if anything uses this value
+    noise: bool = False        # whether it is made of random numbers alone, as many as the model asked for
 
 def _varies(t): return {i for i,n in enumerate(t.shape) if n > 1}
 
@@ -107,17 +114,22 @@ class _Trace(TorchDispatchMode):
         super().__init__()
         self.timeout, self.until          = timeout, math.inf if timeout is None else time.monotonic() + timeout
         self.model, self.all, self.inside = model, _Together(), []  # `inside`: the names of the modules that run
-        self.values, self.alive           = {}, []                  # `alive`: so that no other tensor gets the id of one we know
+        self.values, self.alive           = {}, []                  # `alive`: so that nothing else gets the place of what we know
+        self.places, self.seen            = defaultdict(set), set() # memory → keys of `values` that lie there; keys of what was used
         self.cuts, self.grids             = [], []
         for name,t in [*model.named_parameters(), *model.named_buffers()]:
             labels = [_on_axis(self.all.new(name, i, n), i, t.ndim) for i,n in enumerate(t.shape) if n > 1]
             self.put(t, _Value(labels, param=True))
 
     def put(self, t, value):
-        self.alive.append(t)
-        self.values[id(t)] = value
+        "Note that `value` is known of `t`, and of all that is the same view of the same memory"
+        key = memory_of(t)
+        self.values[key] = value
+        if isinstance(key, int): return self.alive.append(t)
+        self.alive.append(t.untyped_storage())
+        self.places[key[0]].add(key)
 
-    def get(self, t): return self.values.get(id(t)) or _Value([])
+    def get(self, t): return self.values.get(memory_of(t)) or _Value([])
 
     def use(self, value):
         for l,why in value.unless: self.all.fix(l, why)
@@ -139,10 +151,25 @@ class _Trace(TorchDispatchMode):
 @patch
 def __torch_dispatch__(self:_Trace, func, types, args=(), kwargs=None):
     self.hurry()
-    kwargs = kwargs or {}
-    out, used = func(*args, **kwargs), [self.get(t) for t in tensors_in((args, kwargs))]
-    name = func._schema.name.split('::')[1]
-    name = name if name.endswith('__') else name.removesuffix('_')
+    with torch._C.DisableTorchFunction(): return self.step(func, args, kwargs or {})  # what is asked of a tensor here is no step of the model
+
+@patch
+def step(self:_Trace, func, args, kwargs):
+    "Run one operator, and follow the labels through it"
+    before  = [(t, self.get(t)) for t in _written(func, args, kwargs)]
+    renamed = torch.Tag.inplace_view in func.tags  # as `unsqueeze_`: the same numbers under another shape
+    seen    = (torch.ops.aten.alias(args[0]), *args[1:]) if renamed else args
+    out     = func(*args, **kwargs)
+    self.follow(_out_of_place(func) if renamed else func, seen, kwargs, out)
+    if not renamed:
+        for t,was in before: self.overwritten(t, was, _op_name(func))
+    return out
+
+@patch
+def follow(self:_Trace, func, args, kwargs, out):
+    "What `out` is, by the rule for `func`"
+    tensors = tensors_in((args, kwargs))
+    name, used = _op_name(func), [self.get(t) for t in tensors]
     kind = _OPS.get(name) or ('pointwise' if torch.Tag.pointwise in func.tags else 'unknown')
     if kind not in ('move', 'same'):
         for v in used: self.use(v)
@@ -150,7 +177,49 @@ def __torch_dispatch__(self:_Trace, func, types, args=(), kwargs=None):
     except Exception: self.unknown(name, func, args, kwargs, out)  # in a form that is not foreseen
     if kind in ('move', 'same'):
         for t in tensors_in(out): self.get(t).unless = tuple(u for v in used for u in v.unless)
-    return out
+    self.seen |= {memory_of(t) for t in tensors} - {memory_of(t) for t in tensors_in(out)}
+
+# %% ../../nbs/12_prune.coupling.ipynb #94f34974
+def _op_name(func):
+    "The name of an operator, of the one that works in place too"
+    name = func._schema.name.split('::')[1]
+    return name if name.endswith('__') else name.removesuffix('_')
+
+def _out_of_place(func):
+    "The operator that does not change its input, if there is one"
+    found = getattr(torch.ops.aten, _op_name(func), None)
+    return getattr(found, func._overloadname, func)
+
+def _written(func, args, kwargs):
+    "The tensors that the operator `func` writes into"
+    named = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i,a in enumerate(func._schema.arguments)]
+    return tensors_in([v for a,v in named if a.is_write])
+
+def _overlap(a, b):
+    "Do two views of the same memory, as keys of `memory_of`, have a number in common?"
+    _, *views, kinds = zip(a, b)
+    if kinds[0].itemsize != kinds[1].itemsize: return True
+    ends = [start + sum((n-1)*s for n,s in zip(shape, strides)) + 1 for start,shape,strides in zip(*views)]
+    if views[0][0] >= ends[1] or views[0][1] >= ends[0]: return False
+    marks, (one, two) = torch.zeros(max(ends), dtype=torch.bool), zip(*views)
+    marks.as_strided(*one[1:], one[0]).fill_(True)
+    return bool(marks.as_strided(*two[1:], two[0]).any())
+
+@patch
+def overwritten(self:_Trace, t, was, name):
+    "`name` wrote into `t`, of which `was` was known: what else lies there is something else now, too"
+    key, now = memory_of(t), self.get(t)
+    if isinstance(key, int): return
+    same = len(was.layers) == len(now.layers) and all(self.all.equal(a, b) for a,b in zip(was.layers, now.layers))
+    if same and now.nonzero == was.nonzero and now.unless == was.unless: return
+    why = f'{self.where} writes into a part of it with `{name}`'
+    for k in self.places[key[0]] - {key}:
+        other = self.values[k]
+        if not _overlap(k, key): continue
+        if same: self.values[k] = replace(other, nonzero=other.nonzero or now.nonzero, unless=other.unless + now.unless)
+        else:
+            for l in [*other.layers, *was.layers, *now.layers]: self.all.fix(l, why)
+            self.values[k] = replace(other, nonzero=why)
 
 # %% ../../nbs/12_prune.coupling.ipynb #ae73826b
 @patch
@@ -163,7 +232,10 @@ def unknown(self:_Trace, name, func, args, kwargs, out):
 @patch
 def nothing(self:_Trace, name, func, args, kwargs, out):
     "What comes out says nothing of channels"
-    for t in tensors_in(out): self.put(t, _Value([]))
+    drawn = torch.Tag.nondeterministic_seeded in func.tags
+    got   = [t for t in tensors_in((args, kwargs)) if t.numel() > 1]
+    noise = drawn or bool(got) and all(self.get(t).noise for t in got)
+    for t in tensors_in(out): self.put(t, _Value([], noise=noise))
 
 @patch
 def same(self:_Trace, name, func, args, kwargs, out):
@@ -263,6 +335,7 @@ def met(self:_Trace, shape, tensors):
             wide = {d for d in _varies(l) if sizes[d] > 1}
             if not wide or any(_varies(o) & wide for o in own): continue
             if isinstance(self.module, nn.MultiheadAttention): continue  # masks, which `ThinAttention` cuts itself
+            if self.get(t).noise: continue  # of the shape of what it meets, also when that has fewer channels
             self.all.fix(l, f'in {self.where} it meets a value that is not of a layer')
             lost.add(i)
     return [l for i,l in enumerate(found) if i not in lost]  # what meets the others from now on meets what is not of a layer
@@ -288,13 +361,16 @@ def pointwise(self:_Trace, name, func, args, kwargs, out):
         return _stays_zero(func, args, kwargs, dead)
     for p in labelled:
         for l in self.get(p).layers * self.get(p).param: self.all.mark(l, 'scale' if zero(_padded(l, o.ndim), p) else 'bias')
-    why = next((v.nonzero for v in map(self.get, labelled) if v.nonzero), f'{self.where} makes something else of zero with `{name}`')
+    drawn = any(self.get(t).noise for t in tensors)
+    here  = f'{self.where} adds random numbers to it with `{name}`' if drawn else f'{self.where} makes something else of zero with `{name}`'
+    why   = next((v.nonzero for v in map(self.get, labelled) if v.nonzero), here)
     self.put(o, _Value(layers, None if all(map(zero, layers)) else why, all(self.get(t).param and self.get(t).layers for t in tensors)))
 
 @patch
 def dead(self:_Trace, t, label):
     "Is `t` zero for channels with this `label` whose weights are zero?"
     v = self.get(t)
+    if v.noise: return self.model.training  # what is drawn in train mode only changes nothing of the trained network
     return not v.nonzero and any(_varies(_padded(l, label.ndim)) & _varies(label) for l in v.layers)
 
 # %% ../../nbs/12_prune.coupling.ipynb #bee49ac5
@@ -402,6 +478,136 @@ def embedding(self:_Trace, name, func, args, kwargs, out):
     if rows is not None: self.all.fix(rows, f'{self.where} looks it up')
     if made is not None: self.all.mark(made, 'producer')
     self.put(out, _Value([] if made is None else [_padded(made[:, 0], out.ndim)]))
+
+# %% ../../nbs/12_prune.coupling.ipynb #9cafbacd
+_rules = {}  # function of torch → the rule for it as a whole: a function of (trace, args, out)
+
+def _rule(*names):
+    "Register a rule for the functions of torch with these `names`"
+    def register(rule):
+        _rules.update({getattr(torch._VF, k): rule for k in names})
+        return rule
+    return register
+
+class _WholeFunctions(TorchFunctionMode):
+    "Apply `_rules`, and hide the operators inside those functions from `trace`"
+    def __init__(self, trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        rule = _rules.get(func) if isinstance(func, BuiltinFunctionType) and not kwargs else None
+        if rule is None: return func(*args, **(kwargs or {}))
+        self.trace.hurry()
+        for t in tensors_in(args): self.trace.use(self.trace.get(t))
+        with _disable_current_modes(): out = func(*args)
+        rule(self.trace, args, out)
+        return out
+
+# %% ../../nbs/12_prune.coupling.ipynb #4db48716
+def _last(layers):
+    "The label that varies along the last axis only, as a column; None if there is none"
+    found = [l for l in layers if _varies(l) == {l.ndim - 1}]
+    return found[0].reshape(-1, 1) if found else None
+
+@patch
+def fix_others(self:_Trace, t):
+    "Fix the labels of `t` along other axes than its last, over which a recurrent layer runs"
+    for l in self.get(t).layers:
+        if _varies(l) != {l.ndim - 1}: self.all.fix(l, f'{self.where} runs over it')
+
+@_rule('_pack_padded_sequence')
+def _packed(trace, args, out):
+    "The items of a batch, step by step, without padding"
+    trace.fix_others(args[0])
+    label, v = _last(trace.get(args[0]).layers), trace.get(args[0])
+    trace.put(out[0], _Value([] if label is None else [_on_axis(label, out[0].ndim - 1, out[0].ndim)], v.nonzero))
+
+@_rule('_pad_packed_sequence')
+def _unpacked(trace, args, out):
+    "The opposite, with padding"
+    v, number = trace.get(args[0]), args[3]
+    trace.fix_others(args[0])
+    label, why = _last(v.layers), v.nonzero or (f'{trace.where} pads with {number:g}' if number else None)
+    trace.put(out[0], _Value([] if label is None else [_on_axis(label, out[0].ndim - 1, out[0].ndim)], why))
+
+# %% ../../nbs/12_prune.coupling.ipynb #e1c24286
+_gates = dict(lstm=4, gru=3, rnn_tanh=1, rnn_relu=1)
+
+def _recurrent(gates):
+    "The rule for a recurrent layer whose units have so many `gates`"
+    def rule(trace, args, out):
+        packed = not isinstance(args[3], bool)
+        x, states, weights, _, n, _, _, both, *_ = (args[0], *args[2:]) if packed else args
+        each = len(weights) // (n*(1 + both))
+        sets = [weights[i:i+each] for i in range(0, len(weights), each)]
+        trace.recurrent(gates, x, tensors_in(states), sets, 1 + both, tensors_in(out))
+    return rule
+
+def _recurrent_cell(gates):
+    "The rule for one step of a recurrent layer"
+    def rule(trace, args, out):
+        x, states, *weights = args
+        trace.recurrent(gates, x, tensors_in(states), [tensors_in(weights)], 1, tensors_in(out))
+    return rule
+
+for _name,_n in _gates.items():
+    _rule(_name)(_recurrent(_n))
+    _rule(f'{_name}_cell')(_recurrent_cell(_n))
+
+# %% ../../nbs/12_prune.coupling.ipynb #41b02a7e
+@patch
+def recurrent(self:_Trace, gates, x, states, sets, directions, outs):
+    "A recurrent layer; `sets`: the weights and biases of each layer and direction, the directions of a layer side by side"
+    inp, nonzero, size = _last(self.get(x).layers), self.get(x).nonzero, sets[0][0].shape[0] // gates
+    self.fix_others(x)
+    for w_ih,*_ in sets[:directions]: self.read(inp, _along(self.get(w_ih).layers, 1), nonzero)
+    units = self.units(gates, size, sets)
+    self.start(states, units)
+    if units is None:
+        for o in outs: self.put(o, _Value([]))
+        return
+    for i,(w_ih,w_hh,*_) in enumerate(sets):
+        for w in (w_ih, w_hh) if i >= directions else (w_hh,):
+            reads = _along(self.get(w).layers, 1)
+            self.all.mark(reads, 'consumer')
+            self.all.join(reads.reshape(-1, size), units)
+    for o in outs: self.put(o, _Value([_on_axis(units.repeat(o.shape[-1] // size), o.ndim - 1, o.ndim)]))
+
+@patch
+def units(self:_Trace, gates, size, sets):
+    "Join the rows of each unit in all gates, layers and directions; the labels of the units, None if they cannot be removed"
+    rows = [(w, _along(self.get(w).layers, 0)) for s in sets for w in s]
+    for w,r in rows:
+        if r is not None: self.all.mark(r, 'producer' if w.ndim > 1 else 'bias')
+    why = 'it has one unit' if size == 1 else f'{self.where} has weights of which no parameter is known' if any(r is None for _,r in rows) else None
+    if len(sets[0]) % 2: why = f'{self.where} projects its units to another size'
+    if why:
+        labels = [l for s in sets for w in s[1:] for l in self.get(w).layers] + [r for _,r in rows if r is not None]
+        for l in labels: self.all.fix(l, why)
+        return None
+    units = rows[0][1].reshape(gates, size)[0]
+    for w,r in rows:
+        self.all.join(r.reshape(gates, size), units)
+        if v := self.get(w).nonzero: self.all.fix(units, v)
+    return units
+
+# %% ../../nbs/12_prune.coupling.ipynb #7ada6d9c
+@patch
+def start(self:_Trace, states, units):
+    "What a recurrent layer with these `units` starts from; zeros that the model makes are no hindrance"
+    for s in states:
+        v = self.get(s)
+        own = [l for l in v.layers if s.ndim - 1 in _varies(l)]
+        if units is None or not own:
+            for l in v.layers: self.all.fix(l, f'{self.where} starts from it')
+            made_here = self.get(s) is self.get(s)  # of what it did not see it knows nothing, each time anew
+            if units is not None and (s.count_nonzero() or not made_here):
+                self.all.fix(units, f'{self.where} starts from a state that is neither a layer\'s nor zeros made in this run')
+            continue
+        for l in v.layers: self.all.join(l, units) if l is own[0] else self.all.fix(l, f'{self.where} starts from it')
+        if v.param: self.all.mark(own[0], 'bias')
+        if v.nonzero: self.all.fix(units, v.nonzero)
 
 # %% ../../nbs/12_prune.coupling.ipynb #ebe7436a
 @patch
@@ -527,7 +733,7 @@ _OPS = {op: kind for kind,ops in dict(
     group_norm  = 'native_group_norm',
     layer_norm  = 'native_layer_norm',
     same        = '_to_copy contiguous clone detach lift_fresh native_dropout',
-    pointwise   = 'copy prelu _prelu_kernel hardswish hardtanh hardsigmoid',
+    pointwise   = 'copy fill zero rrelu_with_noise prelu _prelu_kernel hardswish hardtanh hardsigmoid',
     nothing     = 'zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty rand_like randn_like argmax argmin',
     reduce      = 'mean sum amax amin max min var std norm linalg_vector_norm prod logsumexp var_mean',
     spatial     = 'max_pool1d avg_pool1d adaptive_avg_pool1d max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d '
@@ -561,7 +767,7 @@ def run(self:_Trace, args, kwargs):
             def enter(m, args, name=name): self.inside.append(name)
             def leave(m, args, out): self.inside.pop()
             for h in (m.register_forward_pre_hook(enter, prepend=True), m.register_forward_hook(leave)): stack.callback(h.remove)
-        with self: out = model(*args, **kwargs)
+        with self, _WholeFunctions(self): out = model(*args, **kwargs)
     if not (outs := tensors_in(out)):
         raise ValueError(f'{type(model).__name__} gives back {type(out).__name__}, in which no tensor is found: '
                          'expected tensors, or tuples, lists or dicts of them')

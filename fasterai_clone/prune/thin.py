@@ -6,22 +6,29 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.thin.html.md"""
 
 # %% ../../nbs/13_prune.thin.ipynb #404aef48
 from __future__ import annotations
-import copy, json, math
+import copy, json, math, random, re, warnings
+from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-import torch, torch.nn as nn
+from typing import Optional, Tuple
+import numpy as np, torch, torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from ..core.flow import _arguments, _first_line, tensors_in
+from ..core.granularity import check_loaded
 from ..core.masks import Masks, _whole_file
-from .coupling import _copied, _followed, _left_out, _listed
+from .coupling import _copied, _followed, _left_out, _listed, CoupledGroup, group_masks
 from ..sparse.compact import _inner
 
 # %% auto #0
-__all__ = ['ThinAttention', 'thin', 'sizes_of', 'reshape_to', 'save_thinned', 'load_thinned']
+__all__ = ['ThinAttention', 'unremovable', 'thin', 'sizes_of', 'reshape_to', 'save_thinned', 'load_thinned']
 
 # %% ../../nbs/13_prune.thin.ipynb #74674186
 def _dead(group, tensors):
@@ -46,7 +53,10 @@ def _kept_positions(groups, dead):
 # %% ../../nbs/13_prune.thin.ipynb #a1535781
 def _removable(groups, tensors):
     "For each group, which channels to remove: the dead ones, but no axis may lose all"
-    dead = [torch.zeros(g.n, dtype=torch.bool) if g.why_not else _dead(g, tensors) for g in groups]
+    return _keep_some(groups, [torch.zeros(g.n, dtype=torch.bool) if g.why_not else _dead(g, tensors) for g in groups])
+
+def _keep_some(groups, dead):
+    "`dead`, with a channel kept on each axis that would lose all"
     while empty := [(n, a) for n,axes in _kept_positions(groups, dead).items() for a,line in axes.items() if not line.any()]:
         name, axis = empty[0]
         i, m = next((i, m) for i,g in enumerate(groups) for m in g.members if (m.name, m.axis) == (name, axis))
@@ -64,13 +74,19 @@ def _replace(model, name, tensor):
         for table in (m._parameters, m._buffers):
             for k,t in table.items():
                 if t is old: table[k] = new
-        if isinstance(m, nn.RNNBase): m._flat_weights = [m._parameters.get(k) for k in m._flat_weights_names]  # it calls those
+        if isinstance(m, nn.RNNBase): m._flat_weights = [getattr(m, k, None) for k in m._flat_weights_names]  # it calls those
 
 # %% ../../nbs/13_prune.thin.ipynb #1e8b958c
 def _weight(m):
     "The weight of a layer, if it is a parameter"
     found = [m._parameters.get(k) for k in ('weight', 'weight_orig', 'in_proj_weight', 'q_proj_weight')]
     return next((w for w in found if w is not None), None)
+
+def _recurrent_sizes(m):
+    "The sizes of a recurrent layer or cell; a projection's stays"
+    w_ih, w_hh = (m.weight_ih_l0, m.weight_hh_l0) if isinstance(m, nn.RNNBase) else (m.weight_ih, m.weight_hh)
+    sizes = dict(input_size=w_ih.shape[1])
+    return sizes if getattr(m, 'proj_size', 0) else dict(sizes, hidden_size=w_hh.shape[1])
 
 def _sizes(m, before=None):
     "Attribute → value for what the layer `m` says of its size; `before`: the shape its weight had"
@@ -87,7 +103,7 @@ def _sizes(m, before=None):
     if isinstance(m, nn.GroupNorm) and shape:
         return dict(num_channels=shape[0], num_groups=m.num_groups if before is None else m.num_groups*shape[0]//before[0])
     if isinstance(m, nn.Embedding) and shape: return dict(embedding_dim=shape[1])
-    if isinstance(m, nn.RNNBase): return dict(input_size=m.weight_ih_l0.shape[1])
+    if isinstance(m, (nn.RNNBase, nn.RNNCellBase)): return _recurrent_sizes(m)
     if isinstance(m, nn.PReLU) and shape: return dict(num_parameters=shape[0])
     if hasattr(m, 'nf') and shape: return dict(zip(('nx', 'nf'), shape))  # `Conv1D` of transformers
     if isinstance(m, ThinAttention):
@@ -96,61 +112,85 @@ def _sizes(m, before=None):
     return {}
 
 # %% ../../nbs/13_prune.thin.ipynb #0b3c3eb4
+def _projected(x: Tensor, weight: Tensor, bias: Optional[Tensor], extra: Optional[Tensor], zeros: bool, heads: int) -> Tensor:
+    "`x` projected, as items × heads × positions × numbers, with `extra` and `zeros` for a position more each"
+    x = F.linear(x, weight, bias)
+    if extra is not None: x = torch.cat([x, extra.expand(x.shape[0], -1, -1)], 1)
+    if zeros: x = F.pad(x, [0, 0, 0, 1])
+    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+
+def _added(mask: Tensor, like: Tensor, extra: int) -> Tensor:
+    "A mask as something to add to scores `like`, with nothing for `extra` positions"
+    if mask.dtype == torch.bool: mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float('-inf'))
+    return F.pad(mask.to(like.dtype), [0, extra])
+
+# %% ../../nbs/13_prune.thin.ipynb #1b1e6e32
 class ThinAttention(nn.MultiheadAttention):
-    "`nn.MultiheadAttention` some of whose heads, inputs or outputs are gone"
+    "`nn.MultiheadAttention` without some of its heads, inputs or outputs"
     def projections(self):
-        "The weights that make queries, keys and values"
+        "Return the weights that make queries, keys and values"
         return (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
 
-    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
-                is_causal=False):
-        "As that of `nn.MultiheadAttention`"
-        if query.is_nested: return self._nested(query, need_weights)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Optional[Tensor] = None, need_weights: bool = True,
+                attn_mask: Optional[Tensor] = None, average_attn_weights: bool = True,
+                is_causal: bool = False) -> Tuple[Tensor, Optional[Tensor]]:
+        "Compute what `nn.MultiheadAttention` does"
         if is_causal and attn_mask is None: raise RuntimeError('Need attn_mask if specifying the is_causal hint.')
-        alone = query.ndim == 2
-        if alone: query, key, value = (t.unsqueeze(0) for t in (query, key, value))
-        elif not self.batch_first: query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-        biases  = [None]*3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(t, w, b) for t,w,b in zip((query, key, value), self.projections(), biases))
-        k, v, n = self._longer(k, v)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        scores  = q @ k.mT / math.sqrt(q.shape[-1])
-        probs   = (scores + self._mask(attn_mask, key_padding_mask, q, n)).softmax(-1)
-        out     = (F.dropout(probs, self.dropout, self.training) @ v).transpose(1, 2).flatten(2)
-        out     = F.linear(out, self.out_proj.weight, self.out_proj.bias)
-        probs   = None if not need_weights else probs.mean(1) if average_attn_weights else probs
-        if alone: return out[0], None if probs is None else probs[0]
-        return out if self.batch_first else out.transpose(0, 1), probs
+        if not torch.jit.is_scripting():
+            if query.is_nested: return self._nested(query, need_weights)
+        alone = query.dim() == 2
+        if alone: query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+        elif not self.batch_first: query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        q, k, v = self._parts(query, key, value)
+        scores  = torch.matmul(q, k.transpose(-2, -1)) * self.head_dim ** -0.5
+        if attn_mask is not None: scores = scores + self._of_kept_heads(attn_mask, scores)
+        if key_padding_mask is not None:
+            scores = scores + _added(key_padding_mask, scores, self._extra()).reshape(scores.shape[0], 1, 1, scores.shape[3])
+        probs = scores.softmax(-1)
+        out   = torch.matmul(F.dropout(probs, self.dropout, self.training), v).transpose(1, 2).flatten(2)
+        out   = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        if average_attn_weights: probs = probs.mean(1)
+        if alone: out, probs = out.squeeze(0), probs.squeeze(0)
+        elif not self.batch_first: out = out.transpose(0, 1)
+        return out, probs if need_weights else None
 
 # %% ../../nbs/13_prune.thin.ipynb #989fe490
 @patch
-def _longer(self:ThinAttention, k, v):
-    "Keys and values with what is put behind them, and how many that are"
-    def more(t, extra): return torch.cat([t, extra.expand(len(t), -1, -1)], 1)
-    n = k.shape[1]
-    if self.bias_k is not None: k, v = more(k, self.bias_k), more(v, self.bias_v)
-    if self.add_zero_attn: k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
-    return k, v, k.shape[1] - n
+def _extra(self:ThinAttention) -> int:
+    "How many positions are appended to keys and values"
+    return int(self.bias_k is not None) + int(self.add_zero_attn)
+
+@patch
+def _parts(self:ThinAttention, query: Tensor, key: Tensor, value: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    "Queries, keys and values of each head"
+    if self.in_proj_weight is None: wq, wk, wv = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+    else: wq, wk, wv = self.in_proj_weight.chunk(3)
+    bq: Optional[Tensor] = None
+    bk: Optional[Tensor] = None
+    bv: Optional[Tensor] = None
+    if self.in_proj_bias is not None: bq, bk, bv = self.in_proj_bias.chunk(3)
+    q = _projected(query, wq, bq, None, False, self.num_heads)
+    k = _projected(key, wk, bk, self.bias_k, self.add_zero_attn, self.num_heads)
+    v = _projected(value, wv, bv, self.bias_v, self.add_zero_attn, self.num_heads)
+    return q, k, v
 
 # %% ../../nbs/13_prune.thin.ipynb #1fbe9083
 @patch
-def _mask(self:ThinAttention, attn_mask, key_padding_mask, q, extra):
-    "Both masks as something to add"
-    def added(mask):
-        if mask.dtype == torch.bool: mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -math.inf)
-        return F.pad(mask.to(q.dtype), (0, extra))
-    total = 0
-    if attn_mask is not None:  # one for each head of each item, or one for all
-        total = added(attn_mask).unflatten(0, (len(q), -1))[:, self.kept_heads] if attn_mask.ndim == 3 else added(attn_mask)
-    if key_padding_mask is not None: total = total + added(key_padding_mask).reshape(len(q), 1, 1, -1)
-    return total
+def _of_kept_heads(self:ThinAttention, mask: Tensor, scores: Tensor) -> Tensor:
+    "The attention mask as something to add to `scores`: one for all heads, or one for each head of each item"
+    mask = _added(mask, scores, self._extra())
+    if mask.dim() == 2: return mask
+    kept = torch.tensor(self.kept_heads, device=mask.device)
+    return mask.reshape(scores.shape[0], -1, scores.shape[2], scores.shape[3]).index_select(1, kept)
 
 @patch
-def _nested(self:ThinAttention, x, need_weights):
-    "`nn.TransformerEncoder` leaves padding out with a nested tensor: self-attention of that"
+@torch.jit.unused
+def _nested(self:ThinAttention, x: Tensor, need_weights: bool) -> Tuple[Tensor, Optional[Tensor]]:
+    "Self-attention of a nested tensor, with which `nn.TransformerEncoder` leaves padding out"
     lengths = torch.tensor([len(t) for t in x.unbind()], device=x.device)
     full    = x.to_padded_tensor(0.)
-    out, probs = self(full, full, full, torch.arange(full.shape[1], device=x.device) >= lengths[:, None], need_weights)
+    padding = torch.arange(full.shape[1], device=x.device) >= lengths[:, None]
+    out, probs = self(full, full, full, padding, need_weights)
     return torch.nested.nested_tensor([o[:n] for o,n in zip(out, lengths)]), probs
 
 # %% ../../nbs/13_prune.thin.ipynb #fef0f5cc
@@ -221,12 +261,17 @@ def _all_or_nothing(model, optimizer=None, tensors=()):
         raise
 
 # %% ../../nbs/13_prune.thin.ipynb #79830037
-def _doubled(o):
-    "`o` with its floating-point tensors as fp64"
-    if isinstance(o, torch.Tensor): return o.double() if o.is_floating_point() else o
-    if isinstance(o, dict): return {k: _doubled(v) for k,v in o.items()}
-    if isinstance(o, tuple) and hasattr(o, '_fields'): return type(o)(*map(_doubled, o))
-    return type(o)(map(_doubled, o)) if isinstance(o, (list, tuple)) else o
+def _replaced(o, change):
+    "A copy of `o` with `change` done to each tensor anywhere in it"
+    return copy.deepcopy(o, {id(t): change(t) for t in tensors_in(o)})
+
+def _double(t): return t.double() if t.is_floating_point() else t
+
+def _sampled(example_inputs, n=2):
+    "The first `n` items of `example_inputs`, if each tensor has as many items as the others; else all"
+    lengths = {len(t) for t in tensors_in(example_inputs) if t.ndim}
+    def first(t): return t[:n] if t.ndim else t
+    return _replaced(example_inputs, first) if len(lengths) == 1 else example_inputs
 
 def _mode(model, training):
     "`model` in train mode, but for dropout of all kinds, or in eval mode"
@@ -236,60 +281,306 @@ def _mode(model, training):
     return model
 
 # %% ../../nbs/13_prune.thin.ipynb #b0e7d35a
-@torch.no_grad()
-def _outputs(model, example_inputs, training=False, dtype=torch.float64):
-    "What a copy of `model` gives, and whether it drew random numbers for it"
-    args, kwargs = _arguments(_doubled(example_inputs) if dtype == torch.float64 else example_inputs)
-    copied = _mode(copy.deepcopy(model), training)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        before = torch.get_rng_state()
-        out    = tensors_in((copied.double() if dtype == torch.float64 else copied)(*args, **kwargs))
-        return out, not torch.equal(before, torch.get_rng_state())
-
-def _difference(a, b):
-    "The largest difference between outputs, relative to the largest number in each"
-    if [t.shape for t in a] != [t.shape for t in b]: return math.inf
-    def one(x, y):
-        x, y = x.double(), y.double()
-        if not torch.equal(x.isfinite(), y.isfinite()): return math.inf
-        x, y = x[x.isfinite()], y[y.isfinite()]
-        return ((x - y).abs().max() / x.abs().max().clamp(min=1e-30)).item() if x.numel() else 0.
-    return max(one(x, y) for x,y in zip(a, b))
-
-# %% ../../nbs/13_prune.thin.ipynb #5b156d3c
 _limits = {torch.float64: 1e-10, torch.float32: 1e-4}  # largest difference that rounding explains; of half precision 1e-2
 
-def _differs(model, small, example_inputs, training, dtype):
-    "Why `small` does not compute the same as `model`, or None"
-    try: want, random = _outputs(model, example_inputs, training, dtype)
-    except Exception:
-        if training: return None  # batch norms need more than one number in train mode
-        raise
-    if random: return None
-    mode = 'train' if training else 'eval'
-    try: d = _difference(want, _outputs(small, example_inputs, training, dtype)[0])
-    except Exception as e: return f'it does not run in {mode} mode: {_first_line(e)}'
-    return f'the outputs in {mode} mode differ by {d:.1e} of the largest' if d > _limits.get(want[0].dtype, 1e-2) else None
+def _limit(dtype): return _limits.get(dtype, 1e-2) if dtype.is_floating_point else 0.
+
+def _plain_numbers(t):
+    "The numbers of any tensor in fp64"
+    if t.is_nested: t = t.to_padded_tensor(0.)
+    if t.is_sparse or t.layout != torch.strided: t = t.to_dense()
+    if t.is_quantized: t = t.dequantize()
+    return torch.view_as_real(t.resolve_conj()).double() if t.is_complex() else t.double()
+
+def _difference(a, b):
+    "The largest difference between two tensors, relative to the largest number in `a`"
+    x, y = _plain_numbers(a), _plain_numbers(b)
+    if x.shape != y.shape or not torch.equal(x.isfinite(), y.isfinite()): return math.inf
+    x, y = x[x.isfinite()], y[y.isfinite()]
+    return ((x - y).abs().max() / x.abs().max().clamp(min=1e-30)).item() if x.numel() else 0.
+
+def _apart(want, got, limit):
+    "What tells the tensors `got` from those in `want`, or None; `limit`: the largest difference that counts as rounding"
+    if len(want) != len(got): return f'differ in number: {len(got)} instead of {len(want)}'
+    for a,b in zip(want, got):
+        if a.shape != b.shape: return f'have the shape {tuple(b.shape)} instead of {tuple(a.shape)}'
+    worst = max([_difference(a, b) for a,b in zip(want, got) if _difference(a, b) > max(limit, _limit(a.dtype))], default=None)
+    return None if worst is None else f'differ by {worst:.1e} of the largest'
+
+# %% ../../nbs/13_prune.thin.ipynb #a5117769
+_ranked = dict(topk=-1, sort=-1, kthvalue=-1, mode=-1, max=None, min=None, median=None, nanmedian=None, cummax=None, cummin=None)  # → its `dim`
+_steps  = set('''round floor ceil trunc fix sign sgn heaviside floor_divide histc _unique2 unique_dim unique_consecutive roi_pool
+    ps_roi_pool equal _local_scalar_dense fake_quantize_per_tensor_affine_cachemask fake_quantize_per_channel_affine_cachemask
+    _fake_quantize_per_tensor_affine_cachemask_tensor_qparams'''.split())
+
+def _operation(func):
+    "The name of an operator, in place or not"
+    name = func._schema.name.split('::')[1]
+    return name if name.endswith('__') else name.removesuffix('_')
+
+def _lowers(func, floats, outs):
+    "Does `func` round to a lower precision?"
+    return _operation(func) in ('_to_copy', 'copy') and outs[0].dtype.is_floating_point and \
+        outs[0].dtype.itemsize < max(t.dtype.itemsize for t in floats)
+
+def _chooses(func, floats, outs):
+    "Is what comes out of `func` (the tensors `outs`) discrete, though it gets the tensors `floats`?"
+    name = _operation(func)
+    if not floats or name.startswith('new_') or name.endswith('_like'): return False
+    if name in _ranked and len(outs) == 2 or name in _steps: return True
+    return bool(outs) and (not any(t.is_floating_point() or t.is_complex() for t in outs) or _lowers(func, floats, outs))
+
+# %% ../../nbs/13_prune.thin.ipynb #1d6aa695
+def _picked(func, args, kwargs, indices):
+    "The values of the first argument of `func` at `indices` along the axis it ranks"
+    names = [a.name for a in func._schema.arguments]
+    dim   = {**dict(zip(names, args)), **kwargs}.get('dim', _ranked[_operation(func)])
+    x     = args[0]
+    if dim is None or not x.ndim: return None
+    lost = indices.ndim < x.ndim
+    values = x.take_along_dim(indices.unsqueeze(dim) if lost else indices, dim)
+    return values.squeeze(dim) if lost else values
+
+def _copied_tensors(o): return tree_map_only(torch.Tensor, torch.clone, o)
+
+def _taken_over(func, args, kwargs, out, outcome):
+    "What `func` gives if its choice is that of another run, where `outcome` came out"
+    if func._schema.is_mutable:
+        for t,known in zip(tensors_in(out), tensors_in(outcome)): t.copy_(known)
+        return out
+    if _operation(func) in _ranked and isinstance(outcome, tuple):
+        values = _picked(func, args, kwargs, outcome[1])
+        if values is not None: return values, outcome[1].clone()
+    return _copied_tensors(outcome)
+
+# %% ../../nbs/13_prune.thin.ipynb #588f35c0
+@dataclass(eq=False)
+class _Choice:
+    "What was chosen in a run"
+    made_from: list  # tensors
+    outcome: object  # what came out
+
+class _Choices(TorchDispatchMode):
+    "Records the choices in a run of `model`, or compares them with the `known` ones of another run and takes those over"
+    def __init__(self, model, known=None, limit=0.):
+        super().__init__()
+        self.model, self.known, self.limit = model, known, limit
+        self.made   = defaultdict(list)  # (module, operation) → choices, in order; where others are known: None for each
+        self.inside = []                 # the names of the modules that run
+        self.problem = None              # (module, in what a choice is made from something else)
+
+    @property
+    def where(self): return self.inside[-1] if self.inside else ''
+
+    def run(self, args, kwargs):
+        "What the model gives for these arguments"
+        with ExitStack() as stack:
+            for name,m in self.model.named_modules():
+                if isinstance(m, torch.jit.ScriptModule): continue  # takes no hooks: what it does is its caller's
+                def enter(m, args, name=name): self.inside.append(name)
+                def leave(m, args, out): self.inside.pop()
+                for h in (m.register_forward_pre_hook(enter, prepend=True), m.register_forward_hook(leave)): stack.callback(h.remove)
+            with self: return self.model(*args, **kwargs)
+
+# %% ../../nbs/13_prune.thin.ipynb #838adbf1
+@patch
+def __torch_dispatch__(self:_Choices, func, types, args=(), kwargs=None):
+    kwargs = kwargs or {}
+    used   = args[1:] if _operation(func) == 'copy' else (args, kwargs)
+    floats = [t for t in tensors_in(used) if t.is_floating_point()]
+    before = [t.clone() for t in floats] if func._schema.is_mutable and floats else floats
+    out    = func(*args, **kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        if not _chooses(func, floats, tensors_in(out)): return out
+        return self.choose(func, args, kwargs, before, out)
+
+@patch
+def choose(self:_Choices, func, args, kwargs, floats, out):
+    "Record the choice `out` that `func` made from `floats`, or put the known one in its place"
+    key = self.where, _operation(func)
+    n   = len(self.made[key])
+    if self.known is None:
+        self.made[key].append(_Choice([t.detach().clone() for t in floats], _copied_tensors(out)))
+        return out
+    self.made[key].append(None)
+    known = self.known.get(key, [])[n:n+1]
+    if not known or [t.shape for t in known[0].made_from] != [t.shape for t in floats]:
+        if _lowers(func, floats, tensors_in(out)): self.limit = max(self.limit, _limit(out.dtype))  # rounded otherwise from here on
+        return out
+    apart = _apart(known[0].made_from, floats, self.limit)
+    if apart and not self.problem: self.problem = self.where, f'the values that `{key[1]}` chooses by {apart}'
+    return out if apart else _taken_over(func, args, kwargs, out, known[0].outcome)
+
+# %% ../../nbs/13_prune.thin.ipynb #5b156d3c
+@contextmanager
+def _same_random_numbers():
+    "Random numbers are the same in each block, and afterwards go on as before"
+    numbers = random.getstate(), np.random.get_state()
+    random.seed(0), np.random.seed(0)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
+    finally: random.setstate(numbers[0]), np.random.set_state(numbers[1])
+
+def _random_state():
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [random.getstate(), repr(np.random.get_state()), *(t.tolist() for t in (torch.get_rng_state(), *cuda))]
+
+@dataclass(eq=False)
+class _Run:
+    "What came of a run"
+    outs: list      # tensors
+    choices: _Choices
+    start: list     # the state of the random numbers before
+    end: list       # and after it
 
 # %% ../../nbs/13_prune.thin.ipynb #4b53ea75
-def _precision(model, example_inputs):
-    "The precision to compare in: fp64, or None, its own, if `model` does not run in that"
-    try: _outputs(model, example_inputs)
-    except Exception: return None
-    return torch.float64
+class _Check:
+    "Whether others compute what `model` does with `example_inputs`, in eval mode and in train mode"
+    def __init__(self, model, example_inputs, modes=(False, True)):
+        self.modes, self.runs, self.where = modes, {}, ''  # `where`: the module in which the last one that fails does so
+        self.model, self.inputs = copy.deepcopy(model).double(), _replaced(example_inputs, _double)
+        self.doubled, self.limit = True, _limit(torch.float64)
+        try: self.wanted(False)
+        except Exception:  # it does not run in double precision
+            self.model, self.inputs = copy.deepcopy(model), example_inputs
+            self.doubled, self.limit = False, max([_limit(p.dtype) for p in model.parameters()], default=1e-4)
+            self.wanted(False)
 
-def _verify(model, small, groups, dead, example_inputs):
-    "Refuse `small` if it does not compute the same as `model`, and name the groups at fault"
-    dtype = _precision(model, example_inputs)
-    def why(m): return _differs(model, m, example_inputs, False, dtype) or _differs(model, m, example_inputs, True, dtype)
-    if not (problem := why(small)): return
-    guilty, none = {}, [torch.zeros_like(d) for d in dead]
-    for i,d in enumerate(dead):
-        alone = [*none[:i], d, *none[i+1:]]
-        if d.any() and (w := why(_without(model, groups, alone))): guilty[groups[i].name] = w
-    named = '; '.join(f'without the zero channels of `{k}`, {w}' for k,w in guilty.items()) or problem
-    raise ValueError(f'The thinned model does not compute the same: {named}. Leave it as it is with `exclude={[*guilty]}`')
+    @torch.no_grad()
+    def run(self, model, training, known=None):
+        "A run of `model`, which may be changed by it"
+        choices, (args, kwargs) = _Choices(_mode(model, training), known, self.limit), _arguments(self.inputs)
+        self.choices = choices
+        with _same_random_numbers(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # it has run before
+            start = _random_state()
+            outs  = tensors_in(choices.run(args, kwargs))
+            return _Run(outs, choices, start, _random_state())
+
+    def wanted(self, training):
+        "The run of the model itself; None if it does not run in train mode"
+        if training not in self.runs:
+            try: self.runs[training] = self.run(copy.deepcopy(self.model), training)
+            except Exception:
+                if not training: raise
+                self.runs[training] = None  # batch norms need more than one number in train mode
+        return self.runs[training]
+
+# %% ../../nbs/13_prune.thin.ipynb #fe5edb2d
+@patch
+def why_not(self:_Check, other, training):
+    "Why `other`, which may be changed, does not compute the same in one mode, or None"
+    want, mode, self.where = self.wanted(training), 'train' if training else 'eval', ''
+    if want is None: return None
+    try: got = self.run(other, training, want.choices.made)
+    except Exception as e:
+        self.where = self.choices.where
+        return f'it does not run in {mode} mode: {_first_line(e)}'
+    if want.start != want.end and want.end != got.end:  # it drew other random numbers: all that can be compared is shapes
+        outs = [[torch.zeros(t.shape) for t in o] for o in (want.outs, got.outs)]
+    elif got.choices.problem:
+        self.where, apart = got.choices.problem
+        return f'{apart}, in {mode} mode'
+    else: outs = want.outs, got.outs
+    apart = _apart(*outs, got.choices.limit)
+    return apart and f'the outputs in {mode} mode {apart}'
+
+@patch
+def __call__(self:_Check, other):
+    "Why `other` does not compute the same, or None"
+    for training in self.modes:
+        copied = copy.deepcopy(other)
+        if why := self.why_not(copied.double() if self.doubled else copied, training): return why
+
+# %% ../../nbs/13_prune.thin.ipynb #89992bd7
+def _kind(name):
+    "The name of a module or group without its numbers, which repeated blocks share"
+    return re.sub(r'\d+', '*', name)
+
+class _Blame:
+    "Finds which groups must stay so that the rest can be removed, in at most `budget` trials"
+    def __init__(self, names, trial, budget):
+        self.names, self.trial, self.budget = names, trial, budget  # `names`: number → name of a group that cannot be removed with the others
+        self.guilty, self.fine, self.proven = {}, set(), set()      # number → reason; can be removed; can be removed together
+
+    @property
+    def unknown(self): return {*self.names} - self.guilty.keys() - self.fine
+
+    def why_not(self, groups):
+        "Why `groups` cannot be removed; if they can, they are `fine`"
+        self.budget -= 1
+        if why := self.trial(groups): return why
+        self.fine  |= groups
+        self.proven = groups
+
+    def alike(self, groups):
+        "Those of which nothing is known with names as in `groups` but for their numbers"
+        kinds = {_kind(self.names[i]) for i in groups}
+        return {i for i in self.unknown if _kind(self.names[i]) in kinds}
+
+# %% ../../nbs/13_prune.thin.ipynb #cf4c820e
+@patch
+def find(self:_Blame, why, hint):
+    "Number → reason of each group to keep, as all cannot be removed: `why`; look among those in `hint` first"
+    queue = [({*self.names}, why)]  # (groups, why these cannot be removed; None: unknown)
+    if hint: queue = self.without(self.alike(hint), why) or self.without({*hint}, why) or queue
+    while queue and self.budget > 1:
+        groups, why = queue.pop(0)
+        groups = groups & self.unknown
+        if not groups or not (why := why or self.why_not(groups)): continue
+        if len(groups) > 1: queue[:0] = self.halves(sorted(groups), why)
+        else:
+            self.guilty[min(groups)] = why
+            queue = self.without(self.alike(groups), None) or queue
+    if self.fine and self.fine != self.proven and (self.budget < 1 or self.why_not({*self.fine})): self.fine = set()
+    return self.guilty
+
+@patch
+def without(self:_Blame, groups, why):
+    "Where to look if all but `groups`, which cannot be removed if that is so, can be; or None"
+    rest = (self.unknown | self.fine) - groups
+    if not groups or not rest or self.budget < 2: return None
+    return None if self.why_not(rest) else [(groups, why)]
+
+@patch
+def halves(self:_Blame, groups, why):
+    "Where to look among `groups`"
+    first, second = {*groups[:len(groups)//2]}, {*groups[len(groups)//2:]}
+    found = self.why_not(first)
+    return [(first, found), (second, None)] if found else [(second, why)]
+
+# %% ../../nbs/13_prune.thin.ipynb #cc93e0d9
+def _nearby(groups, where):
+    "The numbers of the groups that lie in the module `where`, or in the closest one around it that has some"
+    while where:
+        found = {i for i,g in enumerate(groups) if any(f'{m.module}.'.startswith(f'{where}.') for m in g.members)}
+        if found: return found
+        where = where.rpartition('.')[0]
+    return set()
+
+def _layer(g):
+    "The layer that leads the group `g`, as `exclude` names it"
+    lead = next(m for m in g.members if m.role == 'producer')
+    return lead.module or lead.name
+
+def _alone(dead, some):
+    "The `dead` channels of `some` groups"
+    return [d if i in some else torch.zeros_like(d) for i,d in enumerate(dead)]
+
+def _faults(check, groups, dead, budget=9):
+    "Number → reason of each group whose `dead` channels cannot be removed; all others can; in at most `budget` runs besides one in each mode"
+    left, faults = {i for i,d in enumerate(dead) if d.any()}, {}
+    for training in check.modes:
+        def trial(some): return check.why_not(_without(check.model, groups, _alone(dead, some)), training)
+        if not left or not (why := trial(left)): continue
+        blame = _Blame({i: groups[i].name for i in left}, trial, budget)
+        faults |= blame.find(why, left & _nearby(groups, check.where))
+        together = ', '.join(f'`{_layer(groups[i])}`' for i in sorted(blame.unknown))
+        faults |= {i: f'{why} (at fault is one of {together})' for i in blame.unknown}
+        left, budget = left - faults.keys(), blame.budget
+    return faults
 
 # %% ../../nbs/13_prune.thin.ipynb #c42066df
 def _tensors_of(model): return {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -300,6 +591,31 @@ def _without(model, groups, dead):
     for p in small.parameters(): p.grad = None
     _shrink(small, groups, dead)
     return small
+
+# %% ../../nbs/13_prune.thin.ipynb #0e4b4a5b
+def _verify(model, small, groups, dead, example_inputs, modes=(False, True)):
+    "Refuse `small` if it does not compute the same as `model`, and name the groups at fault"
+    check = _Check(model, example_inputs, modes)
+    if not (problem := check(small)): return
+    faults  = _faults(check, groups, dead)
+    reasons = defaultdict(list)
+    for i,why in sorted(faults.items()): reasons[why].append(f'`{groups[i].name}`')
+    named = '; '.join(f'without the zero channels of {", ".join(ks)}, {why}' for why,ks in reasons.items()) or problem
+    layers = [*dict.fromkeys(_layer(groups[i]) for i in sorted(faults))]
+    raise ValueError(f'The thinned model does not compute the same: {named}. ' + (f'Keep the channels with `exclude={layers}`' if layers else ''))
+
+# %% ../../nbs/13_prune.thin.ipynb #a2ffcef0
+def unremovable(
+    model: nn.Module,            # looked at in copies
+    groups: list[CoupledGroup],  # of its channels, as from `coupled_groups`
+    example_inputs               # what the model is called with: a tensor, a tuple of arguments, or a dict of them
+) -> dict[int, str]:             # index of a group → why its channels cannot be removed
+    "Remove one channel of each group from copies of `model`, and find the groups for which what is left does not compute the same"
+    model = _copied(model)
+    first = [None if g.why_not or g.n < 2 else torch.arange(g.n) > 0 for g in groups]
+    group_masks(groups, first).apply(dict(model.named_parameters(remove_duplicate=False)))
+    dead  = _keep_some(groups, [torch.zeros(g.n, dtype=torch.bool) if k is None else ~k for g,k in zip(groups, first)])
+    return _faults(_Check(model, example_inputs), groups, dead)
 
 # %% ../../nbs/13_prune.thin.ipynb #782ce80b
 @torch.no_grad()
@@ -320,9 +636,11 @@ def thin(
     masks: dict|None = None,  # parameter name → bool tensor, True = kept; None: what is zero in the model
     example_inputs = None,    # what the model is called with: a tensor, a tuple of arguments, or a dict of them
     exclude = None,           # layers to keep as they are: names, patterns, regular expressions, types or functions of (name, module)
-    check: bool = True        # whether to compare what both models compute
+    check: bool|str = True    # whether to compare what both models compute; `'sample'`: only in eval mode, of two items of the batch
 ) -> nn.Module:               # with the same names of modules and parameters
     "A copy of `model` without the channels that are zero, which computes the same; `model` stays as it is"
+    if check not in (True, False, 'sample'): raise ValueError(f'`check` must be True, False or "sample", got {check!r}')
+    check_loaded(model.named_parameters())
     model = _copied(model)
     if masks is not None:
         params = dict(model.named_parameters(remove_duplicate=False))
@@ -333,7 +651,9 @@ def thin(
     dead   = _removable(groups, _tensors_of(model))
     small  = _without(model, groups, dead)
     if any(map(_bare, small.modules())): _measure(small, example_inputs)
-    if check: _verify(model, small, groups, dead, example_inputs)
+    if not check or not any(map(torch.any, dead)): return small
+    if check == 'sample': _verify(model, small, groups, dead, _sampled(example_inputs), modes=(False,))
+    else: _verify(model, small, groups, dead, example_inputs)
     return small
 
 # %% ../../nbs/13_prune.thin.ipynb #ae07910b
@@ -366,7 +686,7 @@ def reshape_to(
         _give_heads(model, sizes['heads'])
         for n,attributes in sizes['modules'].items():
             m = model.get_submodule(n)
-            if attributes.keys() != _sizes(m).keys() and not isinstance(m, ThinAttention):
+            if not attributes.keys() <= _sizes(m).keys() and not isinstance(m, ThinAttention):  # older files have fewer of a recurrent layer
                 raise ValueError(f'{n!r} is {type(m).__name__}, for which the description has {attributes}')
             vars(m).update(attributes)
     return model

@@ -6,30 +6,72 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.compact.html.md"""
 
 # %% ../../nbs/08_sparse.compact.ipynb #3922151c
 from __future__ import annotations
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 import torch, torch.nn as nn
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['why_not_compact', 'CompactStep']
+__all__ = ['stepping_optimizers', 'stepping_optimizer', 'why_not_passed_on', 'why_not_compact', 'CompactStep']
 
 # %% ../../nbs/08_sparse.compact.ipynb #35e2c20f
+def _parts_of(optimizer):
+    "The optimizers among the attributes of `optimizer`, also those in lists and dicts"
+    held = [o for k,o in getattr(optimizer, '__dict__', {}).items() if k not in ('state', 'param_groups', 'defaults')]
+    held = [o for v in held for o in (v.values() if isinstance(v, Mapping) else v if isinstance(v, (list, tuple)) else [v])]
+    return [o for o in dict.fromkeys(filter(_is_stepping, held)) if o is not optimizer]
+
+def _is_stepping(o): return isinstance(o, torch.optim.Optimizer) or hasattr(o, 'param_lists') and hasattr(o, 'step')
+
+def stepping_optimizers(
+    optimizer  # of torch or fastai, or one that wraps another
+) -> list:
+    "Return the optimizers that step: those inside wrappers, as accelerate's or fastai's `OptimWrapper`, or `optimizer` itself"
+    found, left, seen = [], [optimizer], []
+    while left:
+        o = left.pop(0)
+        if any(o is s for s in seen): continue
+        seen.append(o)
+        if (inner := _parts_of(o)): left += inner
+        else: found.append(o)
+    return found
+
+def stepping_optimizer(
+    optimizer  # of torch or fastai, or one that wraps another
+):
+    "Return the optimizer that steps, if there is one only; else `optimizer`"
+    found = stepping_optimizers(optimizer)
+    return found[0] if len(found) == 1 else optimizer
+
+_inner = stepping_optimizer
+
+# %% ../../nbs/08_sparse.compact.ipynb #437b92f5
 _torch_optimizers = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 _fastai_steps     = {'weight_decay', 'l2_reg', 'average_grad', 'average_sqr_grad', 'momentum_step', 'step_stat', 'sgd_step', 'adam_step',
                      'rms_prop_step'}
+_pass_on          = {'fastai.optimizer.OptimWrapper', 'accelerate.optimizer.AcceleratedOptimizer'}
 
-def _inner(optimizer):
-    "The optimizer that does the work: fastai's `OptimWrapper` has a torch one inside"
-    return optimizer.opt if isinstance(getattr(optimizer, 'opt', None), torch.optim.Optimizer) else optimizer
+def _full_name(o): return f'{type(o).__module__}.{type(o).__name__}'
+
+def why_not_passed_on(
+    optimizer  # of torch or fastai, or one that wraps another
+) -> str|None:
+    "Return why the wrappers around the optimizer that steps may write weights themselves, or None if they only pass the step on"
+    while (inner := _parts_of(optimizer)):
+        name = _full_name(optimizer)
+        if name not in _pass_on or len(inner) > 1:
+            return f'{name} wraps {" and ".join(type(o).__name__ for o in inner)}, and may write to the weights itself'
+        optimizer, = inner
 
 def why_not_compact(
     optimizer  # of torch or fastai
 ) -> str|None:
     "Why steps of `optimizer` cannot be compact, or None if they can"
-    opt = _inner(optimizer)
+    if (why := why_not_passed_on(optimizer)): return why
+    opt  = stepping_optimizer(optimizer)
+    name = _full_name(opt)
     if type(opt) in _torch_optimizers: return None
-    name = f'{type(opt).__module__}.{type(opt).__name__}'
     if not hasattr(opt, 'param_lists') or 'cbs' not in vars(opt):
         return f'{name} is none of {", ".join(t.__name__ for t in _torch_optimizers)}'
     steps = {getattr(c.func if isinstance(c, partial) else c, '__name__', repr(c)) for c in opt.cbs}
@@ -61,7 +103,7 @@ class CompactStep:
         masks: dict[str, torch.Tensor]      # their masks, True = kept
     ):
         if (why := why_not_compact(optimizer)): raise TypeError(f'Compact steps are not possible: {why}')
-        self.opt, self.open, self.slots = _inner(optimizer), False, []
+        self.opt, self.open, self.slots = stepping_optimizer(optimizer), False, []
         lists = getattr(self.opt, 'param_lists', None) or [g['params'] for g in self.opt.param_groups]
         masked = {id(params[k]): m for k,m in masks.items()}
         with torch.no_grad():

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import torch, torch.nn as nn
 from fastcore.basics import patch
 from torch.nn.parameter import is_lazy
+from ..core.granularity import check_loaded
 from ..core.masks import Masks, _bare, _named
-from ..report import print_text
+from ..report import as_mask_of, shared_weights, print_text
 from .sparsifier import Hold, Sparsifier
 from .sparsify_callback import SparsifyCallback, _Lean
 from .targets import _full, _matches, _patterns, _plainly
@@ -27,14 +28,18 @@ def _places(model):
                 if p is not None and not is_lazy(p)]
 
 def _chosen(model, include, exclude):
-    "First name → parameter, of all that are meant by one of their names"
+    "First name → parameter, of all that are meant by one of their names; one weight once"
     if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
     places, uses = _places(model), {}
     found = [p[:3] for p in places]
     include, exclude = _patterns('include', include, found), _patterns('exclude', exclude, found)
-    for n,m,name,k in places: uses.setdefault(m._parameters[k], []).append((n, m, name))
+    params   = {name: m._parameters[k] for _,m,name,k in places}
+    first, _ = shared_weights(params)
+    for n,m,name,_ in places: uses.setdefault(first[name], []).append((n, m, name))
     def meant(patterns, names): return any(_matches(p, *u) for p in patterns for u in names)
-    return {names[0][2]: p for p,names in uses.items() if (not include or meant(include, names)) and not meant(exclude, names)}
+    chosen = {k: params[k] for k,names in uses.items() if (not include or meant(include, names)) and not meant(exclude, names)}
+    check_loaded(chosen.items())
+    return chosen
 
 # %% ../../nbs/18_sparse.keep.ipynb #0ddb19ac
 @patch(cls_method=True)
@@ -125,10 +130,10 @@ def _masks_for(self:KeepSparsity, model):
     "The masks to keep in `model`"
     if self._given is not None:
         masks, params = Masks(), _named(model)
-        first = {id(p): k for k,p in _chosen(model, self.include, self.exclude).items()}
+        chosen, (first, _) = _chosen(model, self.include, self.exclude), shared_weights(params)
         for k,mask in self._given.items():
-            name = first.get(id(params[k])) if k in params else k
-            if name is not None: _add(masks, name, mask)
+            if k not in params or mask.shape != params[k].shape: _add(masks, k, mask)  # refused later
+            elif (name := first[k]) in chosen: _add(masks, name, as_mask_of(mask, params[k], params[name]))
         return masks
     masks  = Masks.of(model, self.include, self.exclude)
     owners = {name: (m, k) for _,m,name,k in _places(model)}
@@ -164,7 +169,7 @@ def before_fit(self:KeepSparsity):
     if not masks.n_dropped: raise ValueError(self._no_zero())
     self._kept, self.masks = _Kept(masks, self.learn.model), masks
     self._kept.apply_masks()
-    total = sum(p.numel() for p in self.learn.model.parameters())
+    total = sum(p.numel() for p in _chosen(self.learn.model, None, None).values())
     self._say(f'Keeping {masks.n_dropped:,} zeros of {masks.n:,} weights in {len(masks)} parameters '
               f'({100*masks.n/total:.2f}% of the model\'s {total:,})')
 

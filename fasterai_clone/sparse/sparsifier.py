@@ -10,20 +10,22 @@ import math, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
+from types import MethodType
 import torch, torch.distributed as dist, torch.nn as nn
 from fastcore.basics import patch
+from torch.nn.parameter import is_lazy
 from ..core.budget import affordable, bounded, check_limits, erk_counts, lamp, limits, row_mask
 from ..core.criteria import Criteria, group_scores, identity, large_final, magnitude
 from ..core.flow import multiply_adds, trace_flow
-from ..core.granularity import Granularities, Groups, _block_sizes, _unknown
+from ..core.granularity import Granularities, Groups, _block_sizes, _unknown, check_loaded
 from ..core.masks import Masks
 from ..core.measure import accumulated, as_criteria, batches, passes_signal
 from ..core.schedule import Schedule, as_schedule
 from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped, restore
 from ..prune.coupling import coupled_groups
-from ..report import Report, Row, print_text
-from .compact import CompactStep, _inner, why_not_compact
+from ..report import Report, Row, shared_weights, print_text
+from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on, _inner
 from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name, _plainly, _processes,
                                            _summed, _types, find_targets, hold_with, layer_sparsities, output_channels,
                                            unwrapped)
@@ -34,7 +36,7 @@ __all__ = ['available_contexts', 'Sparsifier', 'LayerCollapse', 'Hold']
 # %% ../../nbs/14_sparse.sparsifier.ipynb #3d0656e3
 _contexts = ('local', 'global', 'erk', 'lamp', 'output')
 _budgets  = ('groups', 'params', 'flops')
-_coupled_roles = dict(filter='producer', channel='consumer')  # granularity → the role of what is scored
+_coupled_roles = dict(filter='producer', unit='producer', channel='consumer')  # granularity → the role of what is scored
 
 def available_contexts() -> list[str]:
     "The names of the contexts"
@@ -90,7 +92,7 @@ def _check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, inclu
         except TypeError: raise TypeError(f'`coupled` must be True or False, or name layers that are to lead; got {coupled!r}') from None
         if not leaders: raise ValueError('`coupled` is empty: write True, or the layers that are to lead')
     if coupled and granularity not in (*_coupled_roles, 'head'):
-        raise ValueError(f'`coupled` takes channels: it needs granularity="filter", "channel" or "head", not {granularity!r}')
+        raise ValueError(f'`coupled` takes channels: it needs granularity="filter", "channel", "unit" or "head", not {granularity!r}')
     if coupled and context == 'output':
         raise ValueError('`coupled` drops outputs, context="output" compares inside of each: choose another')
     _types(layer_type)
@@ -150,9 +152,12 @@ class Sparsifier:
         self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity != 'head' and coupled
         kind  = 'weight' if self.coupled and granularity == 'channel' else granularity  # all layers have it; what goes is seen later
         found = find_targets(self.model, kind, layer_type, include, exclude, part, params)
+        skipped = self._leave_out(found)
         self.mesh = _mesh(found)  # the processes that share the weights out among them
         if self.mesh is not None: self._check_sharded(min_sparsity is max_sparsity is None)
         self.targets = [t if self.mesh is None else _local_target(t) for t in self._with_held(found, exclude)]
+        self.left_out = {**skipped, **self.left_out}
+        self._check_ties(found)
         self._share_out(min_sparsity, max_sparsity)
         self.masks = Masks(shapes={p.name: p.tensor.shape for t in self.targets for p in t.parts + t.held})
         self.updates, self.refs, self.used = 0, {}, set()  # changes of masks; what the criterion compares with; whose sums were used
@@ -176,6 +181,7 @@ def sparsity(self:Sparsifier) -> float:
 @patch
 def _zeros(self:Sparsifier, parts):
     "How many zeros each of `parts` has"
+    check_loaded((p.name, p.whole) for p in parts)
     weights = [p.tensor.detach() for p in parts]
     return self._total(parts, [w.numel() - int(w.count_nonzero()) for w in weights])
 
@@ -244,13 +250,13 @@ def _coupled_targets(self:Sparsifier, targets, exclude):
     with _plainly(self.model):
         groups = coupled_groups(self.model, self._example('`coupled`'), timeout=None)
         owners = {f'{n}.{k}' if n else k: (m, k) for n,m in self.model.named_modules() for k in m._parameters}
-    known, role = {id(t.weight): t for t in targets}, _coupled_roles[self.granularity]
+    known, role = {id(p.whole): t for t in targets for p in t.parts}, _coupled_roles[self.granularity]  # a unit has two parts
     self.channel_groups, made, taken = [], [], set()
     makes = Counter(m.name for g in groups for m in g.members if m.role == 'producer')
     for g in groups:
         names = [m.name for m in g.members if m.role == role]
         own   = [known.get(id(m._parameters.get(k))) for m,k in (owners.get(n, (self.model, '')) for n in names)]
-        chosen = [t for t in own if t]
+        chosen = [*{t.name: t for t in own if t}.values()]
         why   = _why_left_out(g, names, own, makes) if role == 'producer' else _why_unread(g, chosen, owners, exclude)
         for t in chosen if why else (): self.left_out.setdefault(t.label, why)
         if why or not chosen: continue
@@ -299,7 +305,7 @@ def _as_one(g, owners, role, targets, leaders):
     def part(m):
         size = int((m.channel >= 0).sum()) * math.prod(m.shape) // (len(m.channel) * g.n)
         return Part(m.name, *owners[m.name], _Lines((g.n, size), (1,), m.axis, tuple(m.channel.tolist())))
-    names, lead = {t.name for t in targets}, {t.name for t in leaders}
+    names, lead = ({p.name for t in ts for p in t.parts} for ts in (targets, leaders))
     scored = [m for m in g.members if m.role == role and m.name in lead]
     held   = [m for m in g.members if (m.held or m.role == role and m.name in names) and m not in scored]
     parts, first = [part(m) for m in scored], leaders[0].parts[0]
@@ -390,16 +396,50 @@ def _check_scores(scores, parts):
     missing = [k for k in shapes if k not in scores]
     if missing: raise ValueError(f'`criteria` has no scores for {", ".join(missing)}: give them, or leave those layers out with `exclude`')
 
+# %% ../../nbs/14_sparse.sparsifier.ipynb #leaveout1
+@patch
+def _no_pattern(self:Sparsifier, t):
+    "Why the target `t` can have no n:m pattern, or None"
+    if not self.nm: return None
+    if t.weight.ndim < 2: return 'has no input axis for an n:m pattern'
+    axis  = _input_axis(t.parts[0])
+    parts = getattr(t.module, 'groups', 1) if axis == 0 else 1  # a transposed convolution has the inputs of all parts there
+    size  = t.weight.shape[axis] // parts
+    return f'has {size} inputs, not a multiple of {self.nm[1]}' if size % self.nm[1] else None
+
+@patch
+def _leave_out(self:Sparsifier, found):
+    "Take targets out of `found` that cannot have the n:m pattern, if `nn.Module` asked for all that can be sparsified; layer → why"
+    skipped  = dict(found.skipped)
+    unfit    = {t.label: f'it {why}' for t in found if t.name in found.optional and (why := self._no_pattern(t))}
+    if len(unfit) == len(found): return skipped  # an error then, as for layers that were asked for
+    found[:] = [t for t in found if t.label not in unfit]
+    return {**skipped, **unfit}
+
+# %% ../../nbs/14_sparse.sparsifier.ipynb #checkties
+@patch
+def _check_ties(self:Sparsifier, found):
+    "Say which layers become sparse without being chosen, and refuse to remove channels of weights that share their memory"
+    mine = {p.name: t.label for t in self.targets for p in t.parts + t.held}
+    self.tied = {name: others for name,others in found.tied.items() if name in mine}
+    for name,others in self.tied.items():
+        for other,kind,chosen in others:
+            if chosen: continue
+            warnings.warn(f'{name} is also {other} ({kind}), which was not chosen and becomes sparse too. To keep it dense leave out '
+                          f'{mine[name]}: `exclude={mine[name]!r}`', stacklevel=4)
+    if not self.coupled: return
+    first, _ = shared_weights({k: p for k,p in self._params().items() if not hasattr(p, 'placements')})
+    same = [(k, v) for k,v in first.items() if k != v]
+    if same: raise ValueError(f'`coupled`: {same[0][0]} and {same[0][1]} share their memory, so channels of one cannot go without the other: leave '
+                              f'the layers out with `exclude`')
+
 # %% ../../nbs/14_sparse.sparsifier.ipynb #4bd2411c
 @patch
 def _check_fit(self:Sparsifier, t):
     "Refuse a target that the pattern or the criterion is not made for"
-    if self.nm and t.weight.ndim < 2:
-        raise ValueError(f'`nm`: {t.name} has no input axis for an n:m pattern: leave it out with `exclude={t.name!r}`')
-    axis  = _input_axis(t.parts[0]) if self.nm else 0
-    parts = getattr(t.module, 'groups', 1) if axis == 0 else 1  # a transposed convolution has the inputs of all parts there
-    if self.nm and (size := t.weight.shape[axis] // parts) % self.nm[1]:
-        raise ValueError(f'`nm`: {t.label} has {size} inputs, not a multiple of {self.nm[1]}: leave it out with `exclude={t.label!r}`')
+    if (why := self._no_pattern(t)):
+        name = t.name if t.weight.ndim < 2 else t.label
+        raise ValueError(f'`nm`: {name} {why}: leave it out with `exclude={name!r}`')
     if isinstance(self.criteria, dict): return
     if self.criteria.signed and self.context == 'lamp':
         raise ValueError('context="lamp" divides by sums of scores, and those of this `criteria` can be below zero: choose another one')
@@ -736,6 +776,7 @@ def update(self:Sparsifier,
 ) -> None:
     "Choose new masks, all of them or none, and apply them"
     pools = self.pools if pools is None else pools
+    check_loaded((p.name, p.whole) for p in self._parts())
     rounds, names = self._rounds(counts, pools), {t.name for pool in pools for t in pool}
     def choose():
         for step in rounds: self._update(step, pools, round_to)
@@ -864,8 +905,11 @@ def is_pruned(self:Sparsifier,
         what = known[what]
     elif what is None: what = self.model
     if not isinstance(what, (nn.Module, nn.Parameter)): raise TypeError(f'Expected a module, a parameter or the name of one, got {what!r}')
-    mine  = {id(p) for p in (what.parameters() if isinstance(what, nn.Module) else [what])}
-    parts = [p for t in self.targets for p in t.parts + t.held if id(p.whole) in mine and p.name in self.masks]
+    params   = dict(self.model.named_parameters(remove_duplicate=False))
+    first, _ = shared_weights(params)
+    ids  = {id(p): first[k] for k,p in params.items()}
+    mine = {ids.get(id(p)) for p in (what.parameters() if isinstance(what, nn.Module) else [what])} - {None}
+    parts = [p for t in self.targets for p in t.parts + t.held if ids.get(id(p.whole)) in mine and p.name in self.masks]
     return any(self._total(parts, [int(not self.masks[p.name].all()) for p in parts]))
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #5c5fe678
@@ -910,34 +954,71 @@ def _alive(self:Sparsifier, t):
     return alive[0] if len(alive) == 1 else torch.stack(alive).any(0)
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #734afa59
+class _AfterStep:
+    "Calls `then` after each `optimizer.step()`, until it is removed; for wrappers that are no complete `torch.optim.Optimizer`"
+    def __init__(self, optimizer, then):
+        self.opt, self.then, self.before = optimizer, then, vars(optimizer).get('step')
+        former = optimizer.step
+        @wraps(former)
+        def step(_, *args, **kwargs):
+            out = former(*args, **kwargs)
+            if self.then: self.then()
+            return out
+        self.step = optimizer.step = MethodType(step, optimizer)  # schedulers look for its `__func__`
+
+    def remove(self):
+        self.then = None
+        if vars(self.opt).get('step') is not self.step: return  # a scheduler has wrapped it since
+        if self.before is None: del self.opt.step
+        else: self.opt.step = self.before
+
+def _has_hooks(optimizer):
+    "Does `optimizer` call hooks after its step? Not if it skipped `super().__init__`"
+    return hasattr(optimizer, '_optimizer_step_post_hooks') and getattr(getattr(type(optimizer), 'step', None), 'hooked', False)
+
 class Hold:
     "Masks of `sparsifier` after steps of `optimizer` (`compact`: of kept weights only), to `release` or the end of a `with` block"
     def __init__(self, sparsifier, optimizer, compact):
         self.sp, self.opt, self.compact, self.step, self.made_for = sparsifier, optimizer, compact, None, None
-        self.handles = [optimizer.register_step_pre_hook(self.before), optimizer.register_step_post_hook(self.after)]
+        self.stepping, self.handles = stepping_optimizers(optimizer), []
+        for o in self.stepping: self.handles += [o.register_step_pre_hook(self.before), o.register_step_post_hook(self.after)]
+        if why_not_passed_on(optimizer) is None: return
+        if _has_hooks(optimizer): self.handles.append(optimizer.register_step_post_hook(self.after_all))
+        else: self.handles.append(_AfterStep(optimizer, self.after_all))
 
-    def before(self, *args):
-        "Before a step: gradients are complete"
-        if self.sp.reference == 'grad': self.sp.accumulate_gradients()
-        if not self.compact: return
-        if self.made_for != self.sp.updates:  # the masks are others now
-            if self.step: self.step.release()
-            self.step, self.made_for = self.sp.compact_step(self.opt), self.sp.updates
-        self.step.enter()
-
-    def after(self, *args):
-        "After a step: dropped weights are zero again"
-        if self.step: self.step.exit()
-        else: self.sp.apply_masks()
-
-    def release(self):
-        "Let go"
-        for h in self.handles: h.remove()
+# %% ../../nbs/14_sparse.sparsifier.ipynb #41f632bd
+@patch
+def before(self:Hold, optimizer, *args):
+    "Before a step: gradients are complete"
+    if self.sp.reference == 'grad' and optimizer is self.stepping[0]: self.sp.accumulate_gradients()
+    if not self.compact: return
+    if self.made_for != self.sp.updates:  # the masks are others now
         if self.step: self.step.release()
-        self.handles, self.step = [], None
+        self.step, self.made_for = self.sp.compact_step(self.opt), self.sp.updates
+    self.step.enter()
 
-    def __enter__(self): return self
-    def __exit__(self, *args): self.release()
+@patch
+def after(self:Hold, *args):
+    "After a step: dropped weights are zero again"
+    if self.step: self.step.exit()
+    else: self.sp.apply_masks()
+
+@patch
+def after_all(self:Hold, *args):
+    "After the step of a wrapper, which may have written to the weights itself"
+    self.sp.apply_masks()
+
+@patch
+def release(self:Hold):
+    "Let go"
+    for h in self.handles: h.remove()
+    if self.step: self.step.release()
+    self.handles, self.step = [], None
+
+@patch
+def __enter__(self:Hold): return self
+@patch
+def __exit__(self:Hold, *args): self.release()
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #7694335c
 @patch
@@ -947,19 +1028,19 @@ def compact_step(self:Sparsifier, optimizer) -> CompactStep:
 
 @patch
 def hold(self:Sparsifier,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,  # or what wraps one or several
     compact: bool = False    # step on the kept weights only (SGD, Adam, AdamW); what the optimizer knew of the others is forgotten
 ) -> Hold:
     "Keep the masks applied after each `optimizer.step()`, until `release()` of what is returned"
     _check_flags(compact=compact)
-    opt = _inner(optimizer)
-    if not isinstance(opt, torch.optim.Optimizer):
-        raise TypeError(f'`hold` takes a `torch.optim.Optimizer`, got {type(optimizer).__module__}.{type(optimizer).__name__}. '
-                        'With fastai pass `SparsifyCallback` to `fit`; in a loop of your own call `apply_masks` after each step')
+    if not all(map(_has_hooks, stepping_optimizers(optimizer))):
+        raise TypeError(f'`hold` takes a `torch.optim.Optimizer` or what wraps one; {type(optimizer).__module__}.{type(optimizer).__name__} has '
+                        'none inside that calls hooks. With fastai pass `SparsifyCallback` to `fit`; in a loop of your own call '
+                        '`apply_masks` after each step')
     if compact and self.mesh is not None: raise TypeError('`compact` is not possible: the weights are sharded')
-    if compact and (why := why_not_compact(opt)): raise TypeError(f'`compact` is not possible: {why}')
+    if compact and (why := why_not_compact(optimizer)): raise TypeError(f'`compact` is not possible: {why}')
     self.apply_masks()
-    return Hold(self, opt, compact)
+    return Hold(self, optimizer, compact)
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #403c0f35
 @patch
@@ -1033,7 +1114,13 @@ def report(self:Sparsifier) -> Report:
     zeros = dict(zip((p.name for p in self._parts()), self._zeros(self._parts())))
     held  = {p.name: (p.name, type(p.owner).__name__, p.whole.numel()) for t in self.targets for p in t.held if p.name not in zeros}
     return Report(self._rows(zeros), self._left_dense(), granularity, tuple(held.values()), tuple(self.why_not.items()),
-                  tuple(self.left_out.items()), self._budget_used())
+                  tuple(self.left_out.items()), self._budget_used(), self._one_weight())
+
+@patch
+def _one_weight(self:Sparsifier):
+    "(parameter, another name of it) of the weights that have several, and whether that one was chosen"
+    return tuple((name, f'{other} ({kind})' + ('' if chosen else ', which was not chosen'))
+                 for name,others in self.tied.items() for other,kind,chosen in others)
 
 @patch
 def _empty(self:Sparsifier):
@@ -1071,10 +1158,12 @@ def _row(self:Sparsifier, t, p, zeros):
 
 @patch
 def _left_dense(self:Sparsifier):
-    "(name, type of its module, size) of each parameter that no mask is for"
-    covered = {id(p.whole) for t in self.targets for p in t.parts + t.held}
+    "(name, type of its module, size) of each parameter that no mask is for, one weight once"
     kinds = {id(p): type(m).__name__ for m in reversed([*self.model.modules()]) for p in m._parameters.values() if p is not None}
-    return tuple((_plain_name(n), kinds[id(p)], p.numel()) for n,p in self.model.named_parameters() if id(p) not in covered)
+    named = {_plain_name(n): p for n,p in self.model.named_parameters(remove_duplicate=False) if not is_lazy(p)}
+    first, _ = shared_weights(named)
+    covered  = {first.get(p.name) for t in self.targets for p in t.parts + t.held}
+    return tuple((n, kinds[id(p)], p.numel()) for n,p in named.items() if first[n] == n and first[n] not in covered)
 
 @patch
 def print_sparsity(self:Sparsifier) -> None:

@@ -6,22 +6,25 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.targets.html.md"""
 
 # %% ../../nbs/11_sparse.targets.ipynb #7196afc6
 from __future__ import annotations
-import math, re
+import math, re, warnings
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MethodType
 import torch, torch.distributed as dist, torch.nn as nn
+from torch.overrides import TorchFunctionMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from ..core.flow import Flow
-from ..core.granularity import Granularities, Groups, _unknown
+from ..core.flow import Flow, tensors_in
+from ..core.granularity import Granularities, Groups, _unknown, check_loaded
+from ..core.measure import untouched
 from ..core.selection import Piece, check_sparsity
+from ..report import shared_weights
 
 # %% auto #0
-__all__ = ['Part', 'Target', 'unwrapped', 'find_targets', 'output_channels', 'hold_with', 'layer_sparsities']
+__all__ = ['Part', 'Target', 'unwrapped', 'Targets', 'find_targets', 'output_channels', 'hold_with', 'layer_sparsities']
 
 # %% ../../nbs/11_sparse.targets.ipynb #cb62e245
 @dataclass(frozen=True)
@@ -118,10 +121,14 @@ def _types(layer_type):
         raise TypeError(f'`layer_type` must be a type of layer, its name, or several of them; got {layer_type!r}')
     return types
 
+def _is_asked_for(m, types):
+    "Is `m` of one of the types, other than by `nn.Module`, which stands for all that can be sparsified?"
+    names = {k.__name__ for k in type(m).__mro__}
+    return any(t in names if isinstance(t, str) else t is not nn.Module and isinstance(m, t) for t in types)
+
 def _is_layer(m, types):
     "Is `m` of one of the types? `nn.Module` stands for all that a granularity is known for"
-    names, known = {k.__name__ for k in type(m).__mro__}, Granularities.layout(m) is not None
-    return any(t in names if isinstance(t, str) else known if t is nn.Module else isinstance(m, t) for t in types)
+    return _is_asked_for(m, types) or nn.Module in types and Granularities.layout(m) is not None
 
 # %% ../../nbs/11_sparse.targets.ipynb #c6918454
 def _summed(counts, mesh):
@@ -140,7 +147,7 @@ def _finite(w):
 def _computed(m):
     "Names of weights of `m` that are computed from other parameters"
     made  = ['weight', *getattr(m, '_flat_weights_names', ()), *getattr(m, 'parametrizations', ())]  # the former of recurrent layers
-    made += [k.rpartition('_')[0] for k in m._parameters if k.endswith(('_g', '_v', '_orig'))]
+    made += [k.rpartition('_')[0] for k in m._parameters if k.endswith(('_g', '_v', '_orig', '_raw'))]
     inner = [f'{n}.{k}' for n,c in m.named_children() if n != 'parametrizations' for k in _computed(c)]  # attention's output projection
     return [k for k in dict.fromkeys(made) if k not in m._parameters and isinstance(getattr(m, k, None), torch.Tensor)] + inner
 
@@ -149,21 +156,52 @@ def _layer_params(m, wanted=None):
     layout, made = Granularities.layout(m) or dict(weight={}), _computed(m)
     names = [k for k,_ in m.named_parameters() if not (k.startswith('parametrizations.') or k.rpartition('_')[0] in made)] + made
     names = [k for k in names if any(fnmatchcase(k, p) for p in layout)]
-    return [k for k in names if (any(fnmatchcase(k, p) for p in wanted) if wanted else 'bias' not in k)]
+    if not wanted: return [k for k in names if 'bias' not in k]
+    return [k for k in names if any(fnmatchcase(n, p) for p in wanted for n in ([k, f'{k}_raw'] if k in made else [k]))]
 
-def _check(layer, m, k):
-    "Refuse a parameter that cannot be masked"
-    where = f'The {k} of {layer or "the model"} ({type(m).__name__})'
-    if k in _computed(m):
-        if m.get_submodule(k.rpartition('.')[0])._buffers.get(f'{k.rpartition(".")[2]}_mask') is not None:
-            raise ValueError(f'{where} is held by `torch.nn.utils.prune`: take its masks over with `Masks.from_torch_prune(model)`, '
-                             f'then end that with `prune.remove(module, {k!r})`')
-        raise ValueError(f'{where} is computed by a parametrization or hook: zeros put there would not last. Remove that first '
-                         '(`torch.nn.utils.parametrize.remove_parametrizations`, or `remove_weight_norm`), or leave the layer out '
-                         'with `exclude`')
-    w = m.get_parameter(k)
+# %% ../../nbs/11_sparse.targets.ipynb #3e3e32d9
+def _parents(model):
+    "id of a module → (name, module) that has it as a child"
+    return {id(c): (_plain_name(n), m) for n,m in model.named_modules() for c in m._modules.values() if c is not None}
+
+def _owner(m, param):
+    "The module that has the parameter `param` of `m`, and its name there"
+    path, _, leaf = param.rpartition('.')
+    return m.get_submodule(path), leaf
+
+def _home(layer, m, k, parents):
+    "(name, module, name there) of the parameter `k` of the layer `m`; one that `WeightDropout` makes is where that keeps it"
+    owner, leaf = _owner(m, k)
+    if leaf not in owner._parameters:
+        for name,other in ((_full(layer, k).rpartition('.')[0], owner), parents.get(id(owner), ('', owner))):
+            raw = other._parameters.get(f'{leaf}_raw')
+            if raw is not None and raw.shape == getattr(owner, leaf).shape: return _full(name, f'{leaf}_raw'), other, f'{leaf}_raw'
+    return _full(layer, k), owner, leaf
+
+# %% ../../nbs/11_sparse.targets.ipynb #d8ac08c3
+def _why_computed(owner, leaf):
+    "(why, what to do) for a weight that is no parameter"
+    if owner._buffers.get(f'{leaf}_mask') is not None:
+        return 'is held by `torch.nn.utils.prune`', (': take its masks over with `Masks.from_torch_prune(model)`, then end that with '
+                                                     f'`prune.remove(module, {leaf!r})`')
+    return ('is computed by a parametrization or hook: zeros put there would not last',
+            '. Remove that first (`torch.nn.utils.parametrize.remove_parametrizations`, or `remove_weight_norm`), or leave the layer '
+            'out with `exclude`')
+
+def _check(layer, m, k, home, strict=True):
+    "Refuse a parameter that cannot be masked; unless `strict`, return why if it can be left out"
+    name, owner, leaf = home
+    where, w = f'The {k} of {layer or "the model"} ({type(m).__name__})', owner._parameters.get(leaf)
+    if w is None:
+        why, what_to_do = _why_computed(owner, leaf)
+        if strict or 'prune' in why: raise ValueError(f'{where} {why}{what_to_do}')
+        return why
     if is_lazy(w): raise ValueError(f'{where} has no shape yet: run one batch through the model first')
-    if not w.is_floating_point(): raise ValueError(f'{where} is {w.dtype}: only real floating-point weights can be sparsified')
+    check_loaded([(where, w)])
+    if not w.is_floating_point():
+        why = f'is {w.dtype}: only real floating-point weights can be sparsified'
+        if strict: raise ValueError(f'{where} {why}')
+        return why
     if not _finite(w): raise ValueError(f'{where} holds NaN or infinite numbers')
 
 # %% ../../nbs/11_sparse.targets.ipynb #cdb3ce31
@@ -191,6 +229,9 @@ def _patterns(what, patterns, found=None):
     for p in patterns:
         if found is None or any(_matches(p, *f) for f in found): continue
         named = p if isinstance(p, str) else p.pattern if isinstance(p, re.Pattern) else getattr(p, '__name__', p)
+        if isinstance(p, str) and (inside := [layer for layer,*_ in found if layer.startswith(f'{p}.')]):
+            raise ValueError(f'`{what}`: {p!r} is none of the layers, it has some inside ({", ".join(dict.fromkeys(inside))}). For all of them '
+                             f'write {f"{p}.*"!r}')
         raise ValueError(_unknown(f'layer in `{what}`', named, dict.fromkeys(layer for layer,*_ in found)))
     return patterns
 
@@ -199,9 +240,11 @@ def _no_layer(model, types, what):
     "The sentence for a model without layers of `types`"
     have = {}
     for m in model.modules():
-        if any(p.ndim > 1 for p in m._parameters.values() if p is not None): have[type(m).__name__] = have.get(type(m).__name__, 0) + 1
+        if any(is_lazy(p) or p.ndim > 1 for p in m._parameters.values() if p is not None): have[type(m).__name__] = have.get(type(m).__name__, 0) + 1
+    quantized = list(dict.fromkeys(type(m).__name__ for m in model.modules() if '.quantized' in type(m).__module__))
+    packed = f'. Its layers {", ".join(quantized)} are quantized, their weights are packed integers: sparsify before you quantize' if quantized else ''
     return (f'{what} has no layer of type {", ".join(t if isinstance(t, str) else t.__name__ for t in types)}. '
-            f'Layers with weights it has: {", ".join(f"{k} ({n})" for k,n in have.items()) or "none"}. Choose with `layer_type`')
+            f'Layers with weights it has: {", ".join(f"{k} ({n})" for k,n in have.items()) or "none"}. Choose with `layer_type`{packed}')
 
 def _plain_name(name): return '.'.join(k for k in name.split('.') if k != '_orig_mod')  # of `torch.compile`
 
@@ -215,12 +258,7 @@ def _layers(model, types, part):
     if not found: raise ValueError(_no_layer(model if part is None else part, types, what))
     return found
 
-def _owner(m, param):
-    "The module that has the parameter `param` of `m`, and its name there"
-    path, _, leaf = param.rpartition('.')
-    return m.get_submodule(path), leaf
-
-def _split(layer, m, granularity, names, strict):
+def _split(layer, m, granularity, names, strict, parents):
     "`Part`s of the groups that begin in each of the parameters `names`; `strict`: each of them must have the granularity"
     found, refused = [], None
     for k in names:
@@ -229,12 +267,209 @@ def _split(layer, m, granularity, names, strict):
             if strict: raise
             refused = refused or e
         except TypeError as e: raise TypeError(f'{e}. Or leave the layer out, with `layer_type`') from None
-        else: found += [tuple(Part(_full(layer, n), *_owner(m, n), g) for n,g in parts)] if parts else []
+        else: found += [tuple(Part(*_home(layer, m, n, parents), g) for n,g in parts)] if parts else []
     if refused and not found and not layer: raise refused
     if refused and not found: raise ValueError(f'{refused}. Or leave {layer} out, with `exclude` or `layer_type`') from refused
     return found
 
+# %% ../../nbs/11_sparse.targets.ipynb #probe002
+_weight_operation = re.compile(r'conv|linear|matmul|mm|einsum|embedding|lstm|gru|rnn|bilinear|attention|tensordot|mv$|dot$')
+
+class _Received(TorchFunctionMode):
+    "Notes the tensors that operations with weights receive: size, how many are not zero, shape, and whether they come from a weight"
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if _weight_operation.search(getattr(func, '__name__', '')):
+            self.seen += [(t.numel(), int(t.count_nonzero()), tuple(t.shape), t.requires_grad)
+                          for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+        return func(*args, **kwargs)
+
+def _known_type(m):
+    "The first type of `m` that is torch's own, or that granularities are declared for"
+    def is_known(k): return k.__module__.startswith('torch.') or not {k, f'{k.__module__}.{k.__qualname__}'}.isdisjoint(Granularities._dims)
+    return next(k for k in type(m).__mro__ if is_known(k))
+
+def _names_in(f):
+    "The names that the code of the function or callable object `f` uses, and that of functions it calls"
+    f = getattr(f, 'func', f)
+    plain = [getattr(f, '__func__', f)] if hasattr(f, '__code__') or hasattr(f, '__func__') else [*vars(type(f)).values()]
+    codes = [(o.__code__, o.__globals__) for o in plain if hasattr(o, '__code__')]
+    codes += [(g[k].__code__, {}) for c,g in codes for k in c.co_names if hasattr(g.get(k), '__code__')]
+    return {n for c,_ in codes for n in (*c.co_names, *(s for s in c.co_consts if isinstance(s, str)))}
+
+def _may_change(m, names):
+    "Has the layer `m` code of its own that could change its parameters `names` before they are used?"
+    known = _known_type(m)
+    own   = [f for f in ('forward', '_conv_forward', '__call__') if f in vars(m) or getattr(type(m), f, None) is not getattr(known, f, None)]
+    telling = {*names, 'setattr', 'parameters', 'named_parameters', '_parameters'}
+    return bool(own) or any(_names_in(h) & telling for h in m._forward_pre_hooks.values())
+
+# %% ../../nbs/11_sparse.targets.ipynb #probe003
+def _made_up_input(m, weight, n):
+    "What a layer like `m` can be called with, `n` items of it, or None"
+    def values(*shape): return torch.rand(shape, dtype=weight.dtype, device=weight.device)
+    if isinstance(m, (nn.Embedding, nn.EmbeddingBag)): return (torch.zeros(n, 3, dtype=torch.long, device=weight.device),)
+    if isinstance(m, nn.MultiheadAttention): return tuple(values(3, n, k) for k in (m.embed_dim, m.kdim, m.vdim))
+    if isinstance(m, nn.RNNBase):      return (values(3, n, m.input_size),)
+    if isinstance(m, nn.RNNCellBase):  return (values(n, m.input_size),)
+    if isinstance(m, nn.Bilinear):     return values(n, m.in1_features), values(n, m.in2_features)
+    if isinstance(m, nn.Linear):       return (values(n, m.in_features),)
+    if isinstance(m, nn.modules.conv._ConvNd):
+        return (values(n, m.in_channels, *[d*(k-1) + 4 for k,d in zip(m.kernel_size, m.dilation)]),)
+    if type(m).__mro__[1] is not nn.Module and hasattr(m, 'nx'): return (values(n, m.nx),)  # a subclass of Hugging Face's `Conv1D`
+
+@contextmanager
+def _with_zeros(module, params, masks):
+    "`module` with groups of `params` at zero, and what else it has a bit off"
+    kept  = [(p, p.data) for p in module.parameters()]
+    flats = [(m._flat_weights, [*m._flat_weights]) for m in module.modules() if isinstance(m, nn.RNNBase)]
+    zeros = {id(p): mask for p,mask in zip(params, masks)}
+    with untouched(module):
+        try:
+            for m in module.modules(): m.training = False  # not by `eval`, in which some layers merge weights
+            for p,w in kept:
+                p.requires_grad_(id(p) in zeros)
+                if id(p) in zeros: p.data = (w + 0.1 * w.abs().mean().clamp(min=0.1)) * zeros[id(p)]
+                elif w.is_floating_point(): p.data = w + 0.1 * torch.rand_like(w)  # an update of low rank begins with zeros
+            yield
+        finally:
+            for p,w in kept: p.data = w
+            for ws,former in flats: ws[:] = former
+
+# %% ../../nbs/11_sparse.targets.ipynb #probe004
+def _loses_zeros(m, parts):
+    "Do operations of the layer `m` receive weights in which groups of `parts` are not zero that are zero in the parameters?"
+    first, runs = parts[0], next((p.owner for p in parts if p.owner not in [*m.modules()]), m)
+    keep  = torch.rand(first.groups.n, generator=torch.Generator().manual_seed(0)) > 0.5
+    keep[0], keep[-1] = first.groups.n == 0, first.groups.n > 1
+    masks = [p.groups.expand(keep.to(p.whole.device), p.whole.shape) for p in parts]
+    n     = next(k for k in (7, 11, 13, 17, 19, 23) if all(k not in p.whole.shape for p in parts) or k == 23)
+    inputs, received = _made_up_input(m, first.whole, n), _Received()
+    if inputs is None: return False
+    with _with_zeros(runs, [p.whole for p in parts], masks):
+        try:
+            with torch.enable_grad(), warnings.catch_warnings(action='ignore'), received: runs(*inputs)
+        except Exception: return False  # code of the user's, which may want other input
+    return any(_has_fewer_zeros(p, parts, masks, received.seen, runs, n) for p in parts)
+
+def _has_fewer_zeros(p, parts, masks, seen, module, n):
+    "Has one of the tensors `seen` that is made of the weight `p` fewer zeros than that?"
+    size, shape = p.whole.numel(), tuple(p.whole.shape)
+    most = max(int(m.count_nonzero()) for q,m in zip(parts, masks) if q.whole.numel() == size)
+    used = [count for k,count,s,made in seen if k == size and made and (n not in s or n in shape)]
+    alone = sum(q.numel() == size for q in module.parameters()) == 1
+    if not used and alone: used = [count for _,count,s,_ in seen if s == shape]  # made without gradients
+    return any(count > most for count in used)
+
+def _check_use(layer, m, parts, strict):
+    "Refuse a weight that `forward` changes so that zeros are lost; unless `strict`, return why it is left out"
+    weights = [p for p in parts if p.whole.ndim > 1]
+    if not weights or any(_is_sharded(p.whole) for p in weights): return
+    own = all(p.owner is m or p.owner in [*m.modules()] for p in weights)
+    if (own and not _may_change(m, [p.param for p in weights])) or not _loses_zeros(m, weights): return
+    why = f'its `forward` changes the {weights[0].param} before it is used, so that zeros in the parameter are no zeros there'
+    if not strict: return why
+    filters = 'filter' in Granularities.allowed_granularities(m, weights[0].param)
+    keeps   = filters and not _loses_zeros(m, [replace(weights[0], groups=Granularities.groups(m, 'filter', weights[0].param))])
+    raise ValueError(f'{layer or "The model"} ({type(m).__name__}): {why}. Leave the layer out with `exclude={layer!r}`' +
+                     (', or choose granularity "filter": whole filters stay zero' if keeps else ''))
+
+# %% ../../nbs/11_sparse.targets.ipynb #names001
+def _shape_of(p): return '×'.join(map(str, p.shape))
+
+def _without_weights(model, layer, m, granularity):
+    "The sentence for a layer `m` of which no parameter can be chosen"
+    own  = [(k, p) for k,p in m._parameters.items() if p is not None]
+    kind = type(m).__name__
+    if own:
+        k, p = next(((k, p) for k,p in own if p.ndim > 1), own[0])
+        axes = 'weight=(), row=(1,), column=(0,)' if p.ndim == 2 else 'weight=()'
+        return (f'No granularity is known for the parameters of {layer or "the model"} ({kind}): '
+                f'{", ".join(f"{k} ({_shape_of(p)})" for k,p in own)}. `Granularities.add_granularity({kind}, dict({axes}), param={k!r})` declares one')
+    inside = [(n, c) for n,c in m.named_modules() if n and Granularities.layout(c) and _layer_params(c)]
+    if not inside: return f'`layer_type` must be layers with weights, and {kind} has none'
+    kinds = ', '.join(dict.fromkeys(type(c).__name__ for _,c in inside))
+    where = f'{layer}.*' if layer else '*'
+    heads = ('. Heads are known for `nn.MultiheadAttention`; of attention made of other layers choose granularity "filter", with `coupled=True` '
+             'for what makes a channel together') if granularity == 'head' else ''
+    return (f'{kind} has no weights of its own. Those of {layer or "the model"} are in {", ".join(n for n,_ in inside)}: choose them with '
+            f'`layer_type` ({kinds}) and `include={where!r}`{heads}')
+
+def _no_parameter(model, found, wanted, granularity):
+    "The sentence where no parameter of the layers `found` is `wanted`"
+    if wanted is None: return _without_weights(model, *found[0][1:], granularity)
+    own   = [(n, m, k) for _,n,m in found for k,_ in m.named_parameters()]
+    meant = [(n, m) for n,m,k in own if any(fnmatchcase(k, p) for p in wanted)]
+    if meant: return _without_weights(model, *meant[0], granularity)
+    return _unknown('parameter in `params`', wanted[0] if len(wanted) == 1 else wanted, dict.fromkeys(k for *_,k in own))
+
 # %% ../../nbs/11_sparse.targets.ipynb #58c05c92
+class Targets(list):
+    "Targets, and what is to be said of them"
+    def __init__(self, targets=()):
+        super().__init__(targets)
+        self.skipped  = {}     # layer → why it is left out, if `nn.Module` asked for all that can be sparsified
+        self.optional = set()  # names of targets that are there because of that
+        self.tied     = {}     # name of a weight → (other name, type of the layer that has it, was that chosen?)
+
+def _why_skipped(layer, m, granularity, error):
+    "A short reason for a layer that does not have the granularity"
+    known = isinstance(granularity, str) and granularity in Granularities.available_granularities()
+    return f'{type(m).__name__} has no granularity {granularity!r}' if known else str(error).partition('. Or leave')[0]
+
+def _targets_of(i, n, m, granularity, own, strict, once, parents, params_given):
+    "Targets of the parameters `own` of layer `m` that `once` has not seen, and why one is left out"
+    homes = {k: _home(n, m, k, parents) for k in own}
+    for k in own:
+        if (why := _check(n, m, k, homes[k], strict)): return [], why
+    new = [k for k in own if once(homes[k])]  # tied weights are one parameter
+    try: split = _split(n, m, granularity, new, params_given, parents)
+    except ValueError as e:
+        if strict: raise
+        return [], _why_skipped(n, m, granularity, e)
+    for parts in split:
+        if (why := _check_use(n, m, parts, strict)): return [], why
+    def is_bias(p): return 'bias' in p.param
+    return [Target(i, n, m, parts[:1] + tuple(p for p in parts[1:] if not is_bias(p)), tuple(p for p in parts[1:] if is_bias(p)))
+            for parts in split], None
+
+# %% ../../nbs/11_sparse.targets.ipynb #ties0001
+class _Weights:
+    "Which parameters of a model are one weight"
+    def __init__(self, model):
+        named = {_plain_name(k): p for k,p in model.named_parameters(remove_duplicate=False) if not is_lazy(p)}
+        self.first, self.partly = shared_weights(named)
+        self.seen = set()
+
+    def is_new(self, home):
+        "Has no target the weight at `home` yet?"
+        name, owner, leaf = home
+        if name in self.partly:
+            raise ValueError(f'{name} shares a part of its memory with {self.partly[name]}, so they cannot be masked one by one: leave both out with '
+                             '`exclude`, or copy one (`.data = .data.clone()`)')
+        return self.first.get(name, name) not in self.seen
+
+    def take(self, parts): self.seen |= {self.first.get(p.name, p.name) for p in parts}
+
+    def others(self, model, target, chosen):
+        "(name, type of its layer, was that chosen?) of other parameters that are a weight of `target`"
+        places = {_full(_plain_name(n), k): m for n,m in model.named_modules() for k,p in m._parameters.items() if p is not None}
+        mine   = {self.first.get(p.name, p.name): p.name for p in target.parts}
+        for name,m in places.items():
+            own = mine.get(self.first.get(name))
+            if own not in (None, name): yield own, (name, type(m).__name__, id(m) in chosen)
+
+def _note_ties(model, targets, weights, chosen):
+    "Note in `targets` what else their weights are"
+    if all(k == v for k,v in weights.first.items()): return
+    for t in targets:
+        for own,other in weights.others(model, t, chosen): targets.tied.setdefault(own, []).append(other)
+
+# %% ../../nbs/11_sparse.targets.ipynb #find0001
 def find_targets(
     model: nn.Module,
     granularity: str|tuple = 'weight',         # what one group is: a name, or the axes it spans
@@ -243,28 +478,32 @@ def find_targets(
     exclude = None,                            # the same, for what is to stay dense
     part: nn.Module|None = None,               # only layers inside this part of the model
     params: str|list|None = None               # names or patterns of a layer's parameters, as `['weight', 'bias']`; None: its weights
-) -> list[Target]:
-    "What is to become sparse, each parameter once"
-    wanted, found = [params] if isinstance(params, str) else params, _layers(model, _types(layer_type), part)
-    names  = [(n, m, _full(n, k)) for _,n,m in found for k in _layer_params(m, wanted)]
-    if not names and wanted is None:
-        kinds = ', '.join(dict.fromkeys(type(m).__name__ for *_,m in found))
-        raise ValueError(f'`layer_type` must be layers with weights, and {kinds} have none')
-    if not names:
-        raise ValueError(_unknown('parameter in `params`', wanted, dict.fromkeys(k for *_,m in found for k,_ in m.named_parameters())))
+) -> Targets:                                  # a list of `Target`; `skipped` has the layers that `nn.Module` leaves out
+    "Find what is to become sparse, each weight once"
+    wanted, types = None if params is None else [params] if isinstance(params, str) else [*params], _types(layer_type)
+    found, parents, weights = _layers(model, types, part), _parents(model), _Weights(model)
+    def name_of(n, m, k): return _home(n, m, k, parents)[0]
+    names = [(n, m, name_of(n, m, k)) for _,n,m in found for k in _layer_params(m, wanted)]
+    if not names: raise ValueError(_no_parameter(model, found, wanted, granularity))
     include, exclude = _patterns('include', include, names), _patterns('exclude', exclude, names)
-    def chosen(*f): return (not include or any(_matches(p, *f) for p in include)) and not any(_matches(p, *f) for p in exclude)
-    seen, targets = set(), []
+    def is_chosen(*f): return (not include or any(_matches(p, *f) for p in include)) and not any(_matches(p, *f) for p in exclude)
+    targets, chosen = Targets(), set()
     for i,n,m in found:
-        own = [k for k in _layer_params(m, wanted) if chosen(n, m, _full(n, k))]
-        for k in own: _check(n, m, k)
-        new = [k for k in own if id(m.get_parameter(k)) not in seen]  # tied weights are one parameter
-        for parts in _split(n, m, granularity, new, strict=wanted is not None):
-            seen   |= {id(p.tensor) for p in parts}
-            targets.append(Target(i, n, m, parts[:1] + tuple(p for p in parts[1:] if 'bias' not in p.param),
-                                  tuple(p for p in parts[1:] if 'bias' in p.param)))
+        own = [k for k in _layer_params(m, wanted) if is_chosen(n, m, name_of(n, m, k))]
+        strict = _is_asked_for(m, types)
+        if not own and strict and wanted is None and m._parameters and not _layer_params(m) and is_chosen(n, m, n):
+            raise ValueError(_without_weights(model, n, m, granularity))
+        new, why = _targets_of(i, n, m, granularity, own, strict, weights.is_new, parents, wanted is not None)
+        if why: targets.skipped[n] = why
+        elif own: chosen |= {id(c) for c in m.modules()}
+        for t in new: weights.take(t.parts + t.held)
+        if not strict: targets.optional |= {t.name for t in new}
+        targets += new
+    if not targets and targets.skipped:
+        raise ValueError(f'No layer can be sparsified: {"; ".join(f"{k}: {why}" for k,why in targets.skipped.items())}')
     if not targets:
         raise ValueError(f'`include` and `exclude` leave no layer; without them there are {", ".join(dict.fromkeys(n for n,*_ in names))}')
+    _note_ties(model, targets, weights, chosen)
     return targets
 
 # %% ../../nbs/11_sparse.targets.ipynb #0dbe5a18
