@@ -321,8 +321,8 @@ def report_tensors(
 def _computed_note(names):
     "What to say of tensors that a parametrization makes weights of"
     if not names: return ()
-    return (f'A parametrization computes the weights that are used from {_abbreviated(names)}: these are counted as saved. `torch.ao.pruning` does '
-            'not save its masks: call `squash_mask()` before saving',)
+    return (f'A parametrization computes the weights that are used from {_abbreviated(names)}: these are counted as saved. '
+            '`torch.ao.pruning` does not save its masks: call `squash_mask()` before saving',)
 
 # %% ../nbs/06_report.ipynb #31ed561a
 _plainer = str.maketrans({'→': '->', '…': '...', '–': '-', '×': 'x', '÷': '/', '≤': '<='})

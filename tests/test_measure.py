@@ -151,14 +151,14 @@ def test_what_is_nested_moves_along():
     (xs, t), = batches([((x, {'a': [y]}), x, (y, 7))], 'meta')
     assert [xs[0][0].device.type, xs[0][1]['a'][0].device.type, xs[1].device.type, t[0].device.type, t[1]] == ['meta']*4 + [7]
 
-@pytest.mark.parametrize('data, says', [(None, 'NoneType'), (3, 'int'), ('x', 'str'), ({'x': x}, 'dict'), (nn.Linear(1, 1), 'Linear'),
+@pytest.mark.parametrize('data, says', [(None, 'NoneType'), (3, 'int'), ('x', 'str'), ({'x': 'x'}, 'dict'), (nn.Linear(1, 1), 'Linear'),
                                         (TensorDataset(x, y), 'TensorDataset')])
 def test_what_holds_no_data_is_refused_at_once(data, says):
     with pytest.raises(TypeError, match=rf'DataLoader.*got {says}'): batches(data, 'cpu')
 
 def test_wrong_batches_are_refused():
     with pytest.raises(TypeError, match='Tensor.*int'): batches((x, 3), 'cpu')
-    with pytest.raises(TypeError, match='got dict'): list(batches([{'x': x}], 'cpu'))
+    with pytest.raises(TypeError, match='got dict'): list(batches([{'x': 'x'}], 'cpu'))
     with pytest.raises(TypeError, match='got float'): list(batches([1.5], 'cpu'))
     with pytest.raises(TypeError, match='got tuple'): list(batches([()], 'cpu'))
     for empty in ([], (), DataLoader(TensorDataset(x[:0], y[:0]))):
@@ -273,7 +273,7 @@ def test_grasp_sees_the_same_dropout_twice():
     net = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1, bias=False)).double()
     x, y = torch.ones(1, 4).double(), torch.zeros(1, 1).double()
     torch.manual_seed(3)
-    s = grasp_scores(net, named(net), (x, y), half_square, temperature=1.)['1.weight']
+    s = grasp_scores(net, named(net), (x, y), half_square, temperature=1., training=True)['1.weight']
     mask = F.dropout(x, 0.5)  # what the passes drew, from the same state of random numbers
     w = net[1].weight.detach()
     assert 0 < (mask == 0).sum() < 4 and close(s, w * mask * (w @ mask.T) * mask.square().sum(), 1e-12)
@@ -332,12 +332,13 @@ def test_losses_that_do_not_reduce_are_averaged():
     assert all(close(a, b, 1e-12) for a,b in zip(snip_scores(net, named(net), data, each).values(),
                                                  snip_scores(net, named(net), data, F.cross_entropy).values()))
 
-def test_gradients_are_measured_in_train_mode():
-    "BatchNorm's running averages of an untrained network mean nothing: those of the batch count, and stay as they were"
+def test_gradients_are_measured_as_the_model_is_used_or_in_train_mode():
+    "The batch's own statistics count only if asked for, and the running ones stay as they were"
     net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
     net[0].running_var.fill_(1e6)
-    s = snip_scores(net, named(net), (torch.randn(8, 3), torch.arange(8) % 2), F.cross_entropy)['1.weight']
-    assert s.max() > 1e-2 and net[0].running_var.tolist() == [1e6]*3
+    data = torch.randn(8, 3), torch.arange(8) % 2
+    used, trained = (snip_scores(net, named(net), data, F.cross_entropy, training=t)['1.weight'] for t in (False, True))
+    assert used.max() < 1e-3 and trained.max() > 1e-2 and net[0].running_var.tolist() == [1e6]*3
 
 @pytest.mark.parametrize('name', [n for n in measures if n != 'synflow'])
 def test_what_is_no_number_is_named(name):
@@ -518,8 +519,9 @@ def naive_norms(m, x):
         if   isinstance(m, nn.Embedding): s = sum(t == idx[0] for t in x.flatten().tolist())
         elif isinstance(m, nn.Linear):    s = sum(v*v for v in x.reshape(-1, x.shape[-1])[:, idx[1]].tolist())
         else:
-            channel = idx[0] if m.transposed else idx[0] // (m.out_channels//m.groups) * m.weight.shape[1] + idx[1]
-            s = sum(v*v for v in x[:, channel].flatten().tolist())
+            one, m = m, deepcopy(m)  # with this weight alone the outputs are what it meets
+            m.weight.data.zero_()[idx], m.bias.data[:] = 1, 0
+            s, m = m(x).square().sum().item(), one
         norms[idx] = math.sqrt(s)
     return norms
 
@@ -743,5 +745,5 @@ def test_signal_through_many_gates(factor):
     for p in net.parameters(): p.data.mul_(factor)
     through = passes_signal(net, torch.rand(1, 6))
     assert len(through) == 25 and all(through.values())
-    net[5].a.weight.data.zero_()  # this gate is shut now
-    assert not any(passes_signal(net, torch.rand(1, 6)).values())
+    net[5].a.weight.data.zero_()  # nothing passes this gate's layers; it is open by half, whatever they get
+    assert [k for k,v in passes_signal(net, torch.rand(1, 6)).items() if not v] == ['5.a', '5.b']

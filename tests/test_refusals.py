@@ -248,7 +248,7 @@ def test_weights_that_cannot_be_masked():
     refused(lambda: Sparsifier(conv), 'parametrization', 'exclude')
     refused(lambda: Sparsifier(nn.Sequential(nn.LazyConv2d(2, 3))), 'no shape yet', 'batch')
     refused(lambda: Sparsifier(nn.Conv2d(2, 2, 3, dtype=torch.complex64)), 'complex64')
-    refused(lambda: Sparsifier(nn.Bilinear(2, 2, 2), layer_type=nn.Bilinear), 'Bilinear')
+    refused(lambda: Sparsifier(nn.BatchNorm2d(2), layer_type=nn.BatchNorm2d), 'BatchNorm2d', 'add_granularity')
     refused(lambda: Sparsifier(nn.utils.parametrizations.weight_norm(nn.LSTM(2, 2), 'weight_hh_l0'), layer_type=nn.LSTM), 'weight_hh_l0', 'parametrization')
 
 @pytest.mark.parametrize('budget', ['params', 'flops'])

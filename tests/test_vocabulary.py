@@ -791,10 +791,6 @@ def test_a_compiled_part_has_plain_names(criterion):
 
 # Weights that are computed from others
 
-def weight_dropped():
-    from fastai.text.models.awdlstm import WeightDropout
-    return WeightDropout(nn.LSTM(3, 4), 0.5)
-
 def normed_projection():
     m = nn.MultiheadAttention(8, 2)
     nn.utils.parametrizations.weight_norm(m.out_proj)
@@ -806,8 +802,7 @@ computed = dict(
     lstm=lambda: old_norm(nn.LSTM(3, 4), 'weight_hh_l0'), lstm_new=lambda: new_norm(nn.LSTM(3, 4), 'weight_hh_l0'),
     attention=lambda: new_norm(nn.MultiheadAttention(8, 2), 'in_proj_weight'), projection=normed_projection,
     spectral=lambda: nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)),
-    spectral_new=lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)),
-    dropped=weight_dropped)
+    spectral_new=lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)))
 
 @pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
 @pytest.mark.parametrize('granularity', ['weight', 'head', 'unit', 'filter'])

@@ -87,6 +87,7 @@ class Criteria:
     structured: bool = False                 # for groups of several weights only
     channels: bool = False                   # for groups that are whole output channels only
     signed: bool = False                     # scores can be below zero, which LAMP has no sense for
+    training: bool = False                   # take gradients that are measured with `data` in train mode, not in eval mode
 
     def __post_init__(self):
         for k in ('f', 'reducer', 'normalizer', 'output_fn', 'step_fn', 'measure', 'group_fn'):
@@ -95,6 +96,8 @@ class Criteria:
                 raise TypeError(f'Criteria: `{k}` must be a function, not {v!r}')
         if sum(map(bool, (self.needs_init, self.needs_update, self.needs_grad, self.measure))) > 1:
             raise ValueError('Criteria: only one of `needs_init`, `needs_update`, `needs_grad` and `measure` can be the reference')
+        if self.training and not self.needs_grad:
+            raise ValueError('Criteria: `training` is about gradients: it needs `needs_grad`')
         if (self.return_init or self.output_fn) and not self.reference:
             raise ValueError('Criteria: `output_fn` and `return_init` need a reference: set one of `needs_init`, '
                              '`needs_update`, `needs_grad`, `measure`')

@@ -6,12 +6,12 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.flow.html.md"""
 
 # %% ../../nbs/07_core.flow.ipynb #e0b25e0b
 from __future__ import annotations
-import inspect, random, re
+import inspect, random, re, copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import NamedTuple
 import numpy as np, torch, torch.nn as nn
 from torch import fx
@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
-__all__ = ['Flow', 'tensors_in', 'memory_of', 'restored', 'undisturbed', 'trace_flow', 'multiply_adds']
+__all__ = ['Flow', 'tensors_in', 'memory_of', 'restored', 'undisturbed', 'trace_flow', 'copied', 'multiply_adds']
 
 # %% ../../nbs/07_core.flow.ipynb #d6594953
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def memory_of(
     t: torch.Tensor  # of any class
 ):
     "Return a key that is equal for two tensors if they are the same view of the same memory"
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch._C.DisableTorchFunction():
         try: start = t.untyped_storage().data_ptr()
         except (RuntimeError, NotImplementedError): start = 0  # sparse, or without memory
         if not start: return id(t)
@@ -387,6 +387,72 @@ def trace_flow(
             try: steps = _run_steps(model, example_inputs)
             except Exception as e: return _untraceable(model, f'The model does not run on `example_inputs`: {_first_line(e)}')
     return _flow(model, steps)
+
+# %% ../../nbs/07_core.flow.ipynb #5e132d36
+class _Detached(TorchFunctionMode):
+    "Copies what `copy.deepcopy` refuses: tensors that know how they were computed, and most subclasses"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.__deepcopy__ or not _refused(args[0]): return func(*args, **(kwargs or {}))
+        t, memo = args
+        with torch._C.DisableTorchFunction():
+            plain = t.detach()
+            new   = plain.__deepcopy__(memo).as_subclass(type(t)).requires_grad_(t.is_leaf and t.requires_grad)
+        memo.setdefault(id(memo), []).append(plain)  # so that nothing else gets its id
+        with self: vars(new).update(copy.deepcopy(vars(t), memo))
+        return new
+
+def _refused(t):
+    "Would `copy.deepcopy` refuse the tensor `t`?"
+    with torch._C.DisableTorchFunction():
+        wraps = type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__  # another tensor, and knows how to copy that
+        return not t.is_leaf or type(t) is not torch.Tensor and not wraps
+
+def _rebound(f, memo):
+    "The function `f` with the copies of what its closure and its defaults hold"
+    def new(o): return memo.get(id(o), o)
+    try: held = [c.cell_contents for c in f.__closure__ or ()]
+    except ValueError: return f  # of a variable that is not set yet
+    defaults, named = f.__defaults__ or (), f.__kwdefaults__ or {}
+    if all(new(o) is o for o in (*held, *defaults, *named.values())): return f
+    cells  = tuple(CellType(new(o)) for o in held)
+    copied = FunctionType(f.__code__, f.__globals__, f.__name__, tuple(map(new, defaults)) or None, cells or None)
+    copied.__kwdefaults__ = {k: new(o) for k,o in named.items()} or None
+    vars(copied).update(vars(f))
+    return copied
+
+# %% ../../nbs/07_core.flow.ipynb #38b84d32
+def _parts(m):
+    "What the module `m` holds, by name; last the module itself if its class says how to copy it"
+    tensors = {k: t for k,t in [*m._parameters.items(), *m._buffers.items()] if type(t) not in (torch.Tensor, nn.Parameter)}
+    others  = {k: v for k,v in vars(m).items() if k not in ('_parameters', '_buffers', '_modules')}
+    return {**tensors, **others, **({'': m} if hasattr(type(m), '__deepcopy__') else {})}
+
+def _uncopyable(model):
+    "The name and the value of what cannot be copied of `model`, the innermost first"
+    for path,m in reversed([*model.named_modules()]):
+        for k,v in _parts(m).items():
+            try:
+                with _Detached(): copy.deepcopy(v)
+            except Exception: return f'{path}.{k}'.strip('.'), v
+
+def copied(
+    model: nn.Module  # left as it is; a backward pass that is still to come is not disturbed
+) -> nn.Module:
+    "Return a copy of `model` that works on its own, with the tensors that it remembers of its last forward pass"
+    _is_model(model)
+    memo = {}
+    try:
+        with _Detached(): new = copy.deepcopy(model, memo)
+    except Exception as e:
+        name, v = _uncopyable(model) or ('', model)
+        what = f'`{name}` ({type(v).__name__})' if name else 'the model itself'
+        raise ValueError(f'{type(model).__name__} cannot be copied, because {what} cannot: {_first_line(e)}. '
+                         'Take that out first, or give its class a `__deepcopy__`') from e
+    for m in new.modules():
+        for table in [vars(m), *(v for v in vars(m).values() if isinstance(v, dict))]:
+            for k,f in table.items():
+                if isinstance(f, FunctionType): table[k] = _rebound(f, memo)
+    return new
 
 # %% ../../nbs/07_core.flow.ipynb #029e0423
 @contextmanager

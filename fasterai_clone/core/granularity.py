@@ -80,9 +80,9 @@ def check_loaded(
     missing = [k for k,t in tensors if t.is_meta]
     if not missing: return
     also = f' (and {len(missing)-1} more)' if len(missing) > 1 else ''
-    raise ValueError(f'{missing[0]}{also} is on the device "meta" and has no numbers. Load the weights first: `load_state_dict(..., assign=True)`, '
-                     'or `from_pretrained` without offloading. If accelerate has offloaded the model, take it back with '
-                     '`accelerate.hooks.remove_hook_from_module(model, recurse=True)`')
+    raise ValueError(f'{missing[0]}{also} is on the device "meta" and has no numbers. Load the weights first: '
+                     '`load_state_dict(..., assign=True)`, or `from_pretrained` without offloading. If accelerate has offloaded the '
+                     'model, take it back with `accelerate.hooks.remove_hook_from_module(model, recurse=True)`')
 
 # %% ../../nbs/01_core.granularity.ipynb #9dedaef0
 def _shape(m, param):

@@ -6,90 +6,145 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.measure.html.md"""
 
 # %% ../../nbs/09_core.measure.ipynb #60619320
 from __future__ import annotations
-import inspect, random, sys
+import copy, inspect, itertools, math, sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
-import numpy as np, torch, torch.nn as nn
+import torch, torch.nn as nn, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset, IterableDataset
 from .criteria import Criteria, Reducer, identity, magnitude, scaled
-from .flow import trace_flow
+from .flow import restored, tensors_in, trace_flow
 from .granularity import _unknown
 
 # %% auto #0
-__all__ = ['wanda', 'snip', 'grasp', 'synflow', 'apoz', 'mean_activation', 'bn_scale', 'untouched', 'batches', 'accumulated',
-           'snip_scores', 'grasp_scores', 'synflow_scores', 'passes_signal', 'input_norms', 'channel_zeros',
-           'channel_means', 'norm_scales', 'available_criterias', 'as_criteria']
+__all__ = ['wanda', 'snip', 'grasp', 'synflow', 'apoz', 'mean_activation', 'bn_scale', 'untouched', 'Targets', 'as_batch',
+           'batches', 'arguments', 'accumulated', 'snip_scores', 'grasp_scores', 'synflow_scores', 'passes_signal',
+           'input_norms', 'channel_zeros', 'channel_means', 'norm_scales', 'available_criterias', 'as_criteria']
 
 # %% ../../nbs/09_core.measure.ipynb #fe7d34aa
+def _global_hooks():
+    "PyTorch's tables of hooks for all modules"
+    return [v for k,v in vars(nn.modules.module).items() if k.startswith('_global_') and isinstance(v, dict)]
+
 @contextmanager
 def untouched(
     model: nn.Module  # whatever is done to it in the block
 ) -> Iterator[None]:
-    "Give the modes, buffers, gradients and `requires_grad` of `model` back as they were, and the state of random numbers"
-    modes   = [(m, m.training) for m in model.modules()]
-    grads   = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    buffers = [(m, k, b, None if b is None else b.clone()) for m in model.modules() for k,b in m._buffers.items()]
-    own     = [(m, dict(m.__dict__)) for m in model.modules()]  # what a module remembers, as the hidden state of a recurrent one
-    drawn   = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.is_cuda}):
-        try:
-            for p,*_ in grads: p.grad = None
-            yield
+    "Put modes, buffers, hooks, attributes, gradients and `requires_grad` of `model` back afterwards, and the state of random numbers"
+    tables = [(t, dict(t)) for t in _global_hooks()]
+    with restored(model):
+        try: yield
         finally:
-            for m,attrs in own:
-                m.__dict__.clear()
-                m.__dict__.update(attrs)
-            for m,mode in modes: m.training = mode
-            for p,g,needed in grads: p.grad, p.requires_grad = g, needed
-            for m,k,b,copy in buffers:
-                m._buffers[k] = b
-                if b is not None: b.data.copy_(copy)
-            random.setstate(drawn[0])
-            np.random.set_state(drawn[1])
+            for t,was in tables: t.clear(), t.update(was)
 
 # %% ../../nbs/09_core.measure.ipynb #d7a005a3
+class Targets(tuple):
+    "Several targets of a batch: a loss is called with `(outputs, *targets)`"
+
+def as_batch(
+    inputs: tuple,    # what a model is called with
+    targets: tuple=() # what the loss is called with after the outputs
+) -> tuple:           # `(*inputs, target)`, the target None if there is none
+    "Return a batch of `inputs` and `targets`, as `batches` takes it"
+    return *inputs, (Targets(targets) if len(targets) > 1 else targets[0] if targets else None)
+
 def batches(
-    data,                 # inputs, a batch `(*inputs, target)`, an iterable of these as loaders are, or fastai's `DataLoaders`
+    data,                 # inputs, a batch `(*inputs, target)`, a dict, an iterable of these as loaders are, or fastai's `DataLoaders`
     device: torch.device  # where the batches go
-) -> Iterator[tuple]:     # `(inputs, target)`: a tuple of what the model is called with, and the target or None
-    "The batches of `data`, in one form"
+) -> Iterator[tuple]:     # `(inputs, target)`: a tuple of what the model is called with, see `arguments`, and the target or None
+    "Return the batches of `data`, in one form"
     if hasattr(type(data), 'train') and not isinstance(data, nn.Module): data = data.train  # a fastai loader has its dataset's `train`
-    wrong  = isinstance(data, (nn.Module, str, bytes, Mapping)) or isinstance(data, Dataset) and not isinstance(data, IterableDataset)
-    whole  = isinstance(data, (tuple, list)) and any(isinstance(p, Tensor) for p in data)
-    if wrong or not (isinstance(data, Iterable) or hasattr(data, '__getitem__')): raise TypeError(_no_data(data))
-    if whole and not all(p is None or isinstance(p, Tensor) for p in data):
-        raise TypeError(f'A batch is a tuple of tensors, the last one the target; got {[type(p).__name__ for p in data]}')
-    return _each_batch([data] if whole or isinstance(data, Tensor) else data, device)
+    wrong = isinstance(data, (nn.Module, str, bytes)) or isinstance(data, Dataset) and not isinstance(data, IterableDataset)
+    whole = _is_batch(data)
+    if wrong or not (whole or isinstance(data, Iterable) or hasattr(data, '__getitem__')) or _by_name(data) and not whole:
+        raise TypeError(_no_data(data))
+    if whole and _is_parts(data) and not all(p is None or tensors_in(p) for p in data):
+        raise TypeError(f'The parts of a batch are tensors, or hold tensors; the last one is the target. '
+                        f'Got {[type(p).__name__ for p in data]}')
+    return _each_batch([data] if whole else data, device)
 
 def _no_data(data):
-    return (f'`data` must be a tensor, a batch (a tuple of tensors, the last one the target), a DataLoader or other iterable of '
-            f'batches, or fastai DataLoaders; got {type(data).__name__}')
+    return (f'`data` must be a tensor, a batch (a tuple whose last part is the target, or a dict of tensors by argument name), a '
+            f'DataLoader or other iterable of batches, or fastai DataLoaders; got {type(data).__name__}')
 
+def _by_name(x):
+    "Is `x` a dict, or a dataclass that is no loader?"
+    return isinstance(x, Mapping) or is_dataclass(x) and not (isinstance(x, (type, Iterable)) or hasattr(x, '__getitem__'))
+
+def _is_parts(x): return isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence)
+
+def _is_batch(data):
+    "Is `data` one batch?"
+    if _is_parts(data): return any(isinstance(p, Tensor) for p in data) or isinstance(data, tuple) and any(map(_by_name, data[:1]))
+    return isinstance(data, (Tensor, PackedSequence)) or _by_name(data) and bool(tensors_in(data))
+
+# %% ../../nbs/09_core.measure.ipynb #ba7c4e51
 def _each_batch(data, device):
-    n = 0
+    n, n_inp = 0, getattr(data, 'n_inp', None)  # how many inputs the batches of a fastai loader start with
     for n,b in enumerate(data, 1):
-        if isinstance(b, Tensor): b = (b,)
-        if not isinstance(b, (tuple, list)) or not b:
-            raise TypeError(f'A batch is a tensor, or a tuple of inputs and, as the last part, the target; got {type(b).__name__}')
-        *inputs, target = b if len(b) > 1 else (*b, None)
+        if not (_is_parts(b) and b or tensors_in(b)):
+            raise TypeError(f'A batch is a tensor, a dict of arguments, or a tuple of inputs and, as the last part, the target; '
+                            f'got {type(b).__name__}')
+        if not _is_parts(b) or len(b) == 1: b = (*b, None) if _is_parts(b) else (b, None)
+        elif isinstance(n_inp, int): b = as_batch(b[:n_inp], b[n_inp:])
+        *inputs, target = b
         yield _to(tuple(inputs), device), _to(target, device)
     if not n: raise ValueError('`data` holds no batch')
 
+def _keywords(x):
+    "The arguments in a dict or dataclass, by name"
+    return dict(x.items()) if isinstance(x, Mapping) else {f.name: getattr(x, f.name) for f in fields(x)}
+
 def _to(x, device):
     "`x`, with all tensors in it, on `device`"
+    if isinstance(x, Mapping): return {k: _to(o, device) for k,o in x.items()}
     if hasattr(x, 'to'): return x.to(device)
-    if isinstance(x, (tuple, list)): return type(x)(_to(o, device) for o in x)
-    return {k: _to(o, device) for k,o in x.items()} if isinstance(x, Mapping) else x
+    if isinstance(x, (tuple, list)):
+        parts = [_to(o, device) for o in x]
+        return type(x)(*parts) if hasattr(x, '_fields') else type(x)(parts)
+    if not _by_name(x): return x
+    moved = copy.copy(x)
+    for k,v in _keywords(x).items(): object.__setattr__(moved, k, _to(v, device))  # a frozen one too
+    return moved
+
+# %% ../../nbs/09_core.measure.ipynb #ba7c4e53
+def _takes(model, *args, **kwargs):
+    "Can `model` be called so?"
+    try: inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError: return False
+    except ValueError: return True  # it has no signature
+    return True
+
+def arguments(
+    model: nn.Module,
+    inputs: tuple      # the inputs of a batch, as `batches` gives them
+) -> tuple[tuple, dict]:
+    "Return the positional and the keyword arguments to call `model` with"
+    x = inputs[0] if len(inputs) == 1 else None
+    if _by_name(x):
+        named = _keywords(x)
+        if all(isinstance(k, str) for k in named) and _takes(model, **named): return (), named
+        if _takes(model, x): return inputs, {}
+        raise TypeError(f'{type(model).__name__} cannot be called with the keyword arguments {", ".join(map(str, named))} of a batch: '
+                        f'its `forward` takes {inspect.signature(model.forward)}')
+    if _is_parts(x) and not _takes(model, x) and _takes(model, *x): return tuple(x), {}
+    return inputs, {}
+
+def _called(model, inputs):
+    args, kwargs = arguments(model, inputs)
+    return model(*args, **kwargs)
 
 # %% ../../nbs/09_core.measure.ipynb #f300aab4
 def _upcast(t):
     "`t` as a plain float32 tensor, or float64 if it is that"
+    if t.layout is torch.sparse_coo: t = t.to_dense()  # the gradient of an embedding with `sparse=True`
     t = t.detach().as_subclass(Tensor)
     return t if t.dtype == torch.float64 else t.float()
 
@@ -132,42 +187,73 @@ def _grads(loss, weights, create_graph=False):
     if not loss.requires_grad: return [None] * len(weights)
     return torch.autograd.grad(loss, weights, create_graph=create_graph, allow_unused=True)
 
-def _summed(what, model, params, data, loss_func, step, temperature=1.):
-    "Σ over the batches `data` of `step(loss)`, which gives a tensor or None for each of `params`"
-    if not callable(loss_func): raise ValueError(f'{what} needs a loss: give `loss_func(outputs, labels)`, got {loss_func!r}')
-    _layers(model, params)
-    total = {k: torch.zeros_like(_upcast(p)) for k,p in params.items()}
-    with _running(model, True), torch.enable_grad():
-        for p in params.values(): p.requires_grad_()
-        for x,y in data:
-            if y is None: raise ValueError(f'{what} needs labels: give batches of (inputs, labels), not inputs alone')
-            out = model(*x)
-            if temperature != 1: out = _cooled(what, out, temperature)
-            loss = loss_func(out, y).mean()  # of a loss that reduces itself: the loss
-            for k,v in zip(params, step(loss)):
-                if v is not None: total[k] += _upcast(v)
-    return total
+def _labels(inputs):
+    "The labels among the arguments of a batch that is a dict, or None"
+    named = _keywords(inputs[0]) if len(inputs) == 1 and _by_name(inputs[0]) else {}
+    return next((named[k] for k in ('labels', 'label') if named.get(k) is not None), None)
+
+def _own_loss(what, out):
+    "The loss that a model computes itself from the labels it gets"
+    first = out[0] if isinstance(out, (tuple, list)) and len(out) else None
+    loss  = out.get('loss') if isinstance(out, Mapping) else getattr(out, 'loss', first)
+    if isinstance(loss, Tensor) and loss.numel() == 1: return loss
+    raise ValueError(f'{what} needs a loss: there is no `loss` among the outputs of the model. Give `loss_func(outputs, labels)`')
+
+def _loss(what, model, loss_func, x, y, temperature):
+    "The loss of a batch"
+    inside = _labels(x)
+    if loss_func is None and (y is not None or inside is None):
+        raise ValueError(f'{what} needs a loss: give `loss_func(outputs, labels)`, or batches that are dicts with `labels`, from '
+                         f'which the model computes a loss itself; got {loss_func!r}')
+    if y is None: y = inside
+    if y is None: raise ValueError(f'{what} needs labels: give batches of (inputs, labels), not inputs alone')
+    out = _called(model, x)
+    if loss_func is None and temperature == 1: return _own_loss(what, out)
+    if temperature != 1: out = _cooled(what, out, temperature)
+    return loss_func(out, *y) if isinstance(y, Targets) else loss_func(out, y)
 
 def _cooled(what, out, temperature):
     if not isinstance(out, Tensor):
         raise ValueError(f'{what}: `temperature` divides outputs that are a tensor, got {type(out).__name__}: give temperature=1')
     return out / temperature
 
+# %% ../../nbs/09_core.measure.ipynb #ba7c4e61
+def _summed(what, model, params, data, loss_func, step, temperature=1., training=False):
+    "Σ over the batches `data` of `step(loss)`, which gives a tensor or None for each of `params`"
+    if not (loss_func is None or callable(loss_func)):
+        raise ValueError(f'{what} needs a loss: give `loss_func(outputs, labels)`, got {loss_func!r}')
+    _layers(model, params)
+    total = {k: torch.zeros_like(_upcast(p)) for k,p in params.items()}
+    with _running(model, training), _recurrent_in_eval(model, training), torch.enable_grad():
+        for p in params.values(): p.requires_grad_()
+        for x,y in data:
+            loss = _loss(what, model, loss_func, x, y, temperature).mean()  # of a loss that reduces itself: the loss
+            for k,v in zip(params, step(loss)):
+                if v is not None: total[k] += _upcast(v)
+    return total
+
+def _recurrent_in_eval(model, training):
+    "cuDNN gives gradients of recurrent layers in train mode only"
+    needed = not training and any(isinstance(m, nn.RNNBase) for m in model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if needed else nullcontext()
+
 # %% ../../nbs/09_core.measure.ipynb #1948a778
 def accumulated(
     model: nn.Module,
-    params: dict[str, Tensor],  # the parameters to look at, by name
-    data,                       # batches with labels, see `batches`
-    loss_func: Callable,        # `(outputs, labels)` → loss
-    step_fn: Callable,          # `(weight, gradient)` of one batch → what is added up, in the weight's shape
-    what: str = 'accumulated'   # who asks, for messages
+    params: dict[str, Tensor],       # the parameters to look at, by name
+    data,                            # batches with labels, see `batches`
+    loss_func: Callable|None,        # `(outputs, labels)` → loss; None: the model computes it, from labels in batches that are dicts
+    step_fn: Callable,               # `(weight, gradient)` of one batch → what is added up, in the weight's shape
+    what: str = 'accumulated',       # who asks, for messages
+    *,
+    training: bool = False           # in train mode: norms use the statistics of the batch, and dropout is on
 ) -> dict[str, Tensor]:
-    "Σ over the batches of `data` of `step_fn(w, g)`, with the gradient g of that batch's mean loss"
+    "Sum `step_fn(w, g)` over the batches of `data`, with the gradient g of that batch's mean loss"
     ws = [_upcast(p) for p in params.values()]
     def step(loss):
         grads = _grads(loss, list(params.values()))
         with torch.no_grad(): return [step_fn(w, torch.zeros_like(w) if g is None else _upcast(g)) for w,g in zip(ws, grads)]
-    return _checked(what, _summed(what, model, params, _batches(what, model, data), loss_func, step))
+    return _checked(what, _summed(what, model, params, _batches(what, model, data), loss_func, step, training=training))
 
 # %% ../../nbs/09_core.measure.ipynb #5a6e7362
 def _gradient(w, g): return g
@@ -176,33 +262,61 @@ def snip_scores(
     model: nn.Module,
     params: dict[str, Tensor],       # the parameters to score, by name
     data=None,                       # batches with labels, see `batches`
-    loss_func: Callable|None = None  # `(outputs, labels)` → loss
+    loss_func: Callable|None = None, # `(outputs, labels)` → loss; None: the model computes it, see `accumulated`
+    *,
+    training: bool = False           # in train mode, see `accumulated`
 ) -> dict[str, Tensor]:
     "|w·∂L/∂w|, how much the loss reacts to a switch on the weight (SNIP)"
-    grads = accumulated(model, params, data, loss_func, _gradient, 'snip')
+    grads = accumulated(model, params, data, loss_func, _gradient, 'snip', training=training)
     return _checked('snip', {k: (_upcast(p) * grads[k]).abs() for k,p in params.items()})
+
+# %% ../../nbs/09_core.measure.ipynb #ba7c4e62
+def _bag(input, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, mode='mean', sparse=False,
+         per_sample_weights=None, include_last_offset=False, padding_idx=None):
+    "`F.embedding_bag` in steps that have second derivatives; `mode='max'` has none"
+    if input.ndim == 2: bag = torch.arange(len(input), device=input.device).repeat_interleave(input.shape[1])
+    else: bag = torch.searchsorted(offsets, torch.arange(len(input), device=input.device), right=True) - 1
+    n    = len(input) if input.ndim == 2 else len(offsets) - include_last_offset
+    used = torch.ones_like(bag) if padding_idx is None else (input.flatten() != padding_idx).long()
+    rows = F.embedding(input.flatten(), weight, None, max_norm, norm_type, scale_grad_by_freq) * used[:, None]
+    if per_sample_weights is not None: rows = rows * per_sample_weights.reshape(-1, 1)
+    sums = rows.new_zeros(n, weight.shape[1]).index_add(0, bag, rows)
+    if mode == 'sum': return sums
+    return sums / rows.new_zeros(n).index_add(0, bag, used.to(rows.dtype)).clamp(min=1)[:, None]
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    "While it is on, embeddings have second derivatives"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in (F.embedding, F.embedding_bag): return func(*args, **kwargs)
+        given = inspect.signature(func).bind(*args, **kwargs).arguments | dict(sparse=False)
+        return _bag(**given) if func is F.embedding_bag and given.get('mode') != 'max' else func(**given)
 
 # %% ../../nbs/09_core.measure.ipynb #b271c125
 def grasp_scores(
     model: nn.Module,
     params: dict[str, Tensor],        # the parameters to score, by name
     data=None,                        # batches with labels, see `batches`; they are kept in memory
-    loss_func: Callable|None = None,  # `(outputs, labels)` → loss
+    loss_func: Callable|None = None,  # `(outputs, labels)` → loss; None: the model computes it, see `accumulated`
     *,
-    temperature: float = 200.         # what the outputs are divided by; 1 for losses other than cross-entropy
+    temperature: float = 200.,        # what the outputs are divided by; 1 for losses other than cross-entropy
+    training: bool = False            # in train mode, see `accumulated`
 ) -> dict[str, Tensor]:
     "w·Hg, by how much the gradient flow ‖g‖² shrinks without the weight, halved (GraSP)"
     if not temperature > 0: raise ValueError(f'`temperature` must be positive, got {temperature!r}')
     ws = list(params.values())
     with untouched(model): kept = list(_batches('grasp', model, data))
-    total = _summed('grasp', model, params, kept, loss_func, lambda loss: _grads(loss, ws), temperature)
-
+    def summed(step): return _summed('grasp', model, params, kept, loss_func, step, temperature, training)
     def step(loss):
         grads = zip(_grads(loss, ws, create_graph=True), total.values())
         flow  = sum((g * t.to(g.dtype)).sum() for g,t in grads if g is not None)
         return _grads(flow, ws) if isinstance(flow, Tensor) else [None] * len(ws)
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):  # the fused kernels have no second derivative
-        curved = _summed('grasp', model, params, kept, loss_func, step, temperature)
+    total = summed(lambda loss: _grads(loss, ws))
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _TwiceDifferentiable():
+        try: curved = summed(step)
+        except NotImplementedError as e:
+            raise ValueError(f'grasp needs second derivatives, and the model has an operation without: {e}. '
+                             f'Choose another criterion, such as "snip"') from e
     return _checked('grasp', {k: _upcast(p) * curved[k] for k,p in params.items()})
 
 # %% ../../nbs/09_core.measure.ipynb #46db101f
@@ -211,23 +325,13 @@ _norms      = {'batch_norm', 'instance_norm', 'group_norm', 'layer_norm', 'rms_n
 
 class _Linearized(TorchFunctionMode):
     "While it is on, activation functions pass on what they get, norms only scale, and an embedding gives the sum of its rows"
-    def __init__(self, level=False):
-        super().__init__()
-        self.level = level  # scale what gets too large or too small: numbers are then others, and zero where they were
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, '__name__', '').rstrip('_')
         if name in _identities: return args[0]
         if name == 'softmax' and args[0].ndim <= 2: return args[0]  # of outputs; that of attention has more axes
         if name in _norms and inspect.isfunction(func): return _only_scaled(name, inspect.signature(func).bind(*args, **kwargs).arguments)
         if name == 'embedding' and inspect.isfunction(func): return args[1].sum(0).expand(*args[0].shape, -1)
-        out = func(*args, **kwargs)
-        return _levelled(out) if self.level else out
-
-def _levelled(t):
-    "`t`, divided by its largest number if that is too large or too small to go on with"
-    top = t.detach().amax().item() if isinstance(t, Tensor) and t.requires_grad and t.numel() else 0.
-    return t if not top or 1e-50 < top < 1e50 else t / top
+        return func(*args, **kwargs)
 
 def _only_scaled(name, given):
     "What a norm does to its input apart from centring it and measuring it"
@@ -257,13 +361,13 @@ def _ones(x, scale):
     if not isinstance(x, Tensor) or not x.ndim: return x
     return torch.full_like(x[:1], scale, dtype=torch.float64).as_subclass(Tensor) if x.is_floating_point() else x[:1]
 
-def _shares(model, params, inputs, scale, level=False):
+def _shares(model, params, inputs, scale):
     "|w·∂R/∂w| / R for each parameter, with input and output scaled by `scale`"
     state = {k: _positive(k, p, True) for k,p in model.named_parameters()}
     state.update({k: _positive(k, b, False) for k,b in model.named_buffers()})
     ws = [state[k].requires_grad_() for k in params]
     args, kwargs = inputs
-    with _Linearized(level):
+    with _Linearized():
         out = functional_call(model, state, tuple(_ones(x, scale) for x in args), {k: _ones(x, scale) for k,x in kwargs.items()})
     R = sum(t.sum() for t in _tensors(out)) * scale
     if not isinstance(R, Tensor): raise ValueError(f'synflow needs a tensor among the outputs, got {type(out).__name__}')
@@ -272,17 +376,10 @@ def _shares(model, params, inputs, scale, level=False):
             for (k,p),w,g in zip(params.items(), ws, grads)}
 
 # %% ../../nbs/09_core.measure.ipynb #f3620c62
-def _synflow(what, model, params, data, level=False):
-    "The shares in float64; `level`: where they are zero, the others being only positive"
+def _arguments_of(what, model, data):
+    "Arguments to run `model` with: the inputs of the first batch of `data`"
     if data is None: raise ValueError(f'{what} needs to know the shape of an input: give a batch as `data`; its values do not matter')
-    _layers(model, params)
-    with _running(model, False), torch.enable_grad():
-        if isinstance(data, Mapping): inputs = (), _to(data, _device(model))  # arguments by name
-        else: inputs = next(iter(_batches(what, model, data)))[0], {}
-        for scale in (1., 1e-150):
-            shares = _shares(model, params, inputs, scale, level)
-            if all(torch.isfinite(s).all() for s in shares.values()): break
-    return shares
+    return arguments(model, next(iter(_batches(what, model, data)))[0])
 
 def synflow_scores(
     model: nn.Module,
@@ -291,20 +388,149 @@ def synflow_scores(
     loss_func: Callable|None = None  # not used
 ) -> dict[str, Tensor]:
     "The share of all signal from input to output that flows through the weight, by magnitude and without data (SynFlow)"
-    shares = _checked('synflow', _synflow('synflow', model, params, data))
+    _layers(model, params)
+    with _running(model, False), torch.enable_grad():
+        inputs = _arguments_of('synflow', model, data)
+        for scale in (1., 1e-150):
+            shares = _shares(model, params, inputs, scale)
+            if all(torch.isfinite(s).all() for s in shares.values()): break
+    shares = _checked('synflow', shares)
     return {k: s if params[k].dtype == torch.float64 else s.float() for k,s in shares.items()}
 
 # %% ../../nbs/09_core.measure.ipynb #ce9cfb2c
+_opens = _identities | {'relu', 'leaky_relu', 'elu', 'celu', 'selu', 'rrelu'}
+_opens = _opens - {'sigmoid', 'hardsigmoid', 'softplus', 'log_sigmoid', 'log_softmax'}  # these are not zero at zero
+_makes = {'linear', 'conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d', 'embedding', 'embedding_bag'}
+_products = {'mul', '__mul__', '__rmul__', '__imul__', 'multiply', 'matmul', '__matmul__', '__rmatmul__', 'bmm', 'einsum',
+             'scaled_dot_product_attention'}
+
+class _Level(torch.autograd.Function):
+    "A tensor scaled to numbers near 1, and its gradient too"
+    @staticmethod
+    def forward(ctx, t): return _near_one(t)
+    @staticmethod
+    def backward(ctx, g): return _near_one(g)
+
+def _near_one(t):
+    top = t.abs().amax().item() if t.numel() else 0.
+    return t / top if 0 < top < 1e-2 or 8 < top < math.inf else t.clone()
+
+class _Probe(TorchFunctionMode):
+    "While it is on, a signal is stopped by zeros among weights only; notes down weights that no signal was there for"
+    def __init__(self, gen, inputs):
+        super().__init__()
+        self.gen, self.flowing, self.idle = gen, {id(t): t for t in tensors_in(inputs)}, set()
+
+    def flows(self, o): return isinstance(o, Tensor) and id(o) in self.flowing
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, '__name__', '').removesuffix('_')
+        given  = tensors_in((args, kwargs))
+        signal = [t for t in given if self.flows(t)]
+        if signal and name in _opens: return signal[0]
+        if signal and name == 'hardsigmoid': func, args, kwargs = torch.sigmoid, signal[:1], {}
+        if any(not t.numel() for t in signal): self.idle.update(map(id, given))
+        if not signal and name not in _makes: return func(*args, **kwargs)
+        run = self.product if name in _products and len(signal) > 1 else self.rows if name.startswith('embedding') else _as_is
+        return self.leveled(run(func, args, kwargs), given)
+
+# %% ../../nbs/09_core.measure.ipynb #ba7c4e71
+def _as_is(func, args, kwargs): return func(*args, **kwargs)
+
+def _inexact(t): return isinstance(t, Tensor) and t.is_floating_point()
+
+@patch
+def filled(self:_Probe, t):
+    "`t` with random numbers where it is zero"
+    return t + (t == 0) * torch.rand(t.shape, generator=self.gen).to(t) if _inexact(t) else t
+
+@patch
+def product(self:_Probe, func, args, kwargs):
+    "Each signal in `args` as if the others were open"
+    where = [i for i,a in enumerate(args) if self.flows(a) and _inexact(a)]
+    if not any((args[i] == 0).any() for i in where): return func(*args, **kwargs)
+    return sum(func(*(self.filled(a) if j in where and i != j else a for j,a in enumerate(args)), **kwargs) for i in where)
+
+@patch
+def rows(self:_Probe, func, args, kwargs):
+    "Embeddings of what is asked for, and a sum of all rows"
+    weight = inspect.signature(func).bind(*args, **kwargs).arguments['weight']
+    return func(*args, **kwargs) + weight.sum(0) / len(weight)**0.5
+
+@patch
+def leveled(self:_Probe, out, given):
+    "The signals in `out`, scaled to numbers near 1 where they are new tensors"
+    if _inexact(out) and out.requires_grad and not out._is_view() and not any(out is t for t in given): out = _Level.apply(out)
+    self.flowing.update((id(t), t) for t in tensors_in(out))
+    return out
+
+# %% ../../nbs/09_core.measure.ipynb #ba7c4e72
+def _is_open(name, p):
+    "Is the parameter `p` a scale or a token that is zero as a whole, as made?"
+    matrix = 'weight' in name.rpartition('.')[2] and p.ndim > 1
+    return not matrix and p.ndim != 2 and not p.any()
+
+def _drawn(name, p, gen, dense, dtype, kind):
+    "What takes the place of the parameter `p`: random numbers where it is not zero, or everywhere (`dense`)"
+    if not p.is_floating_point(): return p.detach()
+    if 'bias' in name.rpartition('.')[2] and not isinstance(kind, nn.RNNBase): return torch.zeros_like(p, dtype=dtype)
+    left  = torch.ones_like(p, dtype=torch.bool) if dense else p.detach() != 0
+    drawn = torch.rand(p.shape, generator=gen) + 0.5 if p.ndim < 2 else torch.randn(p.shape, generator=gen)
+    fan   = left.sum() / len(p) if p.ndim > 1 else 1
+    return (left * drawn.to(p.device) / max(fan, 1)**0.5).to(dtype)
+
+def _plain_buffer(name, b, dtype):
+    "What takes the place of a buffer"
+    if not b.is_floating_point(): return b
+    last = name.rpartition('.')[2]
+    return (torch.zeros_like(b) if last == 'running_mean' else torch.ones_like(b) if last == 'running_var' else b.detach()).to(dtype)
+
+def _noise(x, gen, dtype):
+    "A random example like the first in `x`; whole numbers stay"
+    if not isinstance(x, Tensor) or not x.ndim or not x.is_floating_point(): return x[:1] if isinstance(x, Tensor) and x.ndim else x
+    x = x[:1].detach().as_subclass(Tensor).to(dtype)
+    return x * (torch.rand(x.shape, generator=gen) + 0.5).to(x) + torch.randn(x.shape, generator=gen).to(x)
+
+def _alive(model, inputs, seed, dense=False, closed=False):
+    "Parameter name → does the output depend on what is left of it? None: that is not known"
+    gen   = torch.Generator().manual_seed(seed)
+    known = dict(model.named_parameters())
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in known.values()) else torch.float32
+    owner = _layers(model, known)
+    state = {k: _drawn(k, p, gen, dense or not closed and _is_open(k, p), dtype, owner[k]) for k,p in known.items()}
+    ws    = {k: w.requires_grad_() for k,w in state.items() if w.is_floating_point() and 'bias' not in k.rpartition('.')[2]}
+    state = state | {k: _plain_buffer(k, b, dtype) for k,b in model.named_buffers()}
+    args, kwargs = ([_noise(x, gen, dtype) for x in inputs[0]], {k: _noise(x, gen, dtype) for k,x in inputs[1].items()})
+    with _Probe(gen, (args, kwargs)) as probe: outs = tensors_in(functional_call(model, state, tuple(args), kwargs))
+    if not (outs := [t for t in outs if t.is_floating_point()]):
+        raise ValueError('passes_signal needs numbers among the outputs, got none that are floating-point')
+    outs  = [_near_one(t) for t in outs if t.requires_grad]
+    total = sum((t * torch.rand(t.shape, generator=gen).to(t)).sum() for t in outs) if outs else torch.zeros(())
+    found = zip(ws.items(), _grads(total, list(ws.values())))
+    return {k: None if g is None or id(w) in probe.idle or g.isnan().any() else bool((_upcast(g)[w.detach() != 0] != 0).any())
+            for (k,w),g in found}
+
+# %% ../../nbs/09_core.measure.ipynb #ba7c4e73
 def passes_signal(
     model: nn.Module,
     example              # a batch, for the shape of one example; or a dict of arguments
-) -> dict[str, bool]:    # layer name → does it lie on a path from input to output along which no weight is zero?
-    "Which layers with weights still carry signal"
-    params = {k: p for k,p in model.named_parameters() if 'bias' not in k.rpartition('.')[2] and p.is_floating_point()}
+) -> dict[str, bool]:    # layer name → can it lie on a path from input to output along which no weight is zero?
+    "Find the layers with weights that carry signal; those that do not are certain to be cut off by zeros"
+    with _running(model, False), _recurrent_in_eval(model, False), torch.enable_grad():
+        inputs = _arguments_of('passes_signal', model, example)
+        alive  = _alive(model, inputs, 0)
+        for seed in (1, 2):
+            if False in alive.values(): alive = {k: again if alive[k] is False else alive[k] for k,again in _alive(model, inputs, seed).items()}
+        if any(_is_open(k, p) for k,p in model.named_parameters() if k in alive):
+            shut  = _alive(model, inputs, 0, closed=True)
+            alive = alive if any(shut.values()) else dict.fromkeys(shut, False)
+        if False in alive.values():
+            dense = _alive(model, inputs, 0, dense=True)
+            alive = {k: v is not False or not dense[k] for k,v in alive.items()}
     passes = {}
-    for k,s in _synflow('passes_signal', model, params, example, level=True).items():
+    for k,v in alive.items():
         layer = k.rpartition('.')[0]
-        passes[layer] = passes.get(layer, False) or bool((s > 0).any())
+        passes[layer] = passes.get(layer, False) or v is not False
     return passes
 
 # %% ../../nbs/09_core.measure.ipynb #62a5659f
@@ -318,7 +544,7 @@ def _watch(what, model, data, modules, look):
     with _running(model, False):
         try:
             for k,m in modules.items(): hooks.append(m.register_forward_hook(hook(k), with_kwargs=True))
-            for x,_ in _batches(what, model, data): model(*x)
+            for x,_ in _batches(what, model, data): _called(model, x)
         finally:
             for h in hooks: h.remove()
 
@@ -338,17 +564,42 @@ def _squares(x):
     x = _upcast(x.data)  # also of a PackedSequence
     return x.reshape(-1, x.shape[-1]).square().sum(0)[None]
 
-def _input_squares(m, leaf, inputs):
+def _input_squares(m, leaf, inputs, out):
     "Sum of squares of what the parameter `leaf` of layer `m` is multiplied with, shaped to multiply it"
     x, w = inputs[0], getattr(m, leaf)
     if isinstance(m, nn.Embedding): return torch.bincount(x.flatten(), minlength=w.shape[0])[:, None]
     if leaf == 'in_proj_weight': return torch.cat([_squares(t).expand(m.embed_dim, -1) for t in inputs[:3]])
     if isinstance(m, nn.MultiheadAttention): return _squares(inputs['qkv'.index(leaf[0])])
     if not isinstance(m, _convs): return _squares(x)
-    channels = x.ndim - (w.ndim - 2) - 1   # a batch has one axis before the channels, a single sample none
-    s = _upcast(x).square().sum([d for d in range(x.ndim) if d != channels])
-    if m.transposed: return s.reshape(-1, *[1]*(w.ndim-1))
-    return s.reshape(m.groups, 1, -1).expand(-1, w.shape[0]//m.groups, -1).reshape(w.shape[0], -1, *[1]*(w.ndim-2))
+    n = w.ndim - 2
+    s = _upcast(x).square()
+    s = s.reshape(-1, *s.shape[-n-1:]).sum(0)  # (channels, *positions); a single sample has no axis before the channels
+    taps = (_transposed_taps if m.transposed else _conv_taps)(m, s, out.shape[-n:])
+    if m.transposed: return taps[:, None]  # (inputs, 1, *kernel)
+    return taps.reshape(m.groups, 1, -1, *w.shape[2:]).expand(-1, len(w)//m.groups, *[-1]*(n+1)).reshape(w.shape)
+
+# %% ../../nbs/09_core.measure.ipynb #ba7c4e81
+def _conv_taps(m, s, out):
+    "Sums of `s`, of shape (channels, *positions), over what each tap of the kernel of convolution `m` meets; `out`: positions of outputs"
+    reach = [d*(k - 1) + 1 for d,k in zip(m.dilation, m.kernel_size)]
+    pads  = m._reversed_padding_repeated_twice  # also of padding='same'; the last axis comes first
+    fits  = [(n + a + b - r)//step + 1 for n,a,b,r,step in zip(s.shape[1:], pads[-2::-2], pads[::-2], reach, m.stride)]
+    if fits != list(out):  # the module pads in a `forward` of its own, as TensorFlow does to keep the size
+        lack = [max(0, (o - 1)*step + r - n) for n,r,step,o in zip(s.shape[1:], reach, m.stride, out)]
+        pads = [p for l in reversed(lack) for p in (l//2, l - l//2)]
+    s = F.pad(s[None], pads, 'constant' if m.padding_mode == 'zeros' else m.padding_mode)[0]
+    for axis,(k,d,step,o) in enumerate(zip(m.kernel_size, m.dilation, m.stride, out), 1):  # axis by axis: (channels, taps, rest)
+        rows = [s.narrow(axis, i*d, (o - 1)*step + 1).index_select(axis, torch.arange(0, (o - 1)*step + 1, step, device=s.device))
+                for i in range(k)]
+        s = torch.stack([r.sum(axis) for r in rows], axis)
+    return s
+
+def _transposed_taps(m, s, out):
+    "The same for a transposed convolution, of which `out` may cut off what a tap adds at the borders"
+    for axis,(k,d,step,pad,o) in enumerate(zip(m.kernel_size, m.dilation, m.stride, m.padding, out), 1):
+        at = torch.arange(s.shape[axis], device=s.device)*step - pad  # where the first tap puts each position
+        s  = torch.stack([s.index_select(axis, ((at + i*d >= 0) & (at + i*d < o)).nonzero()[:, 0]).sum(axis) for i in range(k)], axis)
+    return s
 
 # %% ../../nbs/09_core.measure.ipynb #a35ea775
 def input_norms(
@@ -367,7 +618,7 @@ def input_norms(
                          f'projection of attention, hidden states and deeper layers of recurrent ones): leave it out, or choose '
                          f'another criterion')
     sums = {k: torch.zeros(1, device=p.device) for k,p in params.items()}
-    def look(k, m, inputs, out): sums[k] = sums[k] + _input_squares(m, k.rpartition('.')[2], inputs)
+    def look(k, m, inputs, out): sums[k] = sums[k] + _input_squares(m, k.rpartition('.')[2], inputs, out)
     _watch('wanda', model, data, layers, look)
     return _checked('wanda', {k: _upcast(s).to(_upcast(params[k]).dtype).sqrt() for k,s in sums.items()})
 
@@ -516,9 +767,10 @@ def as_criteria(
 def _varied(criteria):
     "A `partial` of a criterion: other fields, or other arguments for its function or its measure"
     base, own = criteria.func, {f.name for f in fields(Criteria)}
-    extra = {k: v for k,v in criteria.keywords.items() if k not in own}
     what  = 'measure' if base.measure else 'f'
     legal = list(inspect.signature(getattr(base, what)).parameters)[4 if base.measure else 1:]
+    own   = own.difference(legal)  # a measure has its own `training`
+    extra = {k: v for k,v in criteria.keywords.items() if k not in own}
     if criteria.args or any(k not in legal for k in extra):
         got = next((k for k in extra if k not in legal), criteria.args)
         raise TypeError(_unknown('criterion parameter', got, [*legal, *sorted(own)]))

@@ -2,5 +2,6 @@
 from .coupling import *
 from .thin import *
 from .report import *
+from .vocabulary import *
 from .prune_callback import *
 from .distiller_callback import *

@@ -6,8 +6,8 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.coupling.html.md"""
 
 # %% ../../nbs/12_prune.coupling.ipynb #d74bcbc1
 from __future__ import annotations
-import copy, math, time
-from collections import defaultdict
+import copy, math, sys, time
+from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import BuiltinFunctionType
@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map_only
-from ..core.flow import _arguments, _first_line, _is_model, memory_of, _plain_attention, tensors_in, _undisturbed
+from torch.utils._pytree import tree_map_only, tree_leaves
+from ..core.flow import _arguments, _first_line, _is_model, memory_of, _plain_attention, tensors_in, _undisturbed, copied
+from torch.nn.utils import prune
 from ..core.granularity import _unknown
 from ..core.masks import Masks
 from ..core.selection import check_sparsity, keep_masks, n_dropped
@@ -35,6 +36,9 @@ class _Together:
         self.parent, self.owner = [], []  # number → another one of its set; number → which of `axes` it is on
         self.axes, self.role    = [], {}  # (name, axis, first number, how many); which of them → what it is there for
         self.why = {}                     # number → why it stays
+        self.rigid = []                   # (label, axes of it, why): what must not get shorter along these axes
+        self.followed = []                # (label, axis, what the number counts that the model gives for it, why)
+        self.more, self.counts = {}, defaultdict(set)  # (which of `axes`, n) → its n-th count; which → how many were read
 
     def new(self, name, axis, n):
         "Numbers for the `n` positions on `axis` of the parameter `name`"
@@ -58,6 +62,8 @@ class _Together:
         return a.shape == b.shape and (torch.equal(a, b) or torch.equal(self.roots(a), self.roots(b)))
 
 # %% ../../nbs/12_prune.coupling.ipynb #2fbf6432
+_HELD = ('producer', 'bias', 'norm')  # roles of what must be zero for a channel to be zero
+
 @patch
 def join(self:_Together, a, b):
     "What is in the same place of `a` and `b` belongs together; a negative number is of no parameter, so what meets it stays"
@@ -73,9 +79,64 @@ def fix(self:_Together, t, why):
         if i >= 0: self.why.setdefault(i, why)
 
 @patch
+def owners(self:_Together, t):
+    "Which of `axes` the numbers in `t` were made for"
+    return {self.owner[i] for i in t.unique().tolist() if i >= 0}
+
+@patch
 def mark(self:_Together, t, role):
     "The axes that the numbers in `t` were made for have this `role`"
-    for k in {self.owner[i] for i in t.unique().tolist() if i >= 0}: self.role.setdefault(k, role)
+    self.mark_axes(self.owners(t), role)
+
+@patch
+def mark_axes(self:_Together, axes, role):
+    "The `axes` have this `role`: the first one said, but what must be zero once must be zero"
+    for k in axes:
+        weaker = self.role.get(k) in (None, 'scale', 'statistics') and role in _HELD
+        if k not in self.role or weaker or role == 'producer' and self.role[k] in _HELD: self.role[k] = role
+
+# %% ../../nbs/12_prune.coupling.ipynb #95d805ac
+def _varies(t): return {i for i,n in enumerate(t.shape) if n > 1}
+
+@patch
+def constant(self:_Together, t, axes):
+    "Does all that lies side by side along the `axes` of the label `t` belong together?"
+    roots = self.roots(t)
+    return all((roots == roots.narrow(i, 0, 1)).all() for i in axes)
+
+@patch
+def keep(self:_Together, t, axes, why):
+    "What the label `t` is for must not get shorter along the `axes`: what is removed of it must lie across them"
+    axes = _varies(t) & set(axes)
+    if not axes: return
+    if axes == _varies(t): self.fix(t, why)
+    elif not self.constant(t, axes): self.rigid.append((t, axes, why))
+
+@patch
+def unite(self:_Together, a, b, why):
+    "Join the labels `a` and `b` of one value; if one of them does not get shorter where the other is, that other stays"
+    shared = _varies(a) & _varies(b)
+    for one,other in ((a, b), (b, a)):
+        if not _varies(one) - shared or not self.constant(one, shared): continue
+        self.fix(other, why)
+        return one
+    self.join(a, b)
+    return min(a, b, key=torch.Tensor.numel)
+
+@patch
+def count(self:_Together, t, n):
+    "The label `t` of a parameter, and `n-1` more counts of the same positions, each of which can lose other ones"
+    found, axes = [t], self.owners(t)
+    for k in axes: self.counts[k].add(n)
+    for j in range(1, n):
+        again = t.clone()
+        for k in axes:
+            name, axis, start, length = self.axes[k]
+            if (k, j) not in self.more: self.more[k, j] = self.new(name, axis, length)
+            here = (t >= start) & (t < start + length)
+            again[here] = self.more[k, j][t[here] - start]
+        found.append(again)
+    return found
 
 # %% ../../nbs/12_prune.coupling.ipynb #6da9fdf2
 @dataclass
@@ -83,11 +144,11 @@ class _Value:
     "What is known of a tensor"
     layers: list               # its labels, each of which varies along other axes
     nonzero: str|None = None   # why channels whose weights are zero need not be zero here; None: they are
-    param: bool = False        # whether it is a parameter, or one moved around
+    param: bool = False        # whether it is a parameter, or computed from parameters alone, element by element
     unless: tuple = ()         # (label, why) of what can't be removed if anything uses this value
     noise: bool = False        # whether it is made of random numbers alone, as many as the model asked for
-
-def _varies(t): return {i for i,n in enumerate(t.shape) if n > 1}
+    leaves: frozenset|None = None  # of what is computed from parameters: the axes of those; None: it is one
+    zeros: frozenset|None = None   # which of the `leaves` must be zero for it to be; None: it never is
 
 def _squeezed(t):
     "A label without the axes along which nothing changes"
@@ -103,9 +164,97 @@ def _on_axis(t, axis, ndim):
 def _padded(t, ndim): return t.reshape((1,)*(ndim - t.ndim) + tuple(t.shape))
 
 def _along(layers, axis):
-    "The label that varies along `axis`, as a matrix with that axis first; None if there is none"
+    "The labels that vary along `axis`, as matrices with that axis first"
     found = [l for l in layers if l.ndim > axis and l.shape[axis] > 1]
-    return found[0].movedim(axis, 0).reshape(found[0].shape[axis], -1) if found else None
+    return [l.movedim(axis, 0).reshape(l.shape[axis], -1) for l in found]
+
+# %% ../../nbs/12_prune.coupling.ipynb #8680b520
+class _Size(int):
+    "A number that follows channels: it gets less if some are removed"
+    def __new__(cls, n, of=None):
+        self = super().__new__(cls, n)
+        self.of = of  # (numbers of positions, how many each of them counts for), …; None: this is not known
+        return self
+
+def _scaled(size, factor):
+    return None if getattr(size, 'of', None) is None else [(t, r*factor) for t,r in size.of]
+
+def _sum_of(a, b, sign=1):
+    "Which positions the sum (or difference) of two numbers counts"
+    parts = [_scaled(s, f) for s,f in ((a, 1), (b, sign)) if isinstance(s, _Size)]
+    return None if None in parts else sum(parts, [])
+
+def _product_of(a, b):
+    "Which positions the product of two numbers counts"
+    return None if isinstance(a, _Size) and isinstance(b, _Size) else _scaled(a, b) if isinstance(a, _Size) else _scaled(b, a)
+
+def _quotient_of(a, b): return None if isinstance(b, _Size) or not b else _scaled(a, 1/b)
+
+def _arithmetic(name, of):
+    "The method `name` of `int`, for numbers that follow channels"
+    def method(self, other):
+        n = getattr(int, name)(self, other)
+        if type(n) is not int: return n
+        return _Size(n, of(other, self) if name.startswith('__r') else of(self, other))
+    return method
+
+for _name,_of in [('add', _sum_of), ('mul', _product_of), ('floordiv', _quotient_of),
+                  ('sub', lambda a, b: _sum_of(a, b, -1))]:
+    for _side in ('', 'r'): setattr(_Size, f'__{_side}{_name}__', _arithmetic(f'__{_side}{_name}__', _of))
+
+class _Shape(tuple):
+    "The shape of a value, with numbers that follow its channels"
+    def numel(self): return math.prod(self)
+    def __getitem__(self, i):
+        found = super().__getitem__(i)
+        return _Shape(found) if isinstance(i, slice) else found
+    def __add__(self, other): return _Shape(tuple(self) + tuple(other))
+
+# %% ../../nbs/12_prune.coupling.ipynb #3233a422
+_T = torch.Tensor
+_SIZED   = {_T.view, _T.reshape, torch.reshape, _T.expand, _T.broadcast_to, torch.broadcast_to}
+_MERGED  = {_T.flatten, torch.flatten, _T.ravel, torch.ravel}
+_LIKE    = {_T.view_as, _T.reshape_as, _T.expand_as}
+_COUNTED = {_T.chunk, torch.chunk, _T.tensor_split, torch.tensor_split}
+_PARTED  = {_T.split, torch.split, _T.split_with_sizes, torch.split_with_sizes, _T.__getitem__}
+
+def _ints(o):
+    "The whole numbers in nested tuples, lists and slices"
+    if isinstance(o, slice): o = (o.start, o.stop)
+    if isinstance(o, (tuple, list)): return [i for x in o for i in _ints(x)]
+    return [o] if isinstance(o, int) and not isinstance(o, bool) else []
+
+def _requested(trace, func, args, kwargs):
+    "What the model asks for: the sizes of a view (-1: what is left), or which bounds of a part follow channels; None: not known"
+    rest = [*args[1:], *kwargs.values()]
+    if func in _MERGED or func in _COUNTED: return True
+    if func in _LIKE: return list(trace.shape(rest[0]))
+    if func in (_T.narrow, torch.narrow): return frozenset(int(i) for i in _ints(rest) if isinstance(i, _Size))  # not longer, either
+    if func in _PARTED: return {int(i) for i in _ints(rest) if isinstance(i, _Size)}
+    if func is _T.unflatten or func is torch.unflatten:
+        dim = rest[0] % args[0].ndim
+        return [-1]*dim + list(rest[1]) + [-1]*(args[0].ndim - dim - 1)
+    if func not in _SIZED: return None
+    sizes = [*rest[0]] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+    return sizes if all(isinstance(s, int) for s in sizes) else None
+
+class _Calls(TorchFunctionMode):
+    "Sees what the model's own code asks for, before PyTorch replaces -1 and such"
+    def __init__(self, trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, trace, before = kwargs or {}, self.trace, self.trace.asked
+        if func == _T.shape.__get__: return trace.shape(args[0])
+        if func is _T.size and not kwargs:
+            shape = trace.shape(args[0])
+            return shape[args[1]] if len(args) > 1 else shape
+        if func in (_T.numel, _T.nelement, torch.numel): return math.prod(trace.shape(args[0]))
+        strange = sys._getframe(1).f_globals.get('__name__', '').startswith('einops')  # has computed all sizes, and remembers them
+        trace.asked = None if strange else _requested(trace, func, args, kwargs)
+        try: return func(*args, **kwargs)
+        finally: trace.asked = before
 
 # %% ../../nbs/12_prune.coupling.ipynb #691dc79a
 class _Trace(TorchDispatchMode):
@@ -221,6 +370,53 @@ def overwritten(self:_Trace, t, was, name):
             for l in [*other.layers, *was.layers, *now.layers]: self.all.fix(l, why)
             self.values[k] = replace(other, nonzero=why)
 
+# %% ../../nbs/12_prune.coupling.ipynb #df47be09
+_SIZES = dict(in_channels=1, out_channels=0, in_features=1, out_features=0, num_features=0, num_channels=0, embedding_dim=1, nf=1, nx=0)
+_Trace.asked = None
+
+@patch
+def shape(self:_Trace, t):
+    "The shape of `t`, with numbers that follow its channels"
+    with torch._C.DisableTorchFunction():
+        sizes, layers = t.shape, self.get(t).layers
+        if not layers: return sizes
+        found = [[l for l in layers if i in _varies(l)] for i in range(t.ndim)]
+    def size(n, i, own):
+        if not own: return n
+        return _Size(n, [(own[0].movedim(i, 0).reshape(n, -1)[:, 0], 1)] if len(own) == 1 else None)
+    return _Shape(size(n, i, own) for i,(n,own) in enumerate(zip(sizes, found)))
+
+@patch
+def follow_sizes(self:_Trace):
+    "Let what layers say of their size follow their weights, as `thin` does; returns (module, attribute, number)"
+    before = []
+    for m in self.model.modules():
+        if isinstance(m, torch.jit.ScriptModule): continue
+        w = m._parameters.get('weight')
+        if w is None or not self.get(w).layers: continue
+        layer, grouped = isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)), getattr(m, 'groups', 1) > 1
+        other = isinstance(m, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) or hasattr(m, 'nf')  # `Conv1D` of transformers
+        for k,axis in _SIZES.items():
+            if k not in vars(m) or not (layer or other) or axis >= w.ndim: continue
+            axis = 1 - axis if getattr(m, 'transposed', False) else axis
+            n, size = vars(m)[k], self.shape(w)[axis]
+            if type(n) is not int or not isinstance(size, _Size): continue
+            before.append((m, k, n))
+            vars(m)[k] = size if size == n and not grouped else _Size(n)
+    return before
+
+@patch
+def __enter__(self:_Trace):
+    self.before, self.calls = self.follow_sizes(), _Calls(self)
+    self.calls.__enter__()
+    return TorchDispatchMode.__enter__(self)
+
+@patch
+def __exit__(self:_Trace, *error):
+    TorchDispatchMode.__exit__(self, *error)
+    self.calls.__exit__(*error)
+    for m,k,n in self.before: vars(m)[k] = n
+
 # %% ../../nbs/12_prune.coupling.ipynb #ae73826b
 @patch
 def unknown(self:_Trace, name, func, args, kwargs, out):
@@ -261,16 +457,37 @@ def move(self:_Trace, name, func, args, kwargs, out):
         for m,a in zip(moved, after): m.append(_squeezed(a))
         if name in _CUTS: self.cut(l, name, args, outs)
         elif name in _VIEWS: self.split(l, moved[0][-1], name)
+        elif name == 'expand': self.sized(moved[0][-1], name)
         elif name in _TURNS and not torch.equal(moved[0][-1], l): self.all.fix(l, f'{self.where} turns it round with `{name}`')
-    for o,m in zip(outs, moved): self.put(o, _Value([l for l in m if l.numel() > 1], v.nonzero, v.param))
+    for o,m in zip(outs, moved): self.put(o, replace(v, layers=[l for l in m if l.numel() > 1], unless=()))
 
 # %% ../../nbs/12_prune.coupling.ipynb #787d43f9
 @patch
+def sized(self:_Trace, l, name):
+    "The axes of the label `l` whose size the model has as a number of its own, which does not follow the channels"
+    if not isinstance(self.asked, list) or isinstance(self.module, nn.MultiheadAttention): return set()
+    why, named = f'{self.where} says its size itself with `{name}`', set()
+    for i in _varies(l):
+        size = self.asked[i] if i < len(self.asked) else -1
+        if isinstance(size, _Size):
+            if size.of is not None: self.all.followed.append((l, i, size.of, why))
+        elif size != -1: named.add(i)
+    if name == 'expand': self.all.keep(l, named, why)
+    return named
+
+@patch
 def split(self:_Trace, before, after, name):
-    "A view that cuts the axis of the channels in several"
-    if len(_varies(after)) <= len(_varies(before)): return
-    if isinstance(self.module, nn.MultiheadAttention): self.grids.append(after)
-    else: self.all.fix(before, f'{self.where} cuts it in parts with `{name}`, and says itself how many')
+    "A view: where the model says how long an axis is, nothing can be removed along it; of several others only whole lines"
+    more = len(_varies(after)) > len(_varies(before))
+    why  = f'{self.where} cuts it in parts with `{name}`, and says itself how many'
+    if isinstance(self.module, nn.MultiheadAttention):
+        if more: self.grids.append((after, 'it would not stay a grid of heads'))
+    elif self.asked is None:
+        if more: self.all.fix(before, why)
+    elif named := self.sized(after, name):
+        if named == _varies(after): return self.all.fix(before, why if more else f'{self.where} says its size itself with `{name}`')
+        for i in named: self.all.join(after, after.narrow(i, 0, 1))
+    if self.asked is not None and more: self.grids.append((after, why))
 
 # %% ../../nbs/12_prune.coupling.ipynb #a99f43e5
 @patch
@@ -278,30 +495,63 @@ def cut(self:_Trace, l, name, args, outs):
     "A part of an axis is taken: note how long the parts are"
     why = f'{self.where} takes a part of it with `{name}`'
     if name == 'index':
-        if _varies(l) & {i for i,t in enumerate(args[1]) if t is not None}: self.all.fix(l, why)
-        return
+        return self.all.keep(l, {i for i,t in enumerate(args[1]) if t is not None}, why)
     dim = args[2] if 'split' in name and len(args) > 2 else args[1] if 'split' not in name and len(args) > 1 else 0
-    if dim % l.ndim not in _varies(l): return
-    sizes = [1] if name in ('select', 'unbind') else [o.shape[dim] for o in outs]
-    self.cuts.append((l.movedim(dim, 0), 0 if name in ('unfold', 'index_select') else math.gcd(*sizes), why))
+    if (dim := dim % l.ndim) not in _varies(l): return
+    n, bounds = l.shape[dim], [1]
+    if name == 'slice' and (args[4] if len(args) > 4 else 1) == 1:
+        start, end = (n if i is None or i > n else i % n if i < 0 else i for i in [*args[2:4], None, None][:2])
+        bounds = [start % n if len(args) > 2 and args[2] is not None else 0, end]
+    elif 'split' in name: bounds = [o.shape[dim] for o in outs]
+    most = n if isinstance(self.asked, frozenset) else n - 1  # `x[:, :n]` takes what is there, `narrow` n of it
+    own  = isinstance(self.asked, (set, frozenset)) and any(0 < b <= most and b not in self.asked for b in bounds)
+    period = 0 if name in ('unfold', 'index_select') else math.gcd(*bounds)
+    if own and name in ('slice', 'split', 'split_with_sizes'): return self.all.keep(l, {dim}, why)
+    along = l.movedim(dim, 0)
+    if self.asked is not None and 0 < period < n and n % period == 0 and name not in ('select', 'unbind'):
+        parts = along.reshape(-1, period, *along.shape[1:])
+        self.all.join(parts, parts[:1])  # each part loses the same, so that what the model asks for still fits
+    self.cuts.append((along, period, why))
 
 # %% ../../nbs/12_prune.coupling.ipynb #e1e678df
-_HELD = ('producer', 'bias', 'norm')  # roles of what must be zero for a channel to be zero
-
 @patch
 def settle(self:_Trace):
-    "Fix what was cut in parts that need not lose the same, and what a buffer adds to, which no mask makes zero"
+    "Fix what would not fit the model's code any more, and what a buffer adds to, which no mask makes zero"
     buffers = {k for k,_ in self.model.named_buffers()}
+    for (k,j),numbers in self.all.more.items():  # another count of an axis
+        if k in self.all.role: self.all.mark(numbers, self.all.role[k])
+        if min(self.all.counts[k]) <= j: self.all.fix(numbers, 'its weights are used without it, too')
     for k,role in self.all.role.items():
         name, _, start, n = self.all.axes[k]
-        if role in _HELD and name in buffers: self.all.fix(torch.arange(start, start+n), f'the buffer `{name}` is in it')
-    for grid in self.grids:  # it stays a grid only if whole lines are lost
-        roots = self.all.roots(grid)
-        if not any((roots == _line(roots, i)).all() for i in _varies(grid)): self.all.fix(grid, 'it would not stay a grid of heads')
+        if role in _HELD and name in buffers and not self.shift_of_norm(k):
+            self.all.fix(torch.arange(start, start+n), f'the buffer `{name}` is in it')
+    for grid,why in self.grids:  # it stays a grid only if whole lines are lost
+        if not any(self.all.constant(grid, _varies(grid) - {i}) for i in _varies(grid)): self.all.fix(grid, why)
+    for l,axes,why in self.all.rigid:
+        if not self.all.constant(l, axes): self.all.fix(l, why)
     for l,period,why in self.cuts:
         roots = self.all.roots(l)
         equal = period and len(roots) % period == 0 and (roots.reshape(-1, period, *roots.shape[1:]) == roots[:period]).all()
         if not equal: self.all.fix(l, why)
+    for l,axis,of,why in self.all.followed:
+        if not self.fits(l, axis, of): self.all.keep(l, {axis}, why)
+
+@patch
+def shift_of_norm(self:_Trace, k):
+    "Is axis `k` that of the shift of a norm without parameters, whose module has a scale or statistics, too?"
+    def module(k): return self.all.axes[k][0].rpartition('.')[0]
+    def first(k): return self.all.find(self.all.axes[k][2])
+    if self.all.role[k] != 'bias': return self.all.role[k] == 'norm'
+    return any(r in ('scale', 'norm', 'statistics') and module(o) == module(k) and first(o) == first(k)
+               for o,r in self.all.role.items())
+
+@patch
+def fits(self:_Trace, l, axis, of):
+    "Does an axis of the label `l` lose as much as the number does that counts `of`, whatever is removed?"
+    fixed, left = {self.all.find(i) for i in self.all.why}, Counter()
+    for t,share in [*of, (l.movedim(axis, 0).reshape(l.shape[axis], -1)[:, 0], -1)]:
+        for r in self.all.roots(t).tolist(): left[r] += share
+    return all(abs(n) < 1e-6 for r,n in left.items() if r >= 0 and r not in fixed)
 
 # %% ../../nbs/12_prune.coupling.ipynb #fb412217
 @patch
@@ -312,33 +562,36 @@ def glu(self:_Trace, name, func, args, kwargs, out):
     for a,b in halves: self.all.join(a, b)
     self.put(out, _Value([a for a,_ in halves], v.nonzero))
 
-def _line(t, axis):
-    "One line of the grid `t` along `axis`"
-    for i in range(t.ndim): t = t if i == axis else t.narrow(i, 0, 1)
-    return t
-
 # %% ../../nbs/12_prune.coupling.ipynb #89b92874
 @patch
 def met(self:_Trace, shape, tensors):
     "The labels of `tensors`, broadcast to `shape`, joined where they vary along the same axes"
-    found, lost = [], set()
-    for l in (_padded(l, len(shape)) for t in tensors for l in self.get(t).layers):
-        same = next((i for i,o in enumerate(found) if _varies(o) & _varies(l)), None)
-        if same is None: found.append(l)
-        else:
-            self.all.join(found[same], l)
-            found[same] = min(found[same], l, key=torch.Tensor.numel)
-    for t in tensors:
+    found, lost = [], set()  # [label, numbers of the tensors that have it]
+    why = f'in {self.where} it meets a value that is not of a layer'
+    for k,t in enumerate(tensors):
+        v, known = self.get(t), list(found)
+        for l in (_padded(l, len(shape)) for l in v.layers):
+            same  = [f for f in known if _varies(f[0]) & _varies(l)]
+            equal = next((f for f in same if torch.equal(f[0], l)), None)
+            if equal or not same:
+                if equal: equal[1].add(k)
+                else: found.append([l, {k}])
+                continue
+            counts = self.all.count(l, len(same)) if v.param and v.leaves is None else [l]*len(same)
+            for f,c in zip(same, counts):
+                f[0] = self.all.unite(f[0], c, why)
+                f[1].add(k)
+    for k,t in enumerate(tensors):
         sizes = (1,)*(len(shape) - t.ndim) + tuple(t.shape)
-        own   = [_padded(l, len(shape)) for l in self.get(t).layers]
-        for i,l in enumerate(found):
-            wide = {d for d in _varies(l) if sizes[d] > 1}
-            if not wide or any(_varies(o) & wide for o in own): continue
+        for i,(l,where) in enumerate(found):
+            own  = [_padded(o, len(shape)) for o in self.get(t).layers] if k in where else []
+            wide = {d for d in _varies(l) if sizes[d] > 1} - set().union(*map(_varies, own))
+            if not wide: continue
             if isinstance(self.module, nn.MultiheadAttention): continue  # masks, which `ThinAttention` cuts itself
             if self.get(t).noise: continue  # of the shape of what it meets, also when that has fewer channels
-            self.all.fix(l, f'in {self.where} it meets a value that is not of a layer')
-            lost.add(i)
-    return [l for i,l in enumerate(found) if i not in lost]  # what meets the others from now on meets what is not of a layer
+            self.all.keep(l, wide, why)
+            if wide == _varies(l): lost.add(i)
+    return [l for i,(l,_) in enumerate(found) if i not in lost]  # what meets the others from now on meets what is not of a layer
 
 # %% ../../nbs/12_prune.coupling.ipynb #b92b4ee3
 def _stays_zero(func, args, kwargs, zero):
@@ -359,43 +612,90 @@ def pointwise(self:_Trace, name, func, args, kwargs, out):
     def zero(label, but=None):
         def dead(t): return t is not but and self.dead(t, label)
         return _stays_zero(func, args, kwargs, dead)
-    for p in labelled:
-        for l in self.get(p).layers * self.get(p).param: self.all.mark(l, 'scale' if zero(_padded(l, o.ndim), p) else 'bias')
     drawn = any(self.get(t).noise for t in tensors)
     here  = f'{self.where} adds random numbers to it with `{name}`' if drawn else f'{self.where} makes something else of zero with `{name}`'
-    why   = next((v.nonzero for v in map(self.get, labelled) if v.nonzero), here)
-    self.put(o, _Value(layers, None if all(map(zero, layers)) else why, all(self.get(t).param and self.get(t).layers for t in tensors)))
+    why = next((v.nonzero for v in map(self.get, labelled) if v.nonzero), here)
+    if all(self.get(t).param if self.get(t).layers else t.numel() == 1 for t in tensors):
+        return self.put(o, self.computed(layers, labelled, func, args, kwargs, why))
+    for p in labelled:
+        if not self.get(p).param: continue
+        self.met_param(self.get(p), [l for l in self.get(p).layers if not zero(_padded(l, o.ndim), p)])
+    self.put(o, _Value(layers, None if all(map(zero, layers)) else why))
 
 @patch
 def dead(self:_Trace, t, label):
     "Is `t` zero for channels with this `label` whose weights are zero?"
     v = self.get(t)
     if v.noise: return self.model.training  # what is drawn in train mode only changes nothing of the trained network
-    return not v.nonzero and any(_varies(_padded(l, label.ndim)) & _varies(label) for l in v.layers)
+    if v.nonzero: return False
+    for l in (_padded(l, label.ndim) for l in v.layers):
+        if not _varies(l) & _varies(label): continue
+        if len(_varies(l)) == len(_varies(label)) == 1: return True
+        a, b = torch.broadcast_tensors(self.all.roots(l), self.all.roots(label))
+        if torch.equal(a, b): return True
+    return False
+
+# %% ../../nbs/12_prune.coupling.ipynb #26491790
+@patch
+def leaves(self:_Trace, v):
+    "The axes of the parameters that the value `v` is computed from, and which of them must be zero for it to be (None: it never is)"
+    if v.leaves is not None: return v.leaves, v.zeros
+    own = frozenset().union(*map(self.all.owners, v.layers))
+    return own, own
+
+@patch
+def met_param(self:_Trace, v, added):
+    "A parameter, or what is computed from some, is added to channels labelled `added`, and multiplies the others"
+    if v.leaves is None:
+        for l in v.layers: self.all.mark(l, 'bias' if any(l is a for a in added) else 'scale')
+        return
+    several = len({self.all.axes[k][0] for k in v.leaves}) > 1
+    self.all.mark_axes(v.zeros or (), ('norm' if several else 'bias') if added else 'scale')
+    self.all.mark_axes(v.leaves, 'statistics' if several else 'scale')
+
+@patch
+def computed(self:_Trace, layers, params, func, args, kwargs, why):
+    "What is known of numbers computed from `params` alone"
+    known, found = [self.leaves(self.get(p)) for p in params], []
+    for chosen in [*([i] for i in range(len(params))), [*range(len(params))]]:
+        def zero(t): return any(t is params[i] for i in chosen)
+        if any(known[i][1] is None for i in chosen) or not _stays_zero(func, args, kwargs, zero): continue
+        found.append(frozenset().union(*(known[i][1] for i in chosen)))
+    def measured(axes): return sum('mean' in self.all.axes[k][0] or 'var' in self.all.axes[k][0] for k in axes)
+    zeros = min(found, key=measured, default=None)  # a scale of zero rather than a mean of zero
+    return _Value(layers, why if zeros is None else None, True, leaves=frozenset().union(*(k for k,_ in known)), zeros=zeros)
 
 # %% ../../nbs/12_prune.coupling.ipynb #bee49ac5
 @patch
 def convolution(self:_Trace, name, func, args, kwargs, out):
     "A convolution, transposed or not"
     (x, w, bias), transposed, groups = args[:3], args[6], args[8]
-    v, axes = self.get(x), [_along(self.get(w).layers, i) for i in (0, 1)]
-    inp, (made, reads) = _along(v.layers, 1), axes[::-1] if transposed else axes
-    for l in v.layers:
-        if 1 not in _varies(l): self.all.fix(l, f'{self.where} mixes it in space')
-    if groups > 1: made = self.grouped(inp, axes[0], groups, out.shape[1], transposed)
+    v, wv = self.get(x), self.get(w)
+    inp, axes = _along(v.layers, 1), [self.sole(_along(wv.layers, i)) for i in (0, 1)]
+    made, reads = axes[::-1] if transposed else axes
+    for l in v.layers: self.all.keep(l, _varies(l) - {1}, f'{self.where} mixes it in space')
+    if groups > 1: made = self.grouped(self.sole(inp), axes[0], groups, out.shape[1], transposed)
     else:
         self.read(inp, reads, v.nonzero)
         if made is not None: self.all.mark(made, 'producer')
-    self.made(out, made, 1, bias)
+    self.made(out, made, 1, bias, wv.nonzero)
 
 @patch
-def read(self:_Trace, x, weight, nonzero):
-    "A sum over channels labelled `x`, each times weights labelled `weight`"
-    if weight is not None: self.all.mark(weight, 'consumer')
-    if x is not None and weight is not None: self.all.join(x, weight)
-    elif x is not None: self.all.fix(x, f'{self.where} reads it with weights that are no parameter')
-    elif weight is not None: self.all.fix(weight, f'{self.where} reads a value that is not of a layer')
-    if x is not None and nonzero: self.all.fix(x, nonzero)
+def sole(self:_Trace, labels):
+    "The first of the `labels` on one axis; the others stay"
+    for l in labels[1:]: self.all.fix(l, f'in {self.where} it shares an axis with channels of another layer')
+    return labels[0] if labels else None
+
+@patch
+def read(self:_Trace, labels, weight, nonzero):
+    "A sum over channels that have these `labels`, each times weights labelled `weight`"
+    counts = [] if weight is None else self.all.count(weight, max(len(labels), 1))
+    for w in counts: self.all.mark(w, 'consumer')
+    if not labels and weight is not None: self.all.fix(weight, f'{self.where} reads a value that is not of a layer')
+    for j,x in enumerate(labels):
+        if weight is None: self.all.fix(x, f'{self.where} reads it with weights that are no parameter')
+        else: self.all.join(x, counts[j])
+        if nonzero: self.all.fix(x, nonzero)
 
 # %% ../../nbs/12_prune.coupling.ipynb #64eb7edc
 @patch
@@ -413,13 +713,13 @@ def grouped(self:_Trace, inp, first, groups, n_out, transposed):
 
 # %% ../../nbs/12_prune.coupling.ipynb #56fedee0
 @patch
-def made(self:_Trace, out, made, axis, bias):
-    "What comes out of a layer: channels labelled `made` along `axis`, with `bias` added"
+def made(self:_Trace, out, made, axis, bias, nonzero=None):
+    "What comes out of a layer: channels labelled `made` along `axis`, with `bias` added; `nonzero`: why its weights are not zero"
     shape = [-1 if i == axis else 1 for i in range(out.ndim)]
-    self.put(out, _Value([] if made is None else [made[:, 0].reshape(shape)]))
+    self.put(out, _Value([] if made is None else [made[:, 0].reshape(shape)], nonzero))
     if not isinstance(bias, torch.Tensor): return
-    b = bias.reshape(shape)
-    self.put(b, _Value([l.reshape(shape) for l in self.get(bias).layers], None, self.get(bias).param))
+    b, v = bias.reshape(shape), self.get(bias)
+    self.put(b, replace(v, layers=[l.reshape(shape) for l in v.layers]))
     self.added(out, b)
 
 @patch
@@ -427,7 +727,7 @@ def added(self:_Trace, out, b):
     "`b` is added to `out`"
     vo, vb = self.get(out), self.get(b)
     layers = self.met(out.shape, [out, b])
-    for l in vb.layers * vb.param: self.all.mark(l, 'bias')
+    if vb.param: self.met_param(vb, vb.layers)
     still = all(self.dead(b, l) for l in layers)
     self.put(out, _Value(layers, vo.nonzero or (None if still else vb.nonzero or f'{self.where} adds to it what is not zero')))
 
@@ -437,44 +737,57 @@ def matmul(self:_Trace, name, func, args, kwargs, out):
     "Products of matrices: `mm`, `bmm`, and those with something added"
     *bias, a, b = args[:3] if name in ('addmm', 'baddbmm') else args[:2]
     va, vb = values = self.get(a), self.get(b)
-    over = [next((l for l in v.layers if l.shape[d] > 1), None) for v,d in zip(values, (-1, -2))]
+    over = [[l if d == -1 else l.mT for l in v.layers if l.shape[d] > 1] for v,d in zip(values, (-1, -2))]
     left = [[l for l in v.layers if l.shape[d] == 1] for v,d in zip(values, (-1, -2))]
     why  = va.nonzero if vb.param else vb.nonzero if va.param else va.nonzero and vb.nonzero
-    x, y = over[0], None if over[1] is None else over[1].mT
-    if x is not None and y is not None: self.all.join(x, y)
-    for v,l in zip(values, (x, y)):
-        if l is None: continue
-        if v.param: self.all.mark(l, 'consumer')
-        if x is None or y is None: self.all.fix(l, f'{self.where} multiplies it with a value that is not of a layer')
-        if why: self.all.fix(l, why)
-    if x is not None and y is not None and not (va.param or vb.param):
-        self.all.join(x, x[..., :1])
-        left[0].append(x[..., :1])
+    for i,v in enumerate(values):  # weights lose what any of several labels of the other factor loses
+        if v.param and over[i]: over[i] = self.all.count(over[i][0], max(len(over[1-i]), 1))
+        elif not values[1-i].param: over[i] = [self.sole(over[i])] if over[i] else []
+    n = min(map(len, over))
+    for x,y in zip(*over): self.all.unite(x, y, f'in {self.where} it meets a value that is not of a layer')
+    for v,ls in zip(values, over):
+        for j,l in enumerate(ls):
+            if v.param: self.all.mark(l, 'consumer')
+            if j >= n: self.all.fix(l, f'{self.where} multiplies it with a value that is not of a layer')
+            if why: self.all.fix(l, why)
+    if n and not (va.param or vb.param):
+        self.all.join(over[0][0], over[0][0][..., :1])
+        left[0].append(over[0][0][..., :1])
     self.product(out, left, values)
     if bias: self.added(out, bias[0])
+
+@patch
+def mv(self:_Trace, name, func, args, kwargs, out):
+    "A matrix times a vector"
+    a, b, o = args[0], args[1].unsqueeze(-1), out.unsqueeze(-1)
+    v = self.get(args[1])
+    self.put(b, replace(v, layers=[l.unsqueeze(-1) for l in v.layers]))
+    self.matmul('mm', func, (a, b), kwargs, o)
+    v = self.get(o)
+    self.put(out, replace(v, layers=[l.squeeze(-1) for l in v.layers]))
 
 # %% ../../nbs/12_prune.coupling.ipynb #1000e9bf
 @patch
 def product(self:_Trace, out, left, values):
     "What comes out of a product: rows of the first, columns of the second, the batch of both"
-    found = []  # [label, the factors it comes from]
-    for v,ls in zip(values, left):
+    found = []  # [label, the factors it comes from, by their number]
+    for i,(v,ls) in enumerate(zip(values, left)):
         for l in ls:
             if v.param: self.all.mark(l, 'producer')
             if l.numel() < 2: continue
-            same = next((f for f in found if _varies(f[0]) & _varies(l)), None)
-            if same is None: found.append([l, [v]])
+            same = next((f for f in found if _varies(f[0]) & _varies(l) and i not in f[1]), None)
+            if same is None: found.append([l, {i}])
             else:
-                self.all.join(same[0], l)
-                same[1].append(v)
-    why = [vs[0].nonzero for _,vs in found if all(v.nonzero and not v.param for v in vs)]  # one zero factor is enough
+                same[0] = self.all.unite(same[0], l, f'in {self.where} it meets a value that is not of a layer')
+                same[1].add(i)
+    why = [values[min(vs)].nonzero for _,vs in found if all(values[i].nonzero for i in vs)]  # one zero factor is enough
     self.put(out, _Value([l for l,_ in found], why[0] if why else None))
 
 # %% ../../nbs/12_prune.coupling.ipynb #8f67f0d3
 @patch
 def embedding(self:_Trace, name, func, args, kwargs, out):
     "Rows of a table"
-    rows, made = [_along(self.get(args[0]).layers, i) for i in (0, 1)]
+    rows, made = [self.sole(_along(self.get(args[0]).layers, i)) for i in (0, 1)]
     if rows is not None: self.all.fix(rows, f'{self.where} looks it up')
     if made is not None: self.all.mark(made, 'producer')
     self.put(out, _Value([] if made is None else [_padded(made[:, 0], out.ndim)]))
@@ -489,20 +802,38 @@ def _rule(*names):
         return rule
     return register
 
+class _Size(int):
+    "The `hidden_size` of a recurrent layer, as long as the model runs"
+
 class _WholeFunctions(TorchFunctionMode):
     "Apply `_rules`, and hide the operators inside those functions from `trace`"
     def __init__(self, trace):
         super().__init__()
-        self.trace = trace
+        self.trace, trace.zeros = trace, {}  # id → tensor: zeros whose size is that of a recurrent layer
+        for m in trace.model.modules():
+            if isinstance(m, (nn.RNNBase, nn.RNNCellBase)): m.hidden_size = _Size(m.hidden_size)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        rule = _rules.get(func) if isinstance(func, BuiltinFunctionType) and not kwargs else None
-        if rule is None: return func(*args, **(kwargs or {}))
-        self.trace.hurry()
+        kwargs = kwargs or {}
+        rule   = _rules.get(func) if isinstance(func, BuiltinFunctionType) and not kwargs else None
+        if rule is None:
+            out = func(*args, **kwargs)
+            if isinstance(out, torch.Tensor) and self.follows(func.__name__, args, kwargs, out): self.trace.zeros[id(out)] = out
+            return out
         for t in tensors_in(args): self.trace.use(self.trace.get(t))
         with _disable_current_modes(): out = func(*args)
         rule(self.trace, args, out)
         return out
+
+# %% ../../nbs/12_prune.coupling.ipynb #97978038
+@patch
+def follows(self:_WholeFunctions, name, args, kwargs, out):
+    "Whether `out` is zero, and has other sizes if a recurrent layer has"
+    floats, known = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()], self.trace.zeros
+    if name == 'zeros_like': return id(floats[0]) in known or bool(self.trace.get(floats[0]).layers) if floats else False
+    sized = any(isinstance(s, _Size) for a in (*args, *kwargs.values()) for s in (a if isinstance(a, (list, tuple)) else [a]))
+    if sized and (not floats or name == 'new_zeros'): return not out.count_nonzero()
+    return bool(floats) and all(id(t) in known for t in floats) and not out.count_nonzero()
 
 # %% ../../nbs/12_prune.coupling.ipynb #4db48716
 def _last(layers):
@@ -595,60 +926,66 @@ def units(self:_Trace, gates, size, sets):
 # %% ../../nbs/12_prune.coupling.ipynb #7ada6d9c
 @patch
 def start(self:_Trace, states, units):
-    "What a recurrent layer with these `units` starts from; zeros that the model makes are no hindrance"
+    "What a recurrent layer with these `units` starts from"
     for s in states:
         v = self.get(s)
         own = [l for l in v.layers if s.ndim - 1 in _varies(l)]
-        if units is None or not own:
-            for l in v.layers: self.all.fix(l, f'{self.where} starts from it')
-            made_here = self.get(s) is self.get(s)  # of what it did not see it knows nothing, each time anew
-            if units is not None and (s.count_nonzero() or not made_here):
-                self.all.fix(units, f'{self.where} starts from a state that is neither a layer\'s nor zeros made in this run')
+        for l in v.layers:
+            if units is None or l is not own[0]: self.all.fix(l, f'{self.where} starts from it')
+        if units is None or id(s) in self.zeros: continue
+        if not own:
+            self.all.fix(units, f'{self.where} starts from a state of a fixed size: give it none, or zeros whose size is its `hidden_size`')
             continue
-        for l in v.layers: self.all.join(l, units) if l is own[0] else self.all.fix(l, f'{self.where} starts from it')
+        self.all.join(own[0], units)
         if v.param: self.all.mark(own[0], 'bias')
         if v.nonzero: self.all.fix(units, v.nonzero)
 
 # %% ../../nbs/12_prune.coupling.ipynb #ebe7436a
 @patch
-def owned(self:_Trace, inp, params, role):
-    "Vectors with a number for each channel of what a norm gets, labelled `inp`"
+def owned(self:_Trace, labels, params, role):
+    "Vectors with a number for each channel of what a norm gets, which has these `labels`"
     for t in params:
-        own = _along(self.get(t).layers, 0) if isinstance(t, torch.Tensor) else None
+        v   = self.get(t) if isinstance(t, torch.Tensor) else _Value([])
+        own = self.sole(_along(v.layers, 0))
         if own is None: continue
-        self.all.mark(own, role)
-        if inp is None: self.all.fix(own, f'{self.where} normalises a value that is not of a layer')
-        else: self.all.join(inp, own)
+        if v.leaves is not None: self.all.mark_axes(v.zeros or (), role)
+        counts = self.all.count(own, max(len(labels), 1)) if v.leaves is None else [own]*len(labels)
+        for c in counts if v.leaves is None else []: self.all.mark(c, role)
+        if not labels: self.all.fix(own, f'{self.where} normalises a value that is not of a layer')
+        for l,c in zip(labels, counts): self.all.join(l, c)
 
 # %% ../../nbs/12_prune.coupling.ipynb #53434f20
 @patch
 def batch_norm(self:_Trace, name, func, args, kwargs, out):
     "Channels along axis 1, each for itself"
     x, weight, bias, *stats = args[:5]
-    v, stats = self.get(x), [t for t in stats if isinstance(t, torch.Tensor)]
+    v, stats, batch = self.get(x), [t for t in stats if isinstance(t, torch.Tensor)], any(a is True for a in args)
     self.owned(_along(v.layers, 1), (weight, bias), 'norm')
     self.owned(_along(v.layers, 1), stats, 'statistics')
+    for l in v.layers * batch: self.all.keep(l, _varies(l) - {1}, f'{self.where} standardises over it')
     scaled = isinstance(weight, torch.Tensor)
     why = v.nonzero or f'{self.where} has no scale' if stats and not scaled else None if scaled else v.nonzero
-    self.put(tensors_in(out)[0], _Value(v.layers, self.aside(v, {1}) or why))
+    self.put(tensors_in(out)[0], _Value(v.layers, self.aside(v, {1}, bias, *stats) or why))
 
 @patch
-def aside(self:_Trace, v, axes):
-    "Why channels along other than the `axes` that a norm has a shift for are not zero behind it"
-    return None if all(_varies(l) & axes for l in v.layers) else f'{self.where} adds to it what is not zero'
+def aside(self:_Trace, v, axes, *shifts):
+    "Why channels along other than the `axes` that a norm has `shifts` for are not zero after it"
+    if not any(isinstance(t, torch.Tensor) for t in shifts) or all(_varies(l) <= axes for l in v.layers): return None
+    return f'{self.where} adds to it what is not zero'
 
 @patch
 def group_norm(self:_Trace, name, func, args, kwargs, out):
     "Channels along axis 1, a group of them at a time"
     x, weight, bias, groups = args[0], args[1], args[2], args[6]
     v, inp = self.get(x), _along(self.get(x).layers, 1)
-    if inp is not None:
+    for l in v.layers: self.all.keep(l, _varies(l) - {1}, f'{self.where} normalises over it')
+    for l in inp:
         ours = weight is not None and isinstance(self.module, nn.GroupNorm)  # or we can't tell it how many groups are left
-        if groups == 1: self.all.fix(inp, f'{self.where} normalises over all channels at once')
-        elif not ours: self.all.fix(inp, f'{self.where} normalises {groups} groups of it')
-        self.all.join(inp.reshape(groups, -1), inp.reshape(groups, -1)[:, :1])
+        if groups == 1: self.all.fix(l, f'{self.where} normalises over all channels at once')
+        elif not ours: self.all.fix(l, f'{self.where} normalises {groups} groups of it')
+        self.all.join(l.reshape(groups, -1), l.reshape(groups, -1)[:, :1])
     self.owned(inp, (weight, bias), 'norm')
-    self.put(tensors_in(out)[0], _Value(v.layers, self.aside(v, {1}) or (v.nonzero if weight is None else None)))
+    self.put(tensors_in(out)[0], _Value(v.layers, self.aside(v, {1}, bias) or (v.nonzero if weight is None else None)))
 
 # %% ../../nbs/12_prune.coupling.ipynb #eeed4fe2
 @patch
@@ -656,31 +993,46 @@ def layer_norm(self:_Trace, name, func, args, kwargs, out):
     "Over the last axes"
     x, shape, *params = args[:4]
     v, over = self.get(x), {x.ndim - 1 - i for i in range(len(shape))}
+    params  = [t for t in params if isinstance(t, torch.Tensor)]
     own = [l for t in params for l in self.get(t).layers]
-    for l in own: self.all.mark(l, 'norm')
-    for l in own + [l for l in v.layers if _varies(l) & over]: self.all.fix(l, f'{self.where} normalises over all channels at once')
-    self.put(tensors_in(out)[0], _Value(v.layers or [_padded(l, x.ndim) for l in own[:1]], v.nonzero or self.aside(v, over)))
+    why = f'{self.where} normalises over all channels at once'
+    for l in own:
+        self.all.mark(l, 'norm')
+        self.all.fix(l, why)
+    for l in v.layers: self.all.keep(l, over, why)
+    shifted = self.aside(v, over, *params[1:])
+    self.put(tensors_in(out)[0], _Value(v.layers or [_padded(l, x.ndim) for l in own[:1]], v.nonzero or shifted))
 
 # %% ../../nbs/12_prune.coupling.ipynb #4384c435
 @patch
 def reduce(self:_Trace, name, func, args, kwargs, out):
     "A reduction over axes"
     (x, *rest), v, outs = args, self.get(args[0]), tensors_in(out)
+    rest = rest[1:] if name in ('norm', 'linalg_vector_norm') else rest  # the power comes first
     dims = rest[0] if rest and isinstance(rest[0], (int, list, tuple)) and not isinstance(rest[0], bool) else []
     dims = {d % x.ndim for d in ([dims] if isinstance(dims, int) else dims)} or set(range(x.ndim))
-    kept = [l for l in v.layers if not _varies(l) & dims]
-    over = [(l, v.nonzero or f'{self.where} takes its `{name}`') for l in v.layers if _varies(l) & dims and (name != 'sum' or v.nonzero)]
+    kept, over = [], []
+    for l in v.layers:
+        across, why = _varies(l) & dims, v.nonzero or f'{self.where} takes its `{name}`'
+        if not across: kept.append(l)
+        elif across == _varies(l): over += [(l, why)] if name != 'sum' or v.nonzero else []
+        elif self.all.constant(l, _varies(l) - dims):  # gets shorter along the axes that are summed over, if at all
+            if name != 'sum' or v.nonzero: self.all.keep(l, across, why)
+        else:
+            self.all.keep(l, across, why)
+            for i in across: l = l.narrow(i, 0, 1)
+            kept.append(l)
     if outs[0].ndim < x.ndim: kept = [l.reshape([n for i,n in enumerate(l.shape) if i not in dims]) for l in kept]
     why = v.nonzero or (f'{self.where} makes something else of zero with `{name}`' if name in ('prod', 'logsumexp') else None)
-    for t in outs: self.put(t, _Value(kept, why, unless=tuple(over)))
+    leaves, zeros = self.leaves(v) if v.param else (None, None)
+    for t in outs: self.put(t, _Value(kept, why, v.param, tuple(over), leaves, None if why else zeros))
 
 # %% ../../nbs/12_prune.coupling.ipynb #263b22d7
 @patch
 def softmax(self:_Trace, name, func, args, kwargs, out):
     "A softmax: zeros count along its axis, and do not stay zero"
     x, dim, v, name = args[0], args[1], self.get(args[0]), name.strip('_')
-    for l in v.layers:
-        if dim % x.ndim in _varies(l): self.all.fix(l, f'{self.where} takes its `{name}`')
+    for l in v.layers: self.all.keep(l, {dim % x.ndim}, f'{self.where} takes its `{name}`')
     self.put(out, _Value(v.layers, f'{self.where} makes something else of zero with `{name}`'))
 
 @patch
@@ -703,11 +1055,27 @@ def cat(self:_Trace, name, func, args, kwargs, out):
     parts, dim = [t for t in args[0] if t.numel()], (args[1] if len(args) > 1 else 0) % out.ndim
     values = [self.get(t) for t in parts]
     if not any(dim in _varies(l) for v in values for l in v.layers): return self.meet(parts, dim, out)
-    if any(len(v.layers) > 1 or _varies(l) - {dim} for v in values for l in v.layers): return self.unknown(name, func, args, kwargs, out)
-    shapes = [[n if i == dim else 1 for i,n in enumerate(t.shape)] for t in parts]
+    wide = set().union(*(_varies(l) for v in values for l in v.layers)) - {dim}
+    if any(len(v.layers) > 1 or v.layers and dim not in _varies(v.layers[0]) for v in values):
+        return self.unknown(name, func, args, kwargs, out)
+    shapes = [[n if i == dim or i in wide else 1 for i,n in enumerate(t.shape)] for t in parts]
+    for v in values:  # no other part gets shorter along the other axes
+        for l in v.layers * any(not o.layers or _varies(o.layers[0]) - {dim} != wide for o in values):
+            self.all.keep(l, wide, f'{self.where} puts it beside other values')
     labels = [v.layers[0].expand(s) if v.layers else torch.full(s, -1) for v,s in zip(values, shapes)]
+    if wide: self.lines(labels, dim, values)
     why    = next((v.nonzero for v in values if v.layers and v.nonzero), None)
-    self.put(out, _Value([torch.cat(labels, dim)], why, all(v.param for v in values)))
+    params = all(v.param and v.leaves is None for v in values)
+    self.put(out, _Value([torch.cat(labels, dim)], why, params))
+
+@patch
+def lines(self:_Trace, labels, dim, values):
+    "Along other axes than `dim` parts side by side lose the same: whole lines that go through all of them"
+    known = [l for l,v in zip(labels, values) if v.layers]
+    for l in known[1:]:
+        if self.all.constant(l, {dim}) and self.all.constant(known[0], {dim}):
+            self.all.join(l.narrow(dim, 0, 1), known[0].narrow(dim, 0, 1))
+        else: self.all.keep(l, _varies(l) - {dim}, f'{self.where} puts it beside other values')
 
 # %% ../../nbs/12_prune.coupling.ipynb #74e4d88b
 @patch
@@ -716,24 +1084,35 @@ def meet(self:_Trace, parts, dim, out):
     values, ends = [self.get(t) for t in parts], [t.narrow(dim, 0, 1) for t in parts]
     for t,v in zip(ends, values):
         self.put(t, v)
-        for l in v.layers * v.param: self.all.mark(l, 'bias')
+        if v.param: self.met_param(v, v.layers)
     why = next((v.nonzero for v in values if v.layers and v.nonzero), None)
     if not all(v.layers for v in values) and not isinstance(self.module, nn.MultiheadAttention):
         why = f'{self.where} puts it beside other values'
-    self.put(out, _Value(self.met(out.narrow(dim, 0, 1).shape, ends), why, all(v.param for v in values)))
+    params = all(v.param and v.leaves is None for v in values)
+    self.put(out, _Value(self.met(out.narrow(dim, 0, 1).shape, ends), why, params))
+
+@patch
+def stack(self:_Trace, name, func, args, kwargs, out):
+    "Values side by side along a new axis"
+    dim = (args[1] if len(args) > 1 else 0) % out.ndim
+    parts, values = [t.unsqueeze(dim) for t in args[0]], [self.get(t) for t in args[0]]
+    for t,v in zip(parts, values): self.put(t, replace(v, layers=[l.unsqueeze(dim) for l in v.layers]))
+    self.meet(parts, dim, out)
 
 # %% ../../nbs/12_prune.coupling.ipynb #e15014f0
 _OPS = {op: kind for kind,ops in dict(
     convolution = 'convolution',
     matmul      = 'mm addmm bmm baddbmm',
+    mv          = 'mv',
     cat         = 'cat',
+    stack       = 'stack',
     embedding   = 'embedding',
     softmax     = '_softmax _log_softmax _safe_softmax',
     batch_norm  = '_native_batch_norm_legit _native_batch_norm_legit_no_training native_batch_norm cudnn_batch_norm miopen_batch_norm',
     group_norm  = 'native_group_norm',
-    layer_norm  = 'native_layer_norm',
-    same        = '_to_copy contiguous clone detach lift_fresh native_dropout',
-    pointwise   = 'copy fill zero rrelu_with_noise prelu _prelu_kernel hardswish hardtanh hardsigmoid',
+    layer_norm  = 'native_layer_norm _fused_rms_norm',
+    same        = '_to_copy contiguous clone detach lift_fresh native_dropout rrelu_with_noise',
+    pointwise   = 'copy fill zero masked_fill prelu _prelu_kernel hardswish hardtanh hardsigmoid',
     nothing     = 'zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty rand_like randn_like argmax argmin',
     reduce      = 'mean sum amax amin max min var std norm linalg_vector_norm prod logsumexp var_mean',
     spatial     = 'max_pool1d avg_pool1d adaptive_avg_pool1d max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d '
@@ -751,16 +1130,17 @@ def _copied(model):
     model = unwrapped(model)
     if any(is_lazy(p) for p in model.parameters()):
         raise ValueError('The model has parameters without a shape: run one batch through it first')
-    try: return copy.deepcopy(model)
-    except Exception as e:
-        raise ValueError(f'{type(model).__name__} cannot be copied: {_first_line(e)}. If `torch.nn.utils.prune` or the old `weight_norm` '
-                         'holds some of it, end that first with `prune.remove` or `remove_weight_norm`') from e
+    for n,m in model.named_modules():
+        if any(isinstance(h, prune.BasePruningMethod) for h in getattr(m, '_forward_pre_hooks', {}).values()):
+            raise ValueError(f'`torch.nn.utils.prune` holds {f"`{n}`" if n else "the model"} ({type(m).__name__}): '
+                             'end that first with `prune.remove`')
+    return copied(model)
 
 # %% ../../nbs/12_prune.coupling.ipynb #06442747
 @patch
 def run(self:_Trace, args, kwargs):
     "Run the model, and look at what it gives back"
-    model = self.model
+    model, self.inside = self.model, []
     with ExitStack() as stack:
         for name,m in model.named_modules():
             if isinstance(m, torch.jit.ScriptModule): continue  # takes no hooks: what it does is its caller's
@@ -774,6 +1154,17 @@ def run(self:_Trace, args, kwargs):
     for t in outs:
         self.use(self.get(t))
         for l in self.get(t).layers: self.all.fix(l, 'it is the output of the model')
+    for name,t in _remembered(model):
+        if memory_of(t) in self.seen: continue  # something in the model has read it: it need not be for the caller
+        for l in self.get(t).layers: self.all.fix(l, f'it is kept as `{name}`, which only the caller can read')
+
+def _remembered(model):
+    "Tensors among the attributes of the modules, those in lists, tuples and dicts too, as (name, tensor)"
+    for path,m in model.named_modules():
+        for k,v in vars(m).items():
+            if k.startswith('_') or not isinstance(v, (torch.Tensor, list, tuple, dict)): continue
+            for t in tree_leaves(v):
+                if isinstance(t, torch.Tensor): yield f'{path}.{k}'.strip('.'), t
 
 # %% ../../nbs/12_prune.coupling.ipynb #5c3ea5f1
 def _followed(model, example_inputs, timeout=None):
@@ -786,12 +1177,19 @@ def _followed(model, example_inputs, timeout=None):
             trace.hurry()  # it may come as another error, out of a scripted part
             raise ValueError(f'{type(model).__name__} does not run on `example_inputs`, in {trace.where}: {_first_line(e)}') from e
         used = {trace.all.axes[k][0] for k in trace.all.role}
-        if any(k not in used for k,p in model.named_parameters() if p.numel() > 1):
-            model.train()
-            try: trace.run(args, kwargs)
-            except Exception: trace.hurry()  # else: batch norms need more than one number in train mode
+        if any(k not in used for k,p in model.named_parameters() if p.numel() > 1): _follow_training(trace, model, args, kwargs)
     trace.settle()
     return trace
+
+def _follow_training(trace, model, args, kwargs):
+    "Follow a run in train mode too, if there can be one"
+    model.train()
+    try: return trace.run(args, kwargs)
+    except Exception: trace.hurry()
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._NormBase): m.eval()  # in train mode they need more than one number for a channel
+    try: trace.run(args, kwargs)
+    except Exception: trace.hurry()  # it needs something else in train mode, as targets
 
 # %% ../../nbs/12_prune.coupling.ipynb #b2ee037a
 @dataclass(frozen=True, eq=False)

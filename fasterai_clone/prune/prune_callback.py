@@ -9,23 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import copy
 import numpy as np, torch, torch.nn as nn
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import Learner
 from fastcore.basics import patch, store_attr
 from ..core.criteria import Criteria, large_final
-from ..core.flow import multiply_adds
+from ..core.flow import copied, multiply_adds
 from ..core.granularity import _unknown
-from ..core.measure import as_criteria
+from ..core.measure import as_batch, as_criteria
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import n_dropped
 from ..core.masks import Masks
-from .coupling import group_masks
-from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _removable, _shrink, _tensors_of,
-                                       _verify, _without, reshape_to, sizes_of)
+from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _shrink, _shapes as _all_shapes, _tensors_of,
+                                       _verify, _without, reshape_to, sizes_of, update_config)
 from ..report import print_text
-from ..sparse.compact import _inner, _like
+from ..sparse.compact import _inner, _like, stepping_optimizer, why_not_passed_on
 from ..sparse.sparsifier import Sparsifier, _check_flags, _check_tools, _rounded, _check_arguments
 from ..sparse.sparsify_callback import SparsifyCallback, _check_sparsities, _check_whole, _Lean
 from ..sparse.state import _States, random_state, set_random_state
@@ -44,7 +43,8 @@ _uncuttable = ('LBFGS', 'Adafactor', 'SparseAdam', 'Lookahead')
 
 def _why_not_cut(optimizer):
     "Why channels cannot be taken out of what `optimizer` knows, or None"
-    opt  = _inner(optimizer)
+    if type(optimizer).__name__ not in _uncuttable and (why := why_not_passed_on(optimizer)): return why
+    opt  = stepping_optimizer(optimizer)
     name = type(opt).__name__
     if name in _uncuttable or not (hasattr(opt, 'param_lists') or isinstance(opt, torch.optim.Optimizer)):
         return f'{name} keeps more than a number for each weight'
@@ -57,7 +57,7 @@ def _why_not_cut(optimizer):
 @torch.no_grad()
 def _carry_over(optimizer, replaced):
     "Let `optimizer` go on with other parameters: `replaced` has (old, new, axis → kept positions, or None: nothing is known of it)"
-    opt   = _inner(optimizer)
+    opt   = stepping_optimizer(optimizer)
     known = {id(old): (new, axes) for old,new,axes in replaced}
     for old,new,axes in replaced:
         if axes is not None and old.grad is not None: new.grad = _cut(old.grad, axes)
@@ -163,7 +163,7 @@ def _say_what_stays(self:PruneCallback):
 @patch
 def _begin(self:PruneCallback):
     "Count the channels of a model that is new to this callback"
-    sp = self._new_sparsifier()
+    sp = self._new_sparsifier(self.check)
     self.sizes = {t.name: t.groups.n for t in sp.targets}
     self._goal = dict(zip(self.sizes, sp.sparsities(self.pruning_ratio)))
     total, most, asked = sum(self.sizes.values()), self._most(), max(self._goal.values())
@@ -171,20 +171,9 @@ def _begin(self:PruneCallback):
         raise ValueError(f'`pruning_ratio` {asked:g} would take {n_dropped(total, asked):,} of {total:,} channels, and {most:,} can go '
                          f'if each of {len(self.sizes)} groups keeps {self.min_channels}')
     with _eagerly(sp.model): self._try_measure(sp)
-    if self.check: self._try_out(sp)
     self._use(sp)
 
 # %% ../../nbs/21_prune.prune_callback.ipynb #617ee5ba
-@patch
-def _try_out(self:PruneCallback, sp):
-    "Take a channel of each group out of a copy, so that a model which cannot be cut is found now"
-    groups = sp.channel_groups
-    with _plainly(sp.model):
-        masked = deepcopy(sp.model)
-        group_masks(groups, [torch.arange(g.n) > 0 for g in groups]).apply(dict(masked.named_parameters()))
-        dead = _removable(groups, _tensors_of(masked))
-        _verify(masked, _without(masked, groups, dead), groups, dead, self._some_inputs())
-
 @patch
 def _use(self:PruneCallback, sp):
     "Choose with `sp` from now on"
@@ -197,7 +186,7 @@ def _knows_model(self:PruneCallback):
     "Is the model that of the last fit? If a checkpoint of it with other sizes was loaded, look at it again"
     if self.sparsifier is None or self.sparsifier.model is not unwrapped(self.learn.model): return False
     if self._known != _shapes(self.sparsifier.model):
-        sp = self._new_sparsifier()
+        sp = self._new_sparsifier(self.check)
         if not {t.name for t in sp.targets} <= self.sizes.keys(): return False
         self._use(sp)
     return True
@@ -207,11 +196,11 @@ def _knows_model(self:PruneCallback):
 def _most(self:PruneCallback): return sum(max(n - self.min_channels, 0) for n in self.sizes.values())
 
 @patch
-def _new_sparsifier(self:PruneCallback):
-    "Who chooses among the channels that the model has now"
+def _new_sparsifier(self:PruneCallback, check=False):
+    "Who chooses among the channels that the model has now; `check`: only among those that can be removed, as a trial shows"
     own = {k: getattr(self, k) for k in ('layer_type', 'include', 'exclude', 'data')}
     return Sparsifier(self.learn.model, 'filter', self.context, self.criteria, loss_func=self.learn.loss_func,
-                      example_inputs=self._some_inputs, coupled=True, **own)
+                      example_inputs=self._some_inputs, coupled=True, check=check, **own)
 
 # %% ../../nbs/21_prune.prune_callback.ipynb #496fee90
 def _is_compiled(m): return '_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None
@@ -262,7 +251,7 @@ def _prune(self:PruneCallback, progress):
     sp = self._copied_sparsifier()
     if sp.limits: sp.limits = [0]*len(sp.targets), [max(t.groups.n - self.min_channels, 0) for t in sp.targets]
     unseen = sp.reference == 'measure' or sp.reference == 'grad' and not sp.refs
-    if unseen and self.data is None: sp.observe(*self.xb, *self.yb)
+    if unseen and self.data is None: sp.observe(*as_batch(self.xb, self.yb))
     with _eagerly(sp.model), _all_or_nothing(sp.model, self.opt, sp._params().values()):
         sp.update(counts, round_to=None if self.context == 'local' else self.round_to)
         dead = [torch.zeros(t.groups.n, dtype=torch.bool) if t.name not in sp.masks else ~sp._group_mask(t).flatten().cpu()
@@ -286,9 +275,10 @@ def _take_out(self:PruneCallback, sp, dead):
     model, groups, inputs = sp.model, sp.channel_groups, self._some_inputs()
     with _plainly(model):
         if self.check: _verify(model, _without(model, groups, dead), groups, dead, inputs)
-        keep, before = _kept_positions(groups, dead), dict(model.named_parameters())
+        keep, before, shapes = _kept_positions(groups, dead), dict(model.named_parameters()), _all_shapes(model)
         _shrink(model, groups, dead)
         if any(map(_bare, model.modules())): _measure(model, inputs)
+        update_config(model, shapes)
         after = dict(model.named_parameters())
     refs = {k: _cut(v, keep.get(k, {})) if v.shape == before[k].shape else v for k,v in sp.refs.items()}
     _carry_over(self.opt, [(before[k], after[k], axes) for k,axes in keep.items() if k in before])

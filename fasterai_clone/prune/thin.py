@@ -21,14 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from ..core.flow import _arguments, _first_line, tensors_in
+from ..core.flow import _arguments, _first_line, copied, tensors_in
 from ..core.granularity import check_loaded
 from ..core.masks import Masks, _whole_file
 from .coupling import _copied, _followed, _left_out, _listed, CoupledGroup, group_masks
 from ..sparse.compact import _inner
 
 # %% auto #0
-__all__ = ['ThinAttention', 'unremovable', 'thin', 'sizes_of', 'reshape_to', 'save_thinned', 'load_thinned']
+__all__ = ['update_config', 'ThinAttention', 'sampled', 'unremovable', 'thin', 'sizes_of', 'reshape_to', 'save_thinned',
+           'load_thinned']
 
 # %% ../../nbs/13_prune.thin.ipynb #74674186
 def _dead(group, tensors):
@@ -83,10 +84,11 @@ def _weight(m):
     return next((w for w in found if w is not None), None)
 
 def _recurrent_sizes(m):
-    "The sizes of a recurrent layer or cell; a projection's stays"
+    "The sizes of a recurrent layer or cell; a weight that a wrapper computes is still that of the last run"
     w_ih, w_hh = (m.weight_ih_l0, m.weight_hh_l0) if isinstance(m, nn.RNNBase) else (m.weight_ih, m.weight_hh)
-    sizes = dict(input_size=w_ih.shape[1])
-    return sizes if getattr(m, 'proj_size', 0) else dict(sizes, hidden_size=w_hh.shape[1])
+    if getattr(m, 'proj_size', 0): return dict(input_size=w_ih.shape[1])  # the units of one with a projection stay
+    gates = w_hh.shape[0] // w_hh.shape[1]
+    return dict(input_size=w_ih.shape[1], hidden_size=min(len(w_ih), len(w_hh)) // gates)
 
 def _sizes(m, before=None):
     "Attribute → value for what the layer `m` says of its size; `before`: the shape its weight had"
@@ -110,6 +112,73 @@ def _sizes(m, before=None):
         q, k, v = (t.shape[1] for t in m.projections())
         return dict(embed_dim=q, kdim=k, vdim=v, num_heads=m.num_heads)
     return {}
+
+# %% ../../nbs/13_prune.thin.ipynb #c66de4c0
+_size_names = set('''in_channels out_channels mid_channels num_channels in_chs out_chs in_features out_features hidden_features num_features
+    hidden_size hidden_dim hidden intermediate_size inner_dim inner_size mlp_dim ffn_dim d_ff dim_feedforward'''.split())
+
+def _tensors_of(model): return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def _shapes(model): return {k: tuple(t.shape) for k,t in _tensors_of(model).items()}
+
+def _changed_sizes(before, after, prefix=''):
+    "Size of an axis `before` → its sizes `after`, of tensors whose names begin with `prefix`"
+    sizes = defaultdict(set)
+    for k,shape in before.items():
+        if not k.startswith(prefix): continue
+        for old,new in zip(shape, after[k]): sizes[old].add(new)
+    return sizes
+
+def _retell(model, before):
+    "Update the numbers that modules keep of their sizes; `before`: the shapes that parameters and buffers had"
+    after = _shapes(model)
+    if after == before: return
+    for n,m in model.named_modules():
+        told = [] if _sizes(m) else [(k, v) for k,v in vars(m).items() if k in _size_names and type(v) is int]
+        if not told: continue
+        sizes = _changed_sizes(before, after, f'{n}.' if n else '')
+        for k,v in told:
+            if len(sizes[v]) == 1: vars(m)[k] = min(sizes[v])
+
+# %% ../../nbs/13_prune.thin.ipynb #624fecda
+def _makes(kind, config, shapes):
+    "Does a model of the class `kind`, made from `config`, have these `shapes`?"
+    with torch.random.fork_rng(), torch.device('meta'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: made = kind(copy.deepcopy(config))
+        except Exception: return False  # a config with numbers that do not go together
+    return _shapes(made) == shapes
+
+def _configs(m, sizes, shapes):
+    "Copies of the config of `m` with new numbers where it has old ones, to be tried"
+    new  = {old: min(now - {old}) for old,now in sizes.items() if len(now - {old}) == 1}
+    told = vars(m.config)
+    keys = [k for k,v in told.items() if type(v) is int and v in new]
+    if told.get('n_inner', 0) is None and len({*new.values()}) == 1: keys.append('n_inner')  # GPT-2: four times the stream
+    for some in [*([k] for k in keys), keys][:20]:
+        config = copy.deepcopy(m.config)
+        for k in some: setattr(config, k, new.get(told[k], min(new.values())))
+        yield config
+
+def update_config(
+    model: nn.Module,        # or modules inside of it, that have a `config` and `from_pretrained` as those of transformers
+    before: dict[str, tuple] # parameter or buffer → the shape it had when `config` described it
+) -> None:
+    "Let the `config` of transformers describe the sizes of now, or warn that it cannot"
+    done, after = [], _shapes(model)
+    for n,m in model.named_modules():
+        prefix = f'{n}.' if n else ''
+        ours   = hasattr(getattr(m, 'config', None), 'to_dict') and hasattr(type(m), 'from_pretrained')
+        if not ours or any(prefix.startswith(d) for d in done): continue
+        done.append(prefix)
+        sizes, shapes = _changed_sizes(before, after, prefix), _shapes(m)
+        if all(now == {old} for old,now in sizes.items()) or _makes(type(m), m.config, shapes): continue
+        config = next((c for c in _configs(m, sizes, shapes) if _makes(type(m), c, shapes)), None)
+        if config is None: warnings.warn(f'The `config` of {type(m).__name__} cannot describe layers of different sizes: `from_pretrained` will not '
+                                         'read this model back. Use `save_thinned` and `load_thinned`', stacklevel=3)
+        else:
+            old = m.config
+            for part in m.modules():
+                if vars(part).get('config') is old: vars(part)['config'] = config
 
 # %% ../../nbs/13_prune.thin.ipynb #0b3c3eb4
 def _projected(x: Tensor, weight: Tensor, bias: Optional[Tensor], extra: Optional[Tensor], zeros: bool, heads: int) -> Tensor:
@@ -204,7 +273,7 @@ def _as_thin(m, heads):
 def _shrink(model, groups, dead):
     "Take the `dead` channels of `groups` out of `model`, in place"
     keep, before = _kept_positions(groups, dead), {n: tuple(w.shape) for n,m in model.named_modules() if (w := _weight(m)) is not None}
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors, shapes = _tensors_of(model), _shapes(model)
     for name,axes in keep.items():
         t = tensors[name]
         for axis,line in axes.items(): t = t.detach().index_select(axis, line.nonzero()[:, 0].to(t.device))
@@ -213,6 +282,7 @@ def _shrink(model, groups, dead):
         if isinstance(m, nn.MultiheadAttention): _resize_attention(f'{n}.' if n else '', m, keep)
         if n in before and tuple(_weight(m).shape) != before[n]: vars(m).update(_sizes(m, before[n]))
         elif n not in before or isinstance(m, ThinAttention): vars(m).update(_sizes(m))
+    _retell(model, shapes)
 
 def _resize_attention(prefix, m, keep):
     "Tell the attention `m` what it still has"
@@ -267,8 +337,11 @@ def _replaced(o, change):
 
 def _double(t): return t.double() if t.is_floating_point() else t
 
-def _sampled(example_inputs, n=2):
-    "The first `n` items of `example_inputs`, if each tensor has as many items as the others; else all"
+def sampled(
+    example_inputs,  # what a model is called with
+    n: int = 2       # how many items
+):
+    "Return the first `n` items of the batch `example_inputs`, or all of it if its tensors are not of one length"
     lengths = {len(t) for t in tensors_in(example_inputs) if t.ndim}
     def first(t): return t[:n] if t.ndim else t
     return _replaced(example_inputs, first) if len(lengths) == 1 else example_inputs
@@ -440,11 +513,11 @@ class _Check:
     "Whether others compute what `model` does with `example_inputs`, in eval mode and in train mode"
     def __init__(self, model, example_inputs, modes=(False, True)):
         self.modes, self.runs, self.where = modes, {}, ''  # `where`: the module in which the last one that fails does so
-        self.model, self.inputs = copy.deepcopy(model).double(), _replaced(example_inputs, _double)
+        self.model, self.inputs = copied(model).double(), _replaced(example_inputs, _double)
         self.doubled, self.limit = True, _limit(torch.float64)
         try: self.wanted(False)
         except Exception:  # it does not run in double precision
-            self.model, self.inputs = copy.deepcopy(model), example_inputs
+            self.model, self.inputs = copied(model), example_inputs
             self.doubled, self.limit = False, max([_limit(p.dtype) for p in model.parameters()], default=1e-4)
             self.wanted(False)
 
@@ -462,7 +535,7 @@ class _Check:
     def wanted(self, training):
         "The run of the model itself; None if it does not run in train mode"
         if training not in self.runs:
-            try: self.runs[training] = self.run(copy.deepcopy(self.model), training)
+            try: self.runs[training] = self.run(copied(self.model), training)
             except Exception:
                 if not training: raise
                 self.runs[training] = None  # batch norms need more than one number in train mode
@@ -491,8 +564,8 @@ def why_not(self:_Check, other, training):
 def __call__(self:_Check, other):
     "Why `other` does not compute the same, or None"
     for training in self.modes:
-        copied = copy.deepcopy(other)
-        if why := self.why_not(copied.double() if self.doubled else copied, training): return why
+        own = copied(other)
+        if why := self.why_not(own.double() if self.doubled else own, training): return why
 
 # %% ../../nbs/13_prune.thin.ipynb #89992bd7
 def _kind(name):
@@ -533,7 +606,9 @@ def find(self:_Blame, why, hint):
         if len(groups) > 1: queue[:0] = self.halves(sorted(groups), why)
         else:
             self.guilty[min(groups)] = why
-            queue = self.without(self.alike(groups), None) or queue
+            rest = self.unknown | self.fine
+            if not rest or not self.why_not(rest): break
+            if self.unknown - self.alike(groups): queue = self.without(self.alike(groups), None) or queue
     if self.fine and self.fine != self.proven and (self.budget < 1 or self.why_not({*self.fine})): self.fine = set()
     return self.guilty
 
@@ -583,11 +658,9 @@ def _faults(check, groups, dead, budget=9):
     return faults
 
 # %% ../../nbs/13_prune.thin.ipynb #c42066df
-def _tensors_of(model): return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
 def _without(model, groups, dead):
     "A copy of `model` without the `dead` channels"
-    small = copy.deepcopy(model)
+    small = _copied(model)
     for p in small.parameters(): p.grad = None
     _shrink(small, groups, dead)
     return small
@@ -622,11 +695,11 @@ def unremovable(
 def _measure(model, example_inputs):
     "Tell instance norms without parameters how many channels they get: that can only be seen"
     args, kwargs = _arguments(example_inputs)
-    copied = copy.deepcopy(model).eval()
-    for n,m in copied.named_modules():
+    own = _copied(model).eval()
+    for n,m in own.named_modules():
         def see(m, args, there=model.get_submodule(n)): m.num_features = there.num_features = args[0].shape[-m._get_no_batch_dim()]
         if _bare(m): m.register_forward_pre_hook(see)
-    copied(*args, **kwargs)
+    own(*args, **kwargs)
 
 def _bare(m): return isinstance(m, nn.modules.instancenorm._InstanceNorm) and not m.state_dict()
 
@@ -643,7 +716,7 @@ def thin(
     check_loaded(model.named_parameters())
     model = _copied(model)
     if masks is not None:
-        params = dict(model.named_parameters(remove_duplicate=False))
+        params = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
         Masks(masks, shapes={k: p.shape for k,p in params.items()}).apply(params)
     trace = _followed(model, example_inputs)
     _left_out(trace, exclude)
@@ -651,9 +724,10 @@ def thin(
     dead   = _removable(groups, _tensors_of(model))
     small  = _without(model, groups, dead)
     if any(map(_bare, small.modules())): _measure(small, example_inputs)
-    if not check or not any(map(torch.any, dead)): return small
-    if check == 'sample': _verify(model, small, groups, dead, _sampled(example_inputs), modes=(False,))
-    else: _verify(model, small, groups, dead, example_inputs)
+    if not any(map(torch.any, dead)): return small
+    if check == 'sample': _verify(model, small, groups, dead, sampled(example_inputs), modes=(False,))
+    elif check: _verify(model, small, groups, dead, example_inputs)
+    update_config(small, _shapes(model))
     return small
 
 # %% ../../nbs/13_prune.thin.ipynb #ae07910b
@@ -679,6 +753,7 @@ def reshape_to(
     wrong = {*sizes['tensors']} ^ {*state} or {n for n in (*sizes['modules'], *sizes['heads']) if n not in dict(model.named_modules())}
     if wrong:
         raise ValueError(f'This {type(model).__name__} is not what was thinned: only one of both has {", ".join(sorted(wrong)[:5])}')
+    before = _shapes(model)
     with _all_or_nothing(model):
         for k,shape in sizes['tensors'].items():
             if len(shape) != state[k].ndim: raise ValueError(f'{k!r} has {state[k].ndim} axes, and {len(shape)} in the description')
@@ -689,6 +764,8 @@ def reshape_to(
             if not attributes.keys() <= _sizes(m).keys() and not isinstance(m, ThinAttention):  # older files have fewer of a recurrent layer
                 raise ValueError(f'{n!r} is {type(m).__name__}, for which the description has {attributes}')
             vars(m).update(attributes)
+        _retell(model, before)
+        update_config(model, before)
     return model
 
 def _give_heads(model, heads):

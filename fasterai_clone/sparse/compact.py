@@ -136,7 +136,7 @@ def enter(self:CompactStep) -> None:
             s.full.data.mul_(s.mask)
             s.version = s.full._version
         torch.index_select(s.full.data.view(-1), 0, s.index, out=s.kept.data)
-        s.kept.grad = s.gather(s.full.grad)
+        s.kept.grad = s.gather(s.full.grad.to_dense() if s.full.grad.is_sparse else s.full.grad)
         s.params[s.i], self.opt.state[s.kept] = s.kept, s.state
 
 @patch

@@ -6,10 +6,10 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsifier.html.md"
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #0d66ba6a
 from __future__ import annotations
-import math, warnings
+import inspect, math, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, replace, is_dataclass
 from functools import partial, wraps
 from types import MethodType
 import torch, torch.distributed as dist, torch.nn as nn
@@ -20,12 +20,13 @@ from ..core.criteria import Criteria, group_scores, identity, large_final, magni
 from ..core.flow import multiply_adds, trace_flow
 from ..core.granularity import Granularities, Groups, _block_sizes, _unknown, check_loaded
 from ..core.masks import Masks
-from ..core.measure import accumulated, as_criteria, batches, passes_signal
+from ..core.measure import accumulated, arguments, as_criteria, batches, passes_signal
 from ..core.schedule import Schedule, as_schedule
 from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped, restore
 from ..prune.coupling import coupled_groups
 from ..report import Report, Row, shared_weights, print_text
 from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on, _inner
+from ..prune.thin import sampled, unremovable
 from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name, _plainly, _processes,
                                            _summed, _types, find_targets, hold_with, layer_sparsities, output_channels,
                                            unwrapped)
@@ -115,7 +116,7 @@ def _check_tools(data, loss_func, example_inputs):
     if loss_func is not None and not callable(loss_func):
         raise TypeError(f'`loss_func` must be a function of (output, target), got {loss_func!r}')
     x = example_inputs
-    named = isinstance(x, Mapping) and all(isinstance(k, str) for k in x)
+    named = isinstance(x, Mapping) and all(isinstance(k, str) for k in x) or is_dataclass(x)
     if not (x is None or named or callable(x) or isinstance(x, (torch.Tensor, tuple, list))):
         raise TypeError('`example_inputs` must be a tensor, a tuple of what the model is called with, a dict of keyword arguments, or '
                         f'a function that gives one of these; got {x!r}')
@@ -135,29 +136,30 @@ class Sparsifier:
         exclude = None,                          # none of these
         part: nn.Module|None = None,             # only layers inside this part of the model
         params: str|list|None = None,            # parameters of the layers, by name or pattern, as `['weight', 'bias']`; None: the weights
-        data = None,                             # for criteria that measure: a batch, a DataLoader, or fastai's `dls`
-        loss_func = None,                        # for those that need gradients: `(output, target)` → a number
+        data = None,                             # for criteria that measure: a batch, also a dict, a DataLoader, or fastai's `dls`
+        loss_func = None,                        # for those that need gradients: `(output, target)` → a number; None: the model's own
         min_sparsity: float|dict|None = None,    # percent, for each layer or by name: the least where layers share a sparsity
         max_sparsity: float|dict|None = None,    # ... and the most
         budget: str = 'groups',                  # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
         example_inputs = None,                   # inputs to try the model with, or a function that gives them; None: those in `data`
-        coupled: bool|str|list = False           # drop what makes a channel together, so that it can be taken out; or the layers that lead
+        coupled: bool|str|list = False,          # drop what makes a channel together, so that it can be taken out; or the layers that lead
+        check: bool = True                       # with `coupled`: leave out channels that `thin` could not remove, found by trying
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
         _check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget, coupled)
         _check_tools(data, loss_func, example_inputs)
+        _check_flags(check=check)
+        self.check = check
         self.model, self.granularity, self.context, self.budget = unwrapped(model), granularity, context, budget
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen = data, loss_func, example_inputs, []
         self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity != 'head' and coupled
         kind  = 'weight' if self.coupled and granularity == 'channel' else granularity  # all layers have it; what goes is seen later
-        found = find_targets(self.model, kind, layer_type, include, exclude, part, params)
-        skipped = self._leave_out(found)
+        found = self._without_unfit(find_targets(self.model, kind, layer_type, include, exclude, part, params))
         self.mesh = _mesh(found)  # the processes that share the weights out among them
         if self.mesh is not None: self._check_sharded(min_sparsity is max_sparsity is None)
         self.targets = [t if self.mesh is None else _local_target(t) for t in self._with_held(found, exclude)]
-        self.left_out = {**skipped, **self.left_out}
-        self._check_ties(found)
+        self._settle(found)
         self._share_out(min_sparsity, max_sparsity)
         self.masks = Masks(shapes={p.name: p.tensor.shape for t in self.targets for p in t.parts + t.held})
         self.updates, self.refs, self.used = 0, {}, set()  # changes of masks; what the criterion compares with; whose sums were used
@@ -202,9 +204,19 @@ def __repr__(self:Sparsifier):
 def _example(self:Sparsifier, why):
     "Inputs to try the model with"
     x = self.example_inputs
-    if x is None and self.data is not None: return next(iter(batches(self.data, self.targets[0].weight.device)))[0]
+    if x is None and self.data is not None: x = next(iter(batches(self.data, self.targets[0].weight.device)))[0]
     if x is None: raise ValueError(f'{why} needs inputs to try the model with: give `example_inputs`')
-    return x() if callable(x) else x
+    if callable(x) and not isinstance(x, Mapping) and not is_dataclass(x): x = x()
+    if isinstance(x, torch.Tensor): return x
+    args, kwargs = arguments(self.model, tuple(x) if isinstance(x, (tuple, list)) else (x,))
+    return _without_labels(self.model, kwargs) if kwargs else args
+
+def _without_labels(model, kwargs):
+    "The arguments `kwargs` without labels, from which a model makes a loss, if it can be called so"
+    rest = {k: v for k,v in kwargs.items() if k != 'labels'}
+    try: inspect.signature(model.forward).bind(**rest)
+    except (TypeError, ValueError): return kwargs
+    return rest
 
 @patch
 def _with_held(self:Sparsifier, targets, exclude):
@@ -249,7 +261,7 @@ def _coupled_targets(self:Sparsifier, targets, exclude):
     if self.coupled is not True: _patterns('coupled', self.coupled, [(t.layer, t.module, t.name) for t in targets])
     with _plainly(self.model):
         groups = coupled_groups(self.model, self._example('`coupled`'), timeout=None)
-        owners = {f'{n}.{k}' if n else k: (m, k) for n,m in self.model.named_modules() for k in m._parameters}
+        owners = {f'{n}.{k}' if n else k: (m, k) for n,m in self.model.named_modules() for k in (*m._parameters, *m._buffers)}
     known, role = {id(p.whole): t for t in targets for p in t.parts}, _coupled_roles[self.granularity]  # a unit has two parts
     self.channel_groups, made, taken = [], [], set()
     makes = Counter(m.name for g in groups for m in g.members if m.role == 'producer')
@@ -265,6 +277,7 @@ def _coupled_targets(self:Sparsifier, targets, exclude):
         self.channel_groups.append(g)
     for t in targets:
         if t.name not in taken: self.left_out.setdefault(t.label, _unseen(t, role))
+    made = self._can_go(made)
     if not made: raise ValueError(f'`coupled`: no channel can go. {"; ".join(f"{k}: {why}" for k,why in self.left_out.items())}')
     return made
 
@@ -273,6 +286,18 @@ def _leaders(self:Sparsifier, targets):
     "Those of the `targets` that `coupled` names, or all"
     if self.coupled is True: return targets
     return [t for t in targets if any(_matches(p, t.layer, t.module, t.name) for p in _patterns('coupled', self.coupled))] or targets
+
+# %% ../../nbs/14_sparse.sparsifier.ipynb #c77d4125
+@patch
+def _can_go(self:Sparsifier, targets):
+    "Those of the coupled `targets` of which `thin` can remove channels, found by removing one of each from a copy"
+    if not targets or not self.check: return targets
+    with _plainly(self.model): why = unremovable(self.model, self.channel_groups, sampled(self._example('`coupled`')))
+    for i,reason in why.items():
+        t = targets[i]
+        self.left_out[t.label] = f'`thin` could not remove its channels: {reason}. `exclude={t.label!r}` leaves it out without this trial'
+    self.channel_groups = [g for i,g in enumerate(self.channel_groups) if i not in why]
+    return [t for i,t in enumerate(targets) if i not in why]
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #45664d65
 def _uneven(g, names):
@@ -408,18 +433,19 @@ def _no_pattern(self:Sparsifier, t):
     return f'has {size} inputs, not a multiple of {self.nm[1]}' if size % self.nm[1] else None
 
 @patch
-def _leave_out(self:Sparsifier, found):
-    "Take targets out of `found` that cannot have the n:m pattern, if `nn.Module` asked for all that can be sparsified; layer → why"
-    skipped  = dict(found.skipped)
-    unfit    = {t.label: f'it {why}' for t in found if t.name in found.optional and (why := self._no_pattern(t))}
-    if len(unfit) == len(found): return skipped  # an error then, as for layers that were asked for
+def _without_unfit(self:Sparsifier, found):
+    "Take targets out of `found` that cannot have the n:m pattern, if `nn.Module` asked for all that can be sparsified"
+    unfit = {t.label: f'it {why}' for t in found if t.name in found.optional and (why := self._no_pattern(t))}
+    if len(unfit) == len(found): return found  # an error then, as for layers that were asked for
     found[:] = [t for t in found if t.label not in unfit]
-    return {**skipped, **unfit}
+    found.skipped |= unfit
+    return found
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #checkties
 @patch
-def _check_ties(self:Sparsifier, found):
-    "Say which layers become sparse without being chosen, and refuse to remove channels of weights that share their memory"
+def _settle(self:Sparsifier, found):
+    "Take over what is to be said of the targets `found`: what is left out, and what becomes sparse without being chosen"
+    self.left_out = {**found.skipped, **self.left_out}
     mine = {p.name: t.label for t in self.targets for p in t.parts + t.held}
     self.tied = {name: others for name,others in found.tied.items() if name in mine}
     for name,others in self.tied.items():
@@ -430,8 +456,8 @@ def _check_ties(self:Sparsifier, found):
     if not self.coupled: return
     first, _ = shared_weights({k: p for k,p in self._params().items() if not hasattr(p, 'placements')})
     same = [(k, v) for k,v in first.items() if k != v]
-    if same: raise ValueError(f'`coupled`: {same[0][0]} and {same[0][1]} share their memory, so channels of one cannot go without the other: leave '
-                              f'the layers out with `exclude`')
+    if same: raise ValueError(f'`coupled`: {same[0][0]} and {same[0][1]} share their memory, so channels of one cannot go without the '
+                              'other: leave the layers out with `exclude`')
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #4bd2411c
 @patch
@@ -536,7 +562,8 @@ def _measure(self:Sparsifier):
     if not self.refs.keys() <= self.used: return  # sums of steps go first
     params = {p.name: p.tensor for p in self._parts()}
     if self.seen or all(p.grad is None for p in params.values()):
-        self.refs = accumulated(self.model, params, self.seen or self._own_data(), self.loss_func, self.criteria.step_fn)
+        self.refs = accumulated(self.model, params, self.seen or self._own_data(), self.loss_func, self.criteria.step_fn,
+                                training=self.criteria.training)
         self.used.clear()
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #6e323dfd
@@ -554,7 +581,7 @@ def _try_measure(self:Sparsifier, batch):
 def _data(self:Sparsifier):
     "The data to measure with, or example inputs for a criterion that only needs their shape"
     if self.seen: return self.seen
-    return _as_batch(self._example('')) if self.data is None and self.example_inputs is not None else self._own_data()
+    return _as_data(self._example('')) if self.data is None and self.example_inputs is not None else self._own_data()
 
 @patch
 def _own_data(self:Sparsifier):
@@ -567,9 +594,9 @@ def _own_loader(dl):
     "The loader inside of fastai's `DistributedDL`, which waits for the other processes at its start"
     return dl.dl if type(dl).__name__ == 'DistributedDL' else dl
 
-def _as_batch(x):
-    "Inputs as a batch, of which the last part is the target"
-    return x if isinstance(x, Mapping) else (*(x if isinstance(x, (tuple, list)) else [x]), None)
+def _as_data(x):
+    "Inputs as data of one batch, without a target"
+    return [x if isinstance(x, Mapping) else (*(x if isinstance(x, (tuple, list)) else [x]), None)]
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #d49e4e2a
 def _rounded(n, k, round_to):
@@ -648,7 +675,7 @@ def _check_reach(self:Sparsifier, pools, counts):
         if k == total and not self.costs: _warn_collapse([t.label or t.name for t in pool])
 
 class LayerCollapse(UserWarning):
-    "Nothing is left of a layer, or nothing gets through it"
+    "Nothing is left of a layer, or next to nothing, or nothing gets through it"
 
 def _warn_collapse(names):
     if names: warnings.warn(f'Layer collapse: no weight is left in {", ".join(names)}, so nothing gets through', LayerCollapse, 3)
@@ -672,6 +699,18 @@ def _gone(self:Sparsifier, targets):
     "How many groups each of `targets` has dropped"
     masks = [self._group_mask(t) for t in targets]
     return self._total([t.parts[0] for t in targets], [0 if m is None else m.numel() - int(m.count_nonzero()) for m in masks])
+
+# %% ../../nbs/14_sparse.sparsifier.ipynb #e859a524
+@patch
+def _warn_of_few(self:Sparsifier):
+    "Warn once of each layer that keeps less than a tenth of its channels where layers compete, and less than half of the share that all keep"
+    if self.context not in ('global', 'lamp'): return
+    left = [(t, t.groups.n - gone) for t,gone in zip(self.targets, self._gone(self.targets))]
+    share, told = sum(n for _,n in left) / sum(t.groups.n for t in self.targets), vars(self).setdefault('_told_few', set())
+    few  = [(t, n) for t,n in left if n < t.groups.n * min(0.1, share/2) and t.name not in told]
+    told.update(t.name for t,_ in few)
+    named = ', '.join(f'{t.label or t.name} ({n} of {t.groups.n})' for t,n in few)
+    if few: warnings.warn(f'Layer collapse: few channels are left in {named}. `max_sparsity` limits what a layer loses, as max_sparsity=90', LayerCollapse, 4)
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #014cf176
 _as_they_are = Criteria(identity)
@@ -717,8 +756,8 @@ def _elementwise(self:Sparsifier):
 def _lazy_scores(self:Sparsifier, t):
     "The scores of target `t` by an elementwise criterion, made while they are ranked"
     c, w, score = self.criteria, t.weight, self.criteria._score
-    if self.reference == 'grad' and t.name not in self.refs and w.grad is not None:
-        score, inputs = (lambda now, grad: c._score(*c._inputs(now, c.step_fn(now, grad)))), (w, w.grad)
+    if self.reference == 'grad' and t.name not in self.refs and (grad := t.parts[0].grad) is not None:
+        score, inputs = (lambda now, grad: c._score(*c._inputs(now, c.step_fn(now, grad)))), (w, grad)
     else: inputs = c._inputs(w, self._reference(t.parts[0]))
     if any(x.shape != w.shape for x in inputs): return self._scores(t)  # a reference that broadcasts
     return LazyScores(score, *[x.reshape(t.groups.shape) for x in inputs])
@@ -782,6 +821,7 @@ def update(self:Sparsifier,
         for step in rounds: self._update(step, pools, round_to)
     if self.processes is None: choose()
     else: self._follow(choose, names)
+    if self.coupled: self._warn_of_few()
     self.seen = []
 
 @patch
@@ -917,7 +957,7 @@ def is_pruned(self:Sparsifier,
 def _check_signal(self:Sparsifier):
     "Warn if layers are cut off"
     try:
-        with _plainly(self.model): through = passes_signal(self.model, _as_batch(self._example('Looking for a path')))
+        with _plainly(self.model): through = passes_signal(self.model, _as_data(self._example('Looking for a path')))
     except Exception as e: return warnings.warn(f'Could not look for a path through the model: {type(e).__name__}: {e}', stacklevel=3)
     dead = [t.layer for t in self.targets if not through.get(t.layer, True)]
     if dead: warnings.warn(f'Layer collapse: no path is left through {", ".join(dict.fromkeys(dead))}', LayerCollapse, 3)
@@ -1034,9 +1074,9 @@ def hold(self:Sparsifier,
     "Keep the masks applied after each `optimizer.step()`, until `release()` of what is returned"
     _check_flags(compact=compact)
     if not all(map(_has_hooks, stepping_optimizers(optimizer))):
-        raise TypeError(f'`hold` takes a `torch.optim.Optimizer` or what wraps one; {type(optimizer).__module__}.{type(optimizer).__name__} has '
-                        'none inside that calls hooks. With fastai pass `SparsifyCallback` to `fit`; in a loop of your own call '
-                        '`apply_masks` after each step')
+        name = f'{type(optimizer).__module__}.{type(optimizer).__name__}'
+        raise TypeError(f'`hold` takes a `torch.optim.Optimizer` or what wraps one; {name} has none inside that calls hooks. '
+                        'With fastai pass `SparsifyCallback` to `fit`; in a loop of your own call `apply_masks` after each step')
     if compact and self.mesh is not None: raise TypeError('`compact` is not possible: the weights are sharded')
     if compact and (why := why_not_compact(optimizer)): raise TypeError(f'`compact` is not possible: {why}')
     self.apply_masks()

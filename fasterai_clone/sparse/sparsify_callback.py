@@ -16,7 +16,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.imports import in_notebook
 from ..core.criteria import Criteria, large_final
 from ..core.masks import _packed, _unpacked
-from ..core.measure import _running, as_criteria, batches
+from ..core.measure import Targets, _running, arguments, as_batch, as_criteria, batches
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
 from ..core.style import _styled, colors
@@ -194,6 +194,7 @@ def before_fit(self:SparsifyCallback):
     self._say(f'Pruning of {self.granularity} until a sparsity of [{", ".join(f"{s:g}" for s in self._per_layer(self._goal))}]%' +
               (f' ({frozen} of {len(sp.targets)} layers are frozen in this fit)' if frozen else '') +
               (f' ({kept:,} of {sum(t.groups.n for t in sp.targets):,} are zero already, and stay so)' if kept else ''))
+    for layer,why in sp.left_out.items(): self._say(f'  {layer} keeps all: {why}')
 
 # %% ../../nbs/17_sparse.sparsify_callback.ipynb #0169bb96
 @patch
@@ -240,10 +241,11 @@ def _try_measure(self:SparsifyCallback, sp):
     x, y = self._split(self._one_batch()) if self.data is None else self._own_batch()
     try:
         with _running(sp.model, False), torch.no_grad():
-            out = sp.model(*x)
+            args, kwargs = arguments(sp.model, x)
+            out = sp.model(*args, **kwargs)
             if self.data is None: self.learn.loss_func(out, *y)
     except Exception: return
-    sp._try_measure((*x, *y))
+    sp._try_measure(as_batch(x, y))
 
 @patch
 def _own_batch(self:SparsifyCallback):
@@ -252,7 +254,7 @@ def _own_batch(self:SparsifyCallback):
     state   = random_state(loaders)
     try: x, y = next(batches(self.data, next(self.learn.model.parameters()).device))
     finally: set_random_state(state, loaders)
-    return x, (y,)
+    return x, () if y is None else y if isinstance(y, Targets) else (y,)
 
 # %% ../../nbs/17_sparse.sparsify_callback.ipynb #506f1931
 @patch
@@ -310,7 +312,7 @@ def _move_to(self:SparsifyCallback, progress):
     if counts == self._last: return self._keep(progress)
     self._release()
     unseen = sp.reference == 'measure' or sp.reference == 'grad' and not sp.refs  # the latter if all steps so far were skipped
-    if unseen and self.data is None: sp.observe(*self.xb, *self.yb)
+    if unseen and self.data is None: sp.observe(*as_batch(self.xb, self.yb))
     sp.update(counts, round_to=self.round_to)
     self._last, self._try_compact = counts, self.compact
     self._after_pruning()

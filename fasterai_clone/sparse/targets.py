@@ -38,15 +38,17 @@ class Part:
     @property
     def whole(self):
         "The parameter, as it is now"
-        return self.owner._parameters[self.param]
+        t = self.owner._parameters.get(self.param)
+        return self.owner._buffers[self.param] if t is None else t
     @property
     def tensor(self):
         "What this process has of it: all, if it is not sharded"
         return self.whole
     @property
     def grad(self):
-        "The gradient of that, or None"
-        return self.whole.grad
+        "The gradient of that, or None; that of an embedding with `sparse=True` as a dense tensor"
+        g = self.whole.grad
+        return g.to_dense() if g is not None and g.is_sparse else g
 
 # %% ../../nbs/11_sparse.targets.ipynb #946a3789
 @dataclass(frozen=True)
@@ -230,8 +232,8 @@ def _patterns(what, patterns, found=None):
         if found is None or any(_matches(p, *f) for f in found): continue
         named = p if isinstance(p, str) else p.pattern if isinstance(p, re.Pattern) else getattr(p, '__name__', p)
         if isinstance(p, str) and (inside := [layer for layer,*_ in found if layer.startswith(f'{p}.')]):
-            raise ValueError(f'`{what}`: {p!r} is none of the layers, it has some inside ({", ".join(dict.fromkeys(inside))}). For all of them '
-                             f'write {f"{p}.*"!r}')
+            several = ', '.join(dict.fromkeys(inside))
+            raise ValueError(f'`{what}`: {p!r} is none of the layers, it has some inside ({several}). For all of them write {f"{p}.*"!r}')
         raise ValueError(_unknown(f'layer in `{what}`', named, dict.fromkeys(layer for layer,*_ in found)))
     return patterns
 
@@ -240,9 +242,10 @@ def _no_layer(model, types, what):
     "The sentence for a model without layers of `types`"
     have = {}
     for m in model.modules():
-        if any(is_lazy(p) or p.ndim > 1 for p in m._parameters.values() if p is not None): have[type(m).__name__] = have.get(type(m).__name__, 0) + 1
+        kind = type(m).__name__
+        if any(is_lazy(p) or p.ndim > 1 for p in m._parameters.values() if p is not None): have[kind] = have.get(kind, 0) + 1
     quantized = list(dict.fromkeys(type(m).__name__ for m in model.modules() if '.quantized' in type(m).__module__))
-    packed = f'. Its layers {", ".join(quantized)} are quantized, their weights are packed integers: sparsify before you quantize' if quantized else ''
+    packed = f'. {", ".join(quantized)} are quantized, with packed integers as weights: sparsify before you quantize' if quantized else ''
     return (f'{what} has no layer of type {", ".join(t if isinstance(t, str) else t.__name__ for t in types)}. '
             f'Layers with weights it has: {", ".join(f"{k} ({n})" for k,n in have.items()) or "none"}. Choose with `layer_type`{packed}')
 
@@ -304,7 +307,8 @@ def _names_in(f):
 def _may_change(m, names):
     "Has the layer `m` code of its own that could change its parameters `names` before they are used?"
     known = _known_type(m)
-    own   = [f for f in ('forward', '_conv_forward', '__call__') if f in vars(m) or getattr(type(m), f, None) is not getattr(known, f, None)]
+    code  = ('forward', '_conv_forward', '__call__')
+    own   = [f for f in code if f in vars(m) or getattr(type(m), f, None) is not getattr(known, f, None)]
     telling = {*names, 'setattr', 'parameters', 'named_parameters', '_parameters'}
     return bool(own) or any(_names_in(h) & telling for h in m._forward_pre_hooks.values())
 
@@ -388,14 +392,15 @@ def _without_weights(model, layer, m, granularity):
     if own:
         k, p = next(((k, p) for k,p in own if p.ndim > 1), own[0])
         axes = 'weight=(), row=(1,), column=(0,)' if p.ndim == 2 else 'weight=()'
-        return (f'No granularity is known for the parameters of {layer or "the model"} ({kind}): '
-                f'{", ".join(f"{k} ({_shape_of(p)})" for k,p in own)}. `Granularities.add_granularity({kind}, dict({axes}), param={k!r})` declares one')
+        have = ', '.join(f'{k} ({_shape_of(p)})' for k,p in own)
+        return (f'No granularity is known for the parameters of {layer or "the model"} ({kind}): {have}. '
+                f'`Granularities.add_granularity({kind}, dict({axes}), param={k!r})` declares one')
     inside = [(n, c) for n,c in m.named_modules() if n and Granularities.layout(c) and _layer_params(c)]
     if not inside: return f'`layer_type` must be layers with weights, and {kind} has none'
     kinds = ', '.join(dict.fromkeys(type(c).__name__ for _,c in inside))
     where = f'{layer}.*' if layer else '*'
-    heads = ('. Heads are known for `nn.MultiheadAttention`; of attention made of other layers choose granularity "filter", with `coupled=True` '
-             'for what makes a channel together') if granularity == 'head' else ''
+    heads = ('. Heads are known for `nn.MultiheadAttention`; of attention made of other layers choose granularity "filter", with '
+             '`coupled=True` for what makes a channel together') if granularity == 'head' else ''
     return (f'{kind} has no weights of its own. Those of {layer or "the model"} are in {", ".join(n for n,_ in inside)}: choose them with '
             f'`layer_type` ({kinds}) and `include={where!r}`{heads}')
 
@@ -449,8 +454,8 @@ class _Weights:
         "Has no target the weight at `home` yet?"
         name, owner, leaf = home
         if name in self.partly:
-            raise ValueError(f'{name} shares a part of its memory with {self.partly[name]}, so they cannot be masked one by one: leave both out with '
-                             '`exclude`, or copy one (`.data = .data.clone()`)')
+            raise ValueError(f'{name} shares a part of its memory with {self.partly[name]}, so they cannot be masked one by one: leave '
+                             'both out with `exclude`, or copy one (`.data = .data.clone()`)')
         return self.first.get(name, name) not in self.seen
 
     def take(self, parts): self.seen |= {self.first.get(p.name, p.name) for p in parts}
