@@ -337,6 +337,15 @@ def _replaced(o, change):
 
 def _double(t): return t.double() if t.is_floating_point() else t
 
+def _in_double(model):
+    "`model` in double precision, with the tensors that its modules keep in lists and dicts: `Module.double` leaves those"
+    for m in model.double().modules():
+        for v in vars(m).values():
+            if not isinstance(v, (dict, list)): continue
+            for k,t in [*v.items()] if isinstance(v, dict) else enumerate(v):
+                if type(t) is torch.Tensor: v[k] = _double(t)
+    return model
+
 def sampled(
     example_inputs,  # what a model is called with
     n: int = 2       # how many items
@@ -513,7 +522,7 @@ class _Check:
     "Whether others compute what `model` does with `example_inputs`, in eval mode and in train mode"
     def __init__(self, model, example_inputs, modes=(False, True)):
         self.modes, self.runs, self.where = modes, {}, ''  # `where`: the module in which the last one that fails does so
-        self.model, self.inputs = copied(model).double(), _replaced(example_inputs, _double)
+        self.model, self.inputs = _in_double(copied(model)), _replaced(example_inputs, _double)
         self.doubled, self.limit = True, _limit(torch.float64)
         try: self.wanted(False)
         except Exception:  # it does not run in double precision
@@ -565,7 +574,7 @@ def __call__(self:_Check, other):
     "Why `other` does not compute the same, or None"
     for training in self.modes:
         own = copied(other)
-        if why := self.why_not(own.double() if self.doubled else own, training): return why
+        if why := self.why_not(_in_double(own) if self.doubled else own, training): return why
 
 # %% ../../nbs/13_prune.thin.ipynb #89992bd7
 def _kind(name):
