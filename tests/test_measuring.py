@@ -78,3 +78,412 @@ def test_masks_follow_the_taps():
     net[0].weight.data = torch.tensor([[[9., 0.1, 9.]]])
     Sparsifier(net, criteria='wanda', layer_type=nn.Conv1d, data=torch.tensor([[[3.]]])).sparsify_model(67)
     assert net[0].weight.flatten().tolist() == pytest.approx([0, 0.1, 0])
+
+
+# In which mode gradients are measured
+
+def used_gradient(net, x, y, training=False):
+    "The gradient of the loss by the first weight, by PyTorch alone"
+    net = deepcopy(net).train(training)
+    loss = F.cross_entropy(net(x), y)
+    return torch.autograd.grad(loss, net[0].weight)[0]
+
+nets = dict(norm=lambda: [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)], dropout=lambda: [nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)],
+            instance=lambda: [nn.Conv1d(4, 4, 1), nn.InstanceNorm1d(4, track_running_stats=True), nn.Flatten(), nn.Linear(12, 2)])
+
+@pytest.mark.parametrize('name', nets)
+@pytest.mark.parametrize('training', [False, True])
+def test_gradients_are_those_of_the_model_as_it_is_used(name, training):
+    net, (x, y) = nn.Sequential(*nets[name]()), (torch.randn(8, 4) + 5, torch.arange(8) % 2)
+    if name == 'instance': x = torch.randn(8, 4, 3) + 5
+    if name != 'dropout': net[1].running_mean.fill_(5.), net[1].running_var.fill_(9.)
+    torch.manual_seed(0)
+    want = used_gradient(net, x, y)
+    params, data = {'0.weight': net[0].weight}, [(x, y)]
+    got = accumulated(net, params, data, F.cross_entropy, a_gradient)['0.weight']
+    assert close(got, want) and net.training
+    torch.manual_seed(0)
+    trained = used_gradient(net, x, y, True)
+    torch.manual_seed(0)
+    assert close(accumulated(net, params, data, F.cross_entropy, a_gradient, training=True)['0.weight'], trained)
+    assert not close(want, trained, 1e-2)
+
+def test_criteria_choose_the_mode():
+    "As a measure takes it (snip), and as a criterion of gradients does (gradient, fisher)"
+    def scores(criterion):
+        torch.manual_seed(0)
+        net, x, y = nn.Sequential(*nets['norm']()).eval(), torch.randn(8, 4) + 5, torch.arange(8) % 2
+        net[1].running_mean.fill_(5.)
+        sp = Sparsifier(net, 'weight', 'global', criterion, layer_type=nn.Linear, include='0', data=[(x, y)], loss_func=F.cross_entropy)
+        sp._measure()
+        g = [used_gradient(net, x, y, t) for t in (False, True)]
+        return sp.refs['0.weight'], [(net[0].weight * k).detach().abs() for k in g], [k.square() for k in g]
+    for i,t in enumerate((False, True)):
+        for criterion in (snip, 'snip', gradient):
+            got, taylor, _ = scores(partial(as_criteria(criterion), training=t))
+            assert close(got, taylor[i])
+        got, _, squares = scores(partial(fisher, training=t))
+        assert close(got, squares[i])
+    assert close(scores('gradient')[0], scores(partial(gradient, training=False))[0])
+    for wrong in (large_final, movement):
+        with pytest.raises(ValueError, match='`training` is about gradients'): as_criteria(partial(wrong, training=True))
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(3, 4, batch_first=True, dropout=0.5, num_layers=2), nn.Linear(4, 2)
+    def forward(self, x): return self.head(self.lstm(x)[0][:, -1])
+
+def test_recurrent_layers_have_gradients_in_eval_mode():
+    net, data = Recurrent(), (torch.randn(4, 5, 3), torch.arange(4) % 2)
+    a, b = (snip_scores(net, weights(net), data, F.cross_entropy)['head.weight'] for _ in range(2))
+    assert torch.equal(a, b) and a.any()  # without dropout
+
+
+# Sparse gradients
+
+class Bags(nn.Module):
+    "A recommender: a table of its own for words and for the rest"
+    def __init__(self, sparse, mode='mean'):
+        super().__init__()
+        self.words = nn.Embedding(20, 4, sparse=sparse, padding_idx=0)
+        self.bag, self.head = nn.EmbeddingBag(30, 4, mode=mode, sparse=sparse), nn.Linear(4, 2)
+    def forward(self, x): return self.head(torch.tanh(self.words(x).sum(1) + self.bag(x)))
+
+ids, classes = torch.randint(0, 20, (16, 4), generator=torch.Generator().manual_seed(0)), torch.arange(16) % 2
+
+def masks(sparse, criterion, how, mode='mean', **kwargs):
+    torch.manual_seed(0)
+    net = Bags(sparse, mode)
+    data = dict(data=[(ids, classes)], loss_func=F.cross_entropy) if how == 'data' else {}
+    sp = Sparsifier(net, criteria=criterion, layer_type=(nn.Embedding, nn.EmbeddingBag), **data, **kwargs)
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    if how == 'hold': sp.hold(opt)
+    for _ in range(dict(data=0, backward=1, hold=3)[how]):
+        opt.zero_grad()
+        F.cross_entropy(net(ids), classes).backward()
+        if how == 'hold': opt.step()
+    sp.sparsify_model(50)
+    return sp.masks
+
+@pytest.mark.parametrize('how', ['data', 'backward', 'hold'])
+@pytest.mark.parametrize('criterion', ['gradient', 'fisher', 'sanh_movement'])
+def test_sparse_gradients(criterion, how):
+    "The same masks as with dense gradients, of which half are exactly zero"
+    want, got = masks(False, criterion, how), masks(True, criterion, how)
+    assert all(torch.equal(got[k], want[k]) for k in ('words.weight', 'bag.weight'))
+    assert [int((~got[k]).sum()) for k in got] == [40, 60]
+
+@pytest.mark.parametrize('mode', ['sum', 'mean'])
+@pytest.mark.parametrize('criterion', ['snip', partial(grasp, temperature=1.)])
+def test_measures_of_embeddings_with_sparse_gradients(criterion, mode):
+    want, got = (masks(s, criterion, 'data', mode) for s in (False, True))
+    assert all(torch.equal(got[k], want[k]) for k in ('words.weight', 'bag.weight'))
+
+def test_grasp_of_bags_is_that_of_a_product():
+    "A bag is a product of counts and rows, which has second derivatives anyway"
+    def scores(table, data):
+        return grasp_scores(nn.Sequential(table, head), {'0.weight': table.weight}, data, F.cross_entropy, temperature=1.)['0.weight']
+    torch.manual_seed(0)
+    table, head, flat = nn.EmbeddingBag(6, 3, mode='sum', sparse=True), nn.Sequential(nn.Tanh(), nn.Linear(3, 2)), nn.Linear(6, 3, bias=False)
+    flat.weight.data = table.weight.data.T.clone()
+    x, y = torch.tensor([[0, 1, 1], [5, 2, 0]]), torch.tensor([0, 1])
+    counts = torch.tensor([[1., 2, 0, 0, 0, 0], [1, 0, 1, 0, 0, 1]])
+    assert close(scores(table, (x, y)), scores(flat, (counts, y)).T)
+    class Offsets(nn.Module):
+        def __init__(self): super().__init__(); self.table, self.head = table, head
+        def forward(self, x, offsets): return self.head(self.table(x, offsets))
+    net = Offsets()
+    got = grasp_scores(net, {'table.weight': table.weight}, (x.flatten(), torch.tensor([0, 3]), y), F.cross_entropy, temperature=1.)
+    assert close(got['table.weight'], scores(flat, (counts, y)).T)
+
+def test_grasp_refuses_what_has_no_second_derivative():
+    table = nn.EmbeddingBag(6, 3, mode='max')
+    net = nn.Sequential(table, nn.Linear(3, 2))
+    with pytest.raises(ValueError, match='grasp needs second derivatives.*Choose another criterion'):
+        grasp_scores(net, {'0.weight': table.weight}, (torch.tensor([[0, 1]]), torch.tensor([0])), F.cross_entropy)
+
+def test_sparse_gradients_in_a_callback():
+    def fitted(sparse):
+        torch.manual_seed(0)
+        net = Bags(sparse)
+        dl  = DataLoader(TensorDataset(ids, classes), 8)
+        learn = Learner(DataLoaders(dl, dl), net, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+        cb = SparsifyCallback(50, criteria='gradient', layer_type=(nn.Embedding, nn.EmbeddingBag), verbose=False)
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, 0.1, cbs=cb)
+        return cb.sparsifier.masks
+    want, got = fitted(False), fitted(True)
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+# Batches that are dicts
+
+class Net(nn.Module):
+    "Takes arguments by name, and makes a loss of labels, as the models of Hugging Face do"
+    def __init__(self):
+        super().__init__()
+        self.emb, self.mid, self.head = nn.Embedding(20, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        h = self.emb(input_ids)
+        if attention_mask is not None: h = h * attention_mask[..., None]
+        logits = self.head(torch.tanh(self.mid(h.mean(1))))
+        return dict(logits=logits) if labels is None else dict(loss=F.cross_entropy(logits, labels), logits=logits)
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+def logits_loss(out, y): return F.cross_entropy(out['logits'], y)
+
+mask  = (torch.arange(64).reshape(16, 4) % 3 > 0).float()
+rows  = [dict(input_ids=i, attention_mask=m) for i,m in zip(ids, mask)]
+named = dict(input_ids=ids, attention_mask=mask)
+
+def made(data, criterion='wanda', loss_func=None, **kwargs):
+    torch.manual_seed(0)
+    sp = Sparsifier(Net(), criteria=criterion, layer_type=nn.Linear, data=data, loss_func=loss_func, **kwargs)
+    sp.sparsify_model(50)
+    return sp.masks
+
+without = dict(tuple=lambda: (ids, mask, None), dict=lambda: named, user_dict=lambda: UserDict(named), dataclass=lambda: Fields(ids, mask),
+               loader=lambda: DataLoader(rows, 8), list=lambda: [{k: v[i:i+8] for k,v in named.items()} for i in (0, 8)],
+               with_target=lambda: (named, classes), loader_of_pairs=lambda: DataLoader([*zip(rows, classes)], 8),
+               generator=lambda: (b for b in DataLoader(rows, 8)), namedtuple=lambda: namedtuple('Batch', 'ids mask y')(ids, mask, classes))
+
+@pytest.mark.parametrize('kind', without)
+def test_activations_are_measured_on_dicts(kind):
+    assert made(without[kind]()) == made([(ids, mask, None)])
+
+labelled = dict(dict=lambda: dict(named, labels=classes), list=lambda: [dict(named, labels=classes)],
+                loader=lambda: DataLoader([dict(r, labels=y) for r,y in zip(rows, classes)], 16))
+
+@pytest.mark.parametrize('criterion', ['snip', 'gradient', partial(grasp, temperature=1.)])
+@pytest.mark.parametrize('kind', labelled)
+def test_the_loss_is_that_of_the_model(kind, criterion):
+    want = made([(ids, mask, classes)], criterion, logits_loss)
+    assert made(labelled[kind](), criterion) == want
+    assert made(labelled[kind](), criterion, logits_loss) == want    # a loss that was given gets the labels among the arguments
+    assert made([(named, classes)], criterion, logits_loss) == want  # or the target beside them
+
+def test_what_is_missing_in_a_dict_is_named():
+    with pytest.raises(ValueError, match='snip needs a loss: give .*dicts with `labels`'): made(named, 'snip')
+    with pytest.raises(ValueError, match='snip needs labels'): made(named, 'snip', logits_loss)
+    with pytest.raises(ValueError, match='snip needs a loss'): made([(named, classes)], 'snip')
+    with pytest.raises(TypeError, match=r'keyword arguments input_ids, mask.*`forward` takes \(input_ids'): made(dict(input_ids=ids, mask=mask))
+    with pytest.raises(TypeError, match='got dict'): made(dict(input_ids=[1, 2]))
+    class Silent(Net):
+        def forward(self, **kwargs): return super().forward(**kwargs)['logits']
+    with pytest.raises(ValueError, match='no `loss` among the outputs'):
+        snip_scores(net := Silent(), weights(net), dict(named, labels=classes))
+
+def test_huggingface_batches_and_outputs():
+    transformers = pytest.importorskip('transformers')
+    assert made([transformers.BatchEncoding(named)]) == made(transformers.BatchEncoding(named)) == made(named)
+    class Output(Net):
+        def forward(self, **kwargs): return transformers.modeling_outputs.SequenceClassifierOutput(**super().forward(**kwargs))
+    torch.manual_seed(0)
+    sp = Sparsifier(Output(), criteria='snip', layer_type=nn.Linear, data=dict(named, labels=classes))
+    sp.sparsify_model(50)
+    assert sp.masks == made(dict(named, labels=classes), 'snip')
+
+class Both(Net):
+    def forward(self, input_ids, attention_mask): return super().forward(input_ids, attention_mask)
+
+class Stacked(Net):
+    def forward(self, pair): return super().forward(*pair)
+
+def test_inputs_in_a_tuple_of_their_own():
+    "`((x1, x2), y)`: in parts for a model of two arguments, and as it is for a model of one"
+    want = input_norms(net := Net(), {'mid.weight': net.mid.weight}, (ids, mask, None))
+    for kind in (Both, Stacked):
+        like = kind()
+        like.load_state_dict(net.state_dict())
+        assert torch.equal(input_norms(like, {'mid.weight': like.mid.weight}, ((ids, mask), classes))['mid.weight'], want['mid.weight'])
+
+class OneDict(Net):
+    "Takes the dict itself, as fastai calls a model"
+    def forward(self, batch): return super().forward(**batch)['logits']
+
+def test_a_model_that_takes_the_dict_itself():
+    torch.manual_seed(0)
+    net = OneDict()
+    got = snip_scores(net, weights(net), (named, classes), F.cross_entropy)
+    want = snip_scores(like := Net(), weights(like), (named, classes), logits_loss)
+    like.load_state_dict(net.state_dict())
+    want = snip_scores(like, weights(like), (named, classes), logits_loss)
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+@pytest.mark.parametrize('criterion', ['wanda', 'snip'])
+@pytest.mark.parametrize('own', [False, True])
+def test_dicts_in_a_callback(criterion, own):
+    torch.manual_seed(0)
+    dl    = DataLoader([*zip(rows, classes)], 8)
+    learn = Learner(DataLoaders(dl, dl), OneDict(), loss_func=CrossEntropyLossFlat())
+    cb    = SparsifyCallback(50, criteria=criterion, layer_type=nn.Linear, verbose=False, data=dl if own else None)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.1, cbs=cb)
+    assert [(p == 0).sum().item() for p in (learn.model.mid.weight, learn.model.head.weight)] == [8, 4]
+
+def test_several_targets():
+    "A fastai loader says what are inputs; its loss gets the targets one by one, a tuple of PyTorch's as one"
+    class TwoHeads(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 1)
+        def forward(self, x): return self.a(x), self.b(x)
+    def loss(out, y1, y2): return F.cross_entropy(out[0], y1) + F.mse_loss(out[1], y2)
+    class Loader:
+        n_inp = 1
+        def __iter__(self): yield x, y1, y2
+    net, x, y1, y2 = TwoHeads(), torch.randn(8, 3), torch.arange(8) % 2, torch.randn(8, 1)
+    want = snip_scores(net, weights(net), [(x, (y1, y2))], lambda out, y: loss(out, *y))
+    for data in (Loader(), as_batch((x,), (y1, y2)), [as_batch((x,), (y1, y2))]):
+        got = snip_scores(net, weights(net), data, loss)
+        assert all(torch.equal(got[k], want[k]) and got[k].any() for k in want)
+
+def test_batches_of_a_dict_stay_as_they_are():
+    "Moving a batch to a device changes no dict or object of the user's"
+    batch = UserDict(named)
+    (inputs, target), = batches(batch, 'meta')
+    assert inputs[0]['input_ids'].is_meta and not batch['input_ids'].is_meta and target is None
+    fields = Fields(ids, mask)
+    ((moved,), _), = batches(fields, 'meta')
+    assert moved.input_ids.is_meta and not fields.input_ids.is_meta
+
+
+# The model as it was
+
+class Hooked(nn.Module):
+    "Registers hooks and remembers things at its first run"
+    def __init__(self): super().__init__(); self.l, self.seen, self.runs = nn.Linear(4, 4), [], {}
+    def forward(self, x):
+        if not getattr(self, 'installed', False):
+            self.installed = True
+            self.l.register_forward_hook(lambda m, a, o: self.seen.append(1))
+            self.l.register_forward_pre_hook(lambda m, a: self.seen.append(2))
+            self.l.register_state_dict_pre_hook(lambda *a: None)
+        self.seen.clear()
+        self.runs['n'] = self.runs.get('n', 0) + 1
+        return self.l(x)
+
+@pytest.mark.parametrize('measure', [input_norms, synflow_scores, channel_means, partial(snip_scores, loss_func=F.cross_entropy)])
+def test_hooks_and_memories_of_a_first_run_are_undone(measure):
+    net = Hooked()
+    for _ in range(2): measure(net, weights(net), (torch.ones(2, 4), torch.tensor([0, 1])))
+    assert not net.l._forward_hooks and not net.l._forward_pre_hooks and not hasattr(net, 'installed') and net.runs == {}
+    net(torch.ones(1, 4))
+    assert net.seen == [2, 1] and net.runs == {'n': 1}
+
+def test_hooks_for_all_modules_are_undone():
+    net, seen = nn.Linear(2, 2), []
+    with untouched(net):
+        nn.modules.module.register_module_forward_hook(lambda *a: seen.append(1))
+        nn.modules.module.register_module_full_backward_hook(lambda *a: seen.append(2))
+    net(torch.ones(1, 2)).sum().backward()
+    assert seen == []
+
+
+# Layers that are cut off
+
+def cut(net, x): return [k for k,v in passes_signal(net, x).items() if not v]
+def zero(*ms):
+    for m in ms: nn.init.zeros_(m.weight)
+
+dense_nets = ['efficientvit_b0', 'mobilevit_xxs', 'resnest14d', 'skresnet18', 'pvt_v2_b0', 'crossvit_tiny_240', 'eva02_tiny_patch14_224']
+
+@pytest.mark.parametrize('name', dense_nets)
+def test_dense_networks_have_no_layer_cut_off(name):
+    timm = pytest.importorskip('timm')
+    net = timm.create_model(name)
+    assert cut(net, torch.randn(1, *net.default_cfg['input_size'])) == []
+
+class Half(nn.Module):
+    "A part in fp32, whose squares overflow"
+    def forward(self, x): x = x.float(); return ((x*x) / (x.sum()*x.sum())).to(torch.float64)
+
+def test_an_overflow_is_no_collapse():
+    convs = [nn.Conv2d(3, 32, 3, padding=1), *[nn.Conv2d(32, 32, 3, padding=1) for _ in range(20)]]
+    net = nn.Sequential(*convs, Half(), nn.Conv2d(32, 5, 1)).double()
+    x = torch.randn(2, 3, 8, 8).double()
+    assert cut(net, x) == []
+    zero(net[22])
+    assert len(cut(net, x)) == 22
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for k in 'qkvo': setattr(self, k, nn.Linear(6, 6))
+    def forward(self, x): return self.o(F.softmax(self.q(x) @ self.k(x).mT * 1e4, -1) @ self.v(x))
+
+@pytest.mark.parametrize('zeros, dead', [('', ''), ('q', 'q'), ('k', 'k'), ('v', 'qkvo'), ('o', 'qkvo')])
+def test_attention(zeros, dead):
+    "A saturated softmax carries signal; without queries keys may count by the bias; without values nothing gets through"
+    net = Attention()
+    zero(*(getattr(net, k) for k in zeros))
+    assert cut(net, torch.randn(1, 5, 6)) == list(dead)
+
+class Gate(nn.Module):
+    def __init__(self): super().__init__(); self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
+    def forward(self, x):
+        x = self.conv(x)
+        return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+class GatedUnit(nn.Module):
+    def __init__(self): super().__init__(); self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+    def forward(self, x): return self.out(F.silu(self.a(x)) * self.b(x))
+
+def test_gates():
+    "What multiplies has a bias, so that an empty one is no end of what it multiplies"
+    net, x = Gate(), torch.randn(1, 3, 4, 4)
+    assert cut(net, x) == []
+    zero(net.fc2)
+    assert cut(net, x) == ['fc1', 'fc2']
+    zero(net.conv)
+    assert cut(net, x) == ['conv', 'fc1', 'fc2']
+    for k,dead in dict(a=['a'], b=['b'], out=['a', 'b', 'out']).items():
+        unit = GatedUnit()
+        zero(getattr(unit, k))
+        assert cut(unit, torch.randn(1, 4)) == dead
+
+def test_chains_and_branches_are_still_found():
+    chain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(2, 1, 8, 8)
+    chain(x)
+    assert cut(chain, x) == []
+    chain[0].weight.data[2:], chain[3].weight.data[:, :2] = 0, 0  # the one leaves channels 0 and 1, the other reads 2 and 3
+    assert cut(chain, x) == ['0', '1', '3', '5']
+    class Block(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+        def forward(self, x): return F.relu(x + self.b(F.relu(self.norm(self.a(x)))))
+    net = nn.Sequential(Block(), Block(), nn.Linear(4, 2))
+    nn.init.ones_(net[0].norm.bias), zero(net[0].a, net[1].b)
+    assert cut(net, torch.randn(2, 4)) == ['0.a', '0.norm', '0.b', '1.a', '1.norm', '1.b']
+
+def test_what_starts_closed_is_no_collapse():
+    "The last norm of a block is often zero as made; experts that no item is sent to, and choices that have no gradient, are unknown"
+    class Block(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        def forward(self, x): return x + self.norm(self.a(x))
+    class Experts(nn.Module):
+        def __init__(self): super().__init__(); self.gate, self.each = nn.Linear(4, 3), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        def forward(self, x):
+            out, best = torch.zeros_like(x), self.gate(x).argmax(-1)
+            for i,e in enumerate(self.each): out[best == i] = e(x[best == i])
+            return out
+    net = nn.Sequential(Block(), Experts(), nn.Linear(4, 2))
+    zero(net[0].norm)
+    assert cut(net, torch.randn(1, 4)) == []
+    zero(net[2])
+    assert '2' in cut(net, torch.randn(1, 4))
+
+def test_a_warning_comes_for_layers_that_are_cut_off_only():
+    def said(*percent):
+        net = nn.Sequential(Gate(), nn.Flatten(), nn.LazyLinear(2))
+        x = torch.randn(2, 3, 4, 4)
+        net(x)
+        sp = Sparsifier(net, layer_type=(nn.Conv2d, nn.Linear), example_inputs=x)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter('always')
+            sp.sparsify_model([*percent])
+        return [str(w.message) for w in seen if issubclass(w.category, LayerCollapse)]
+    assert said(50, 50, 50, 50) == []
+    no_weight, no_path = said(50, 50, 100, 0)
+    assert 'no weight is left in 0.fc2,' in no_weight and no_path.endswith('through 0.fc1, 0.fc2')

@@ -68,6 +68,7 @@ def taylor(w, g):
     "|`w` · `g`| with the gradient `g` = ∂L/∂`w`: by how much the loss would change without the weight, to first order"
     return (w * g).abs_()
 
+# %% ../../nbs/02_core.criteria.ipynb #ba7c4eb1
 @dataclass(frozen=True)
 class Criteria:
     "Importance of weights: `f(weight)`, or `output_fn(f(weight), f(reference))`"

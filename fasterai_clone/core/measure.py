@@ -131,7 +131,7 @@ def arguments(
     if _by_name(x):
         named = _keywords(x)
         if all(isinstance(k, str) for k in named) and _takes(model, **named): return (), named
-        if _takes(model, x): return inputs, {}
+        if _takes(model, x) and not named.keys() & inspect.signature(model.forward).parameters.keys(): return inputs, {}
         raise TypeError(f'{type(model).__name__} cannot be called with the keyword arguments {", ".join(map(str, named))} of a batch: '
                         f'its `forward` takes {inspect.signature(model.forward)}')
     if _is_parts(x) and not _takes(model, x) and _takes(model, *x): return tuple(x), {}
@@ -399,11 +399,13 @@ def synflow_scores(
 
 # %% ../../nbs/09_core.measure.ipynb #ce9cfb2c
 _opens = _identities | {'relu', 'leaky_relu', 'elu', 'celu', 'selu', 'rrelu'}
-_opens = _opens - {'sigmoid', 'hardsigmoid', 'softplus', 'log_sigmoid', 'log_softmax'}  # these are not zero at zero
+_opens |= {f'{kind}dropout{n}' for kind in ('', 'alpha_', 'feature_alpha_') for n in ('', '1d', '2d', '3d')}
+_opens -= {'sigmoid', 'hardsigmoid', 'softplus', 'log_sigmoid', 'log_softmax'}  # these are not zero at zero
 _makes = {'linear', 'conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d', 'embedding', 'embedding_bag'}
 _products = {'mul', '__mul__', '__rmul__', '__imul__', 'multiply', 'matmul', '__matmul__', '__rmatmul__', 'bmm', 'einsum',
              'scaled_dot_product_attention'}
 
+# %% ../../nbs/09_core.measure.ipynb #ba7c4e74
 class _Level(torch.autograd.Function):
     "A tensor scaled to numbers near 1, and its gradient too"
     @staticmethod
@@ -415,11 +417,13 @@ def _near_one(t):
     top = t.abs().amax().item() if t.numel() else 0.
     return t / top if 0 < top < 1e-2 or 8 < top < math.inf else t.clone()
 
+# %% ../../nbs/09_core.measure.ipynb #ba7c4e75
 class _Probe(TorchFunctionMode):
     "While it is on, a signal is stopped by zeros among weights only; notes down weights that no signal was there for"
     def __init__(self, gen, inputs):
         super().__init__()
-        self.gen, self.flowing, self.idle = gen, {id(t): t for t in tensors_in(inputs)}, set()
+        self.gen, self.flowing = gen, {id(t): t for t in tensors_in(inputs)}
+        self.idle, self.shares = set(), set()  # weights without a signal; what softmax gives
 
     def flows(self, o): return isinstance(o, Tensor) and id(o) in self.flowing
 
@@ -432,7 +436,9 @@ class _Probe(TorchFunctionMode):
         if any(not t.numel() for t in signal): self.idle.update(map(id, given))
         if not signal and name not in _makes: return func(*args, **kwargs)
         run = self.product if name in _products and len(signal) > 1 else self.rows if name.startswith('embedding') else _as_is
-        return self.leveled(run(func, args, kwargs), given)
+        out = self.leveled(run(func, args, kwargs), given)
+        if name == 'softmax': self.shares.add(id(out))
+        return out
 
 # %% ../../nbs/09_core.measure.ipynb #ba7c4e71
 def _as_is(func, args, kwargs): return func(*args, **kwargs)
@@ -446,7 +452,9 @@ def filled(self:_Probe, t):
 
 @patch
 def product(self:_Probe, func, args, kwargs):
-    "Each signal in `args` as if the others were open"
+    "Each signal in `args` as if the others were open; shares of values, as attention takes them, add up to one and open nothing"
+    if any(id(a) in self.shares for a in args): return func(*args, **kwargs)
+    if func is F.scaled_dot_product_attention and len(args) > 2: return func(*map(self.filled, args[:2]), *args[2:], **kwargs)
     where = [i for i,a in enumerate(args) if self.flows(a) and _inexact(a)]
     if not any((args[i] == 0).any() for i in where): return func(*args, **kwargs)
     return sum(func(*(self.filled(a) if j in where and i != j else a for j,a in enumerate(args)), **kwargs) for i in where)
@@ -491,6 +499,7 @@ def _noise(x, gen, dtype):
     x = x[:1].detach().as_subclass(Tensor).to(dtype)
     return x * (torch.rand(x.shape, generator=gen) + 0.5).to(x) + torch.randn(x.shape, generator=gen).to(x)
 
+# %% ../../nbs/09_core.measure.ipynb #ba7c4e76
 def _alive(model, inputs, seed, dense=False, closed=False):
     "Parameter name → does the output depend on what is left of it? None: that is not known"
     gen   = torch.Generator().manual_seed(seed)
@@ -520,7 +529,9 @@ def passes_signal(
         inputs = _arguments_of('passes_signal', model, example)
         alive  = _alive(model, inputs, 0)
         for seed in (1, 2):
-            if False in alive.values(): alive = {k: again if alive[k] is False else alive[k] for k,again in _alive(model, inputs, seed).items()}
+            if False not in alive.values(): break
+            again = _alive(model, inputs, seed)
+            alive = {k: again[k] if v is False else v for k,v in alive.items()}
         if any(_is_open(k, p) for k,p in model.named_parameters() if k in alive):
             shut  = _alive(model, inputs, 0, closed=True)
             alive = alive if any(shut.values()) else dict.fromkeys(shut, False)

@@ -802,7 +802,7 @@ def _rule(*names):
         return rule
     return register
 
-class _Size(int):
+class _UnitSize(int):
     "The `hidden_size` of a recurrent layer, as long as the model runs"
 
 class _WholeFunctions(TorchFunctionMode):
@@ -811,7 +811,7 @@ class _WholeFunctions(TorchFunctionMode):
         super().__init__()
         self.trace, trace.zeros = trace, {}  # id → tensor: zeros whose size is that of a recurrent layer
         for m in trace.model.modules():
-            if isinstance(m, (nn.RNNBase, nn.RNNCellBase)): m.hidden_size = _Size(m.hidden_size)
+            if isinstance(m, (nn.RNNBase, nn.RNNCellBase)): m.hidden_size = _UnitSize(m.hidden_size)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -831,7 +831,7 @@ def follows(self:_WholeFunctions, name, args, kwargs, out):
     "Whether `out` is zero, and has other sizes if a recurrent layer has"
     floats, known = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()], self.trace.zeros
     if name == 'zeros_like': return id(floats[0]) in known or bool(self.trace.get(floats[0]).layers) if floats else False
-    sized = any(isinstance(s, _Size) for a in (*args, *kwargs.values()) for s in (a if isinstance(a, (list, tuple)) else [a]))
+    sized = any(isinstance(s, _UnitSize) for a in (*args, *kwargs.values()) for s in (a if isinstance(a, (list, tuple)) else [a]))
     if sized and (not floats or name == 'new_zeros'): return not out.count_nonzero()
     return bool(floats) and all(id(t) in known for t in floats) and not out.count_nonzero()
 

@@ -247,6 +247,7 @@ def _try_measure(self:SparsifyCallback, sp):
     except Exception: return
     sp._try_measure(as_batch(x, y))
 
+# %% ../../nbs/17_sparse.sparsify_callback.ipynb #ba7c4ea1
 @patch
 def _own_batch(self:SparsifyCallback):
     "Inputs and targets of a batch of `data`"

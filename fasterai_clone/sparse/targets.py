@@ -387,15 +387,16 @@ def _shape_of(p): return '×'.join(map(str, p.shape))
 
 def _without_weights(model, layer, m, granularity):
     "The sentence for a layer `m` of which no parameter can be chosen"
-    own  = [(k, p) for k,p in m._parameters.items() if p is not None]
-    kind = type(m).__name__
+    own    = [(k, p) for k,p in m._parameters.items() if p is not None]
+    inside = [(n, c) for n,c in m.named_modules() if n and Granularities.layout(c) and _layer_params(c)]
+    kind   = type(m).__name__
+    if not inside: own = [*m.named_parameters()]  # also those in a `ParameterList`
     if own:
         k, p = next(((k, p) for k,p in own if p.ndim > 1), own[0])
         axes = 'weight=(), row=(1,), column=(0,)' if p.ndim == 2 else 'weight=()'
         have = ', '.join(f'{k} ({_shape_of(p)})' for k,p in own)
         return (f'No granularity is known for the parameters of {layer or "the model"} ({kind}): {have}. '
                 f'`Granularities.add_granularity({kind}, dict({axes}), param={k!r})` declares one')
-    inside = [(n, c) for n,c in m.named_modules() if n and Granularities.layout(c) and _layer_params(c)]
     if not inside: return f'`layer_type` must be layers with weights, and {kind} has none'
     kinds = ', '.join(dict.fromkeys(type(c).__name__ for _,c in inside))
     where = f'{layer}.*' if layer else '*'
@@ -460,19 +461,14 @@ class _Weights:
 
     def take(self, parts): self.seen |= {self.first.get(p.name, p.name) for p in parts}
 
-    def others(self, model, target, chosen):
-        "(name, type of its layer, was that chosen?) of other parameters that are a weight of `target`"
-        places = {_full(_plain_name(n), k): m for n,m in model.named_modules() for k,p in m._parameters.items() if p is not None}
-        mine   = {self.first.get(p.name, p.name): p.name for p in target.parts}
-        for name,m in places.items():
-            own = mine.get(self.first.get(name))
-            if own not in (None, name): yield own, (name, type(m).__name__, id(m) in chosen)
-
 def _note_ties(model, targets, weights, chosen):
     "Note in `targets` what else their weights are"
     if all(k == v for k,v in weights.first.items()): return
-    for t in targets:
-        for own,other in weights.others(model, t, chosen): targets.tied.setdefault(own, []).append(other)
+    mine = {weights.first.get(p.name, p.name): p.name for t in targets for p in t.parts}
+    for n,m in model.named_modules():
+        for name in (_full(_plain_name(n), k) for k,p in m._parameters.items() if p is not None):
+            own = mine.get(weights.first.get(name))
+            if own not in (None, name): targets.tied.setdefault(own, []).append((name, type(m).__name__, id(m) in chosen))
 
 # %% ../../nbs/11_sparse.targets.ipynb #find0001
 def find_targets(
