@@ -97,7 +97,7 @@ def made(name, seed):
     last  = [m for n,m in model.named_modules() if any(f'.{n}'.endswith(f'.{e}') or f'.{e}.' in f'.{n}' for e in ends.split())]
     if hasattr(model, 'get_classifier'): last.append(model.get_classifier())
     last += [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == getattr(model, 'num_classes', None)]
-    return lively(model), torch.randn(1, 3, size, size), [m for m in last if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return lively(model), torch.randn(1, 3, size, size), [m for m in last if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
 
 @torch.no_grad()
 def lively(model):
@@ -144,6 +144,8 @@ SHOWN       = dict(ours='fasterai_clone', theirs='Torch-Pruning')
 @torch.no_grad()
 def difference(whole, small, x):
     "The largest difference in float64, relative to the largest output"
+    for m in [*whole.modules(), *small.modules()]:
+        if hasattr(m, 'attention_bias_cache'): m.attention_bias_cache.clear()  # timm's, of float32
     a, b = (tensors_in(m.double()(x.double())) for m in (whole, small))
     if [t.shape for t in a] != [t.shape for t in b]: return float('inf')
     return max(float((s - t).abs().max() / s.abs().max()) for s,t in zip(a, b))

@@ -195,7 +195,8 @@ def _load(file):
     try:
         if file.suffix == '.safetensors': return load_file(file)
         # what fastai's optimizers keep beside their tensors: lists and numbers
-        plain = [L, np.dtype, np._core.multiarray.scalar, *(getattr(np.dtypes, k) for k in np.dtypes.__all__)]
+        scalar = np.float64(0).__reduce__()[0]  # numpy 1 and 2 keep it in different modules
+        plain  = [L, np.dtype, scalar, *(getattr(np.dtypes, k) for k in np.dtypes.__all__)]
         with torch.serialization.safe_globals(plain): return torch.load(file, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as e: raise ValueError(
         f'{file} is not a file of weights: expected a `state_dict` saved with `torch.save`, or safetensors. Whole modules and '

@@ -328,11 +328,11 @@ def _computed_note(names):
 _plainer = str.maketrans({'→': '->', '…': '...', '–': '-', '×': 'x', '÷': '/', '≤': '<='})
 
 def print_text(
-    text: str,          # what to print
-    flush: bool = False # write it at once
+    text: object,        # what to print: a string, or anything with a text form
+    flush: bool = False  # write it at once
 ) -> None:
     "Print `text` on any output: what its encoding lacks is replaced, never an error"
-    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    text, encoding = str(text), getattr(sys.stdout, 'encoding', None) or 'utf-8'
     try: text.encode(encoding)
     except UnicodeEncodeError: text = text.translate(_plainer).encode(encoding, 'replace').decode(encoding)
     print(text, flush=flush)

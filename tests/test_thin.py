@@ -291,6 +291,31 @@ def test_transformers(name):
     assert n_params(model) - n_params(less) >= 2*64*(32 + 32 + 1)
 
 
+class Caching(nn.Module):
+    "Keeps what it has computed in eval mode, as timm's LeViT and EfficientViT keep their attention biases: in a dict or a list"
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.b, self.cache = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), kind()
+    def forward(self, x):
+        y = self.b(self.a(x).relu())
+        if not self.cache:
+            kept = self.b.bias.sum().detach().reshape(1, 1, 1, 1)
+            self.cache.update(cpu=kept) if isinstance(self.cache, dict) else self.cache.append(kept)
+        kept = self.cache['cpu'] if isinstance(self.cache, dict) else self.cache[0]
+        return y + F.conv2d(y.mean(1, keepdim=True), kept)
+
+@pytest.mark.parametrize('kind', [dict, list])
+def test_tensors_kept_in_containers(kind):
+    "The check runs in double precision, where what was kept in single precision ended in `expected scalar type Double`"
+    model, x = Caching(kind).eval(), torch.randn(2, 3, 6, 6)
+    model(x)
+    sp = Sparsifier(model, 'filter', layer_type=nn.Conv2d, coupled=True, example_inputs=x)
+    sp.sparsify_model(50)
+    less = thin(model, example_inputs=x)
+    assert less.a.out_channels == 4 and next(iter(model.cache.values() if kind is dict else model.cache)).dtype == torch.float32
+    torch.testing.assert_close(less(x), model(x))
+
+
 # -- the usual architectures -------------------------------------------------------------------------------------------------------------
 
 class UNet(nn.Module):

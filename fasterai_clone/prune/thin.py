@@ -344,6 +344,15 @@ def _replaced(o, change):
 
 def _double(t): return t.double() if t.is_floating_point() else t
 
+def _in_double(model):
+    "`model` in double precision, with the tensors that its modules keep in lists and dicts: `Module.double` leaves those"
+    for m in model.double().modules():
+        for v in vars(m).values():
+            if not isinstance(v, (dict, list)): continue
+            for k,t in [*v.items()] if isinstance(v, dict) else enumerate(v):
+                if type(t) is torch.Tensor: v[k] = _double(t)
+    return model
+
 def sampled(
     example_inputs,  # what a model is called with
     n: int = 2       # how many items
@@ -533,7 +542,7 @@ class _Check:
 
     def precise(self, own):
         "A copy of a model in the precision to compare in"
-        return own.double() if self.doubled else own
+        return _in_double(own) if self.doubled else own
 
     @torch.no_grad()
     def run(self, model, training, known=None):

@@ -1215,7 +1215,7 @@ def print_sparsity(self:Sparsifier) -> None:
     "Print the report, of several processes only the first"
     report = self.report()  # of sharded weights all processes have to count
     if (self.processes is None or dist.get_rank(self.processes) == 0) and not (self.mesh is not None and any(self.mesh.get_coordinate())):
-        print_text(str(report))
+        print_text(report)
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #79f66218
 @patch
