@@ -388,6 +388,7 @@ def _refill(c, contents):
     c.clear()
     (c.extend if isinstance(c, (list, deque)) else c.update)(contents)
 
+# %% ../../nbs/07_core.flow.ipynb #88cfaa65
 class _Memory:
     "What the modules of `model` and their parameters remember: attributes, hooks, and what is in their containers"
     def __init__(self, model):
@@ -706,18 +707,16 @@ def _plain_attention():
     finally: mha.set_fastpath_enabled(before)
 
 # %% ../../nbs/07_core.flow.ipynb #a1790555
-class _Operators(TorchDispatchMode):
-    "Count the multiply-adds of each operator, for the module that runs"
-    supports_higher_order_operators = True
+def _has_memory(t):
+    try: return not (is_lazy(t) or t.is_sparse or t.is_meta) and t.untyped_storage().data_ptr() != 0
+    except (RuntimeError, NotImplementedError): return False
 
-    @classmethod
-    def _should_skip_dynamo(cls): return False  # that would import it, which takes seconds
-
+class _Tally:
+    "Multiply-adds by name of the module of `model` that runs"
     def __init__(self, model):
-        super().__init__()
         self.names  = {m: n for n,m in model.named_modules()}
         self.owners = {p.untyped_storage().data_ptr(): n.rpartition('.')[0] for n,p in model.named_parameters() if _has_memory(p)}
-        self.running, self.costs, self.uncounted, self.quiet = [], Counter(), defaultdict(dict), 0
+        self.running, self.costs, self.uncounted = [], Counter(), defaultdict(dict)
 
     def module(self, given):
         "Name of the innermost module that runs; inside a scripted one, which does not tell, of the owner of a weight it uses"
@@ -729,6 +728,19 @@ class _Operators(TorchDispatchMode):
     def add(self, name, cost, given):
         if cost is None: self.uncounted[name][self.module(given)] = None
         elif cost: self.costs[self.module(given)] += cost
+
+# %% ../../nbs/07_core.flow.ipynb #3d063f1c
+class _Operators(_Tally, TorchDispatchMode):
+    "Count the multiply-adds of each operator"
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls): return False  # that would import it, which takes seconds
+
+    def __init__(self, model):
+        TorchDispatchMode.__init__(self)
+        _Tally.__init__(self, model)
+        self.quiet = 0
 
     @contextmanager
     def alone(self):
@@ -748,10 +760,6 @@ class _Operators(TorchDispatchMode):
         out = func(*args, **kwargs)
         self.add(str(func._overloadpacket), _operator_cost(func, args, kwargs, out), (args, kwargs))
         return out
-
-def _has_memory(t):
-    try: return not (is_lazy(t) or t.is_sparse or t.is_meta) and t.untyped_storage().data_ptr() != 0
-    except (RuntimeError, NotImplementedError): return False
 
 # %% ../../nbs/07_core.flow.ipynb #3f97be76
 class _Calls(TorchFunctionMode):

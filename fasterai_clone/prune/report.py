@@ -198,6 +198,7 @@ def _lines(self):
         lines.append((f'Latency, {d}', median(b), median(a), self.speedup(d)[0], _ms(b), _ms(a)))
     return lines
 
+# %% ../../nbs/22_prune.report.ipynb #31c3855a
 def _note(self):
     what = ('Multiply-adds, activations and latency for `example_inputs` as they are: what an item is cannot be told'
             if self.batch is None else f'Multiply-adds for one item, activations and latency for the batch of {self.batch:,}')
