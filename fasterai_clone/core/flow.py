@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # %% auto #0
-__all__ = ['Flow', 'tensors_in', 'memory_of', 'restored', 'undisturbed', 'trace_flow', 'copied', 'Counted', 'multiply_adds']
+__all__ = ['Flow', 'tensors_in', 'outputs_in', 'memory_of', 'restored', 'undisturbed', 'trace_flow', 'copied', 'Counted',
+           'multiply_adds']
 
 # %% ../../nbs/07_core.flow.ipynb #d6594953
 @dataclass(frozen=True)
@@ -304,17 +305,27 @@ def _held_by(o):
     return o if isinstance(o, (list, tuple, set, frozenset)) else _attributes(o)
 
 def tensors_in(
-    o  # anything: a tensor, a container, a dataclass, an object with tensors among its attributes
+    o,                        # anything: a tensor, a container, a dataclass, an object with tensors among its attributes
+    skip: Callable|None=None  # whether not to look into an object
 ) -> list[torch.Tensor]:
     "Return the tensors anywhere in `o`, in order"
     found, seen, left = [], {}, [o]
     while left:
         o = left.pop()
         if isinstance(o, torch.Tensor): found.append(o)
-        elif id(o) not in seen:
+        elif id(o) not in seen and not (skip and skip(o)):
             seen[id(o)] = o  # kept, so that no other object gets its id
             left.extend(reversed([*_held_by(o)]))
     return found
+
+# %% ../../nbs/07_core.flow.ipynb #5f0c7a1e
+def _is_cache(o): return any(kind.__module__ == 'transformers.cache_utils' for kind in type(o).__mro__)
+
+def outputs_in(
+    out  # what a model returned
+) -> list[torch.Tensor]:
+    "Return the tensors in `out`, without those in a key-value cache: only the model reads it, and makes it as large as its heads"
+    return tensors_in(out, _is_cache)
 
 # %% ../../nbs/07_core.flow.ipynb #c1a70d0a
 def memory_of(

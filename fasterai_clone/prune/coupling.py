@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only, tree_leaves
-from ..core.flow import _arguments, _first_line, _is_model, memory_of, _plain_attention, tensors_in, _undisturbed, copied
+from ..core.flow import _arguments, _first_line, _is_model, memory_of, _plain_attention, outputs_in, tensors_in, _undisturbed, copied
 from torch.nn.utils import prune
 from ..core.granularity import _unknown
 from ..core.masks import Masks
@@ -843,7 +843,7 @@ class _WholeFunctions(TorchFunctionMode):
             return out
         for t in tensors_in(args): self.trace.use(self.trace.get(t)), self.trace.seen.add(memory_of(t))
         with _disable_current_modes(): out = func(*args)
-        rule(self.trace, args, out)
+        with torch._C.DisableTorchFunction(): rule(self.trace, args, out)  # its sizes are no sizes of the model
         return out
 
 # %% ../../nbs/12_prune.coupling.ipynb #97978038
@@ -1172,7 +1172,7 @@ def run(self:_Trace, args, kwargs):
             def leave(m, args, out): self.inside.pop()
             for h in (m.register_forward_pre_hook(enter, prepend=True), m.register_forward_hook(leave)): stack.callback(h.remove)
         with self, _WholeFunctions(self): out = model(*args, **kwargs)
-    if not (outs := tensors_in(out)):
+    if not (outs := outputs_in(out)):
         raise ValueError(f'{type(model).__name__} gives back {type(out).__name__}, in which no tensor is found: '
                          'expected tensors, or tuples, lists or dicts of them')
     for t in outs:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from ..core.flow import _arguments, _first_line, copied, tensors_in
+from ..core.flow import _arguments, _first_line, copied, outputs_in, tensors_in
 from ..core.granularity import check_loaded
 from ..core.masks import Masks, _whole_file
 from .coupling import _copied, _followed, _left_out, _listed, CoupledGroup, group_masks
@@ -552,7 +552,7 @@ class _Check:
         with _same_random_numbers(), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # it has run before
             start = _random_state()
-            outs  = tensors_in(choices.run(args, kwargs))
+            outs  = outputs_in(choices.run(args, kwargs))
             return _Run(outs, choices, start, _random_state())
 
     def wanted(self, training):
