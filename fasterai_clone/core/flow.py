@@ -131,9 +131,12 @@ class _Source(NamedTuple):
     norms: tuple = ()        # names of the norms they have passed since
 
 # %% ../../nbs/07_core.flow.ipynb #af063d96
-def _unproven(layer, s):
-    "Why a class derived from a norm of torch can't be held for `layer`, or None"
-    if _is_custom(s.module) and _probed(s.module, layer) is None: return f'{s} makes something else of a zero channel'
+def _unheld(layer, s, owners):
+    "Why the norm that is called in step `s` can't be held for `layer`, or None; classes derived from torch's are tried out"
+    why = _unfit(layer, s.module, s.name, owners)
+    if not _is_custom(s.module) or why and 'shares' in why: return why
+    names = _probed(s.module, layer)
+    if names is None or not {'weight', 'bias'}.issuperset(names): return f'{s} makes something else of a zero channel'
 
 class _Custom:
     "What a walk does with norms that are not torch's, and where channels are lost"
@@ -196,7 +199,7 @@ class _Walk(_Custom):
 
     def norm(self, s, src):
         "A norm: its output is zero where the channel is, if it can be held"
-        why = src and (_unfit(self.layers[src.layer], s.module, s.name, self.owners) or _unproven(self.layers[src.layer], s))
+        why = src and _unheld(self.layers[src.layer], s, self.owners)
         self.calls[s.name].append((src, why))
         return _Source(src.layer, (*src.norms, s.name)) if src and not why else None
 
