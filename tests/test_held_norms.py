@@ -107,7 +107,9 @@ def test_fused_convolution_and_norm_is_reported():
 
 def test_norms_of_timm():
     timm = pytest.importorskip('timm')
-    from timm.layers import BatchNormAct2d, EvoNorm2dS0, FilterResponseNormTlu2d
+    from timm.layers import BatchNormAct2d, EvoNorm2dS0, FilterResponseNormTlu2d, LayerNorm2d
+    sp, gone, _ = pruned(LayerNorm2d(8))
+    assert not gone.any() and not sp.why_not
     for norm in (BatchNormAct2d(8), FilterResponseNormTlu2d(8), EvoNorm2dS0(8, groups=4)):
         sp, gone, _ = pruned(norm)
         assert not gone.any() or '0' in sp.why_not

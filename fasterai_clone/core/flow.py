@@ -46,8 +46,8 @@ def _channels(layer): return layer.out_features if isinstance(layer, nn.Linear) 
 _KEEPS_ZERO = frozenset('relu relu6 leakyrelu prelu rrelu elu celu selu gelu silu mish hardswish tanh identity '
                         'dropout dropout1d dropout2d dropout3d contiguous clone detach to float'.split())
 
-_NORM_FUNCTIONS = frozenset('batchnorm layernorm groupnorm instancenorm rmsnorm nativebatchnorm nativelayernorm nativegroupnorm'.split())
-_MOVERS = frozenset('view reshape permute transpose movedim moveaxis swapaxes flatten unflatten unsqueeze squeeze t mt einops rearrange'.split())
+_NORM_FUNCTIONS = frozenset('batchnorm layernorm groupnorm instancenorm rmsnorm'.split())
+_MOVERS = frozenset('view reshape permute transpose movedim moveaxis swapaxes flatten unflatten unsqueeze squeeze t mt'.split())
 
 def _plain(name): return name.replace('_', '').lower()
 
@@ -132,10 +132,17 @@ class _Source(NamedTuple):
     norms: tuple = ()        # names of the norms they have passed since
 
 # %% ../../nbs/07_core.flow.ipynb #af063d96
+def _unheld(layer, s, owners):
+    "Why the norm that is called in step `s` can't be held for `layer`, or None; classes derived from torch's are tried out"
+    why = _unfit(layer, s.module, s.name, owners)
+    if not _is_custom(s.module) or why and 'shares' in why: return why
+    names = _probed(s.module, layer)
+    if names is None or not {'weight', 'bias'}.issuperset(names): return f'{s} makes something else of a zero channel'
+
 class _Custom:
     "What a walk does with norms that are not torch's, and where channels are lost"
     def __init__(self):
-        self.moved, self.lost = {}, {}                    # value → layer whose channels it has elsewhere; layer → why they may not stay zero
+        self.moved, self.lost = {}, {}                    # value → layer whose channels it has elsewhere; layer → why zeros may not stay
         self.vectors, self.inner = defaultdict(dict), {}  # layer → what else to hold; name of a custom norm → the layer it follows
 
     def move(self, s, src):
@@ -188,12 +195,12 @@ class _Walk(_Custom):
         if new and s.outputs: self.origin[s.outputs[0]] = new
 
     def take(self, s, src):
-        if src and s.module is not None and _is_custom(s.module): return self.custom(s, src)
-        return self.norm(s, src) if isinstance(s.module, _NORMS) else self.other(s)
+        if isinstance(s.module, _NORMS): return self.norm(s, src)
+        return self.custom(s, src) if src and s.module is not None and _is_custom(s.module) else self.other(s)
 
     def norm(self, s, src):
         "A norm: its output is zero where the channel is, if it can be held"
-        why = src and _unfit(self.layers[src.layer], s.module, s.name, self.owners)
+        why = src and _unheld(self.layers[src.layer], s, self.owners)
         self.calls[s.name].append((src, why))
         return _Source(src.layer, (*src.norms, s.name)) if src and not why else None
 
@@ -636,7 +643,8 @@ def _encoder_layer(out, x, width, weight, *linear):
 
 # %% ../../nbs/07_core.flow.ipynb #b076a52a
 _FORMULAS = (  # formula, which arguments it takes, names of the operators; what a version of torch lacks is never met
-    (_product, (0,), '''mm bmm mv dot vdot linear mkldnn_linear _int_mm _sparse_mm smm _sparse_mm_reduce_impl _sparse_sparse_matmul _cdist_forward _scaled_mm _scaled_mm_v2
+    (_product, (0,), '''mm bmm mv dot vdot linear mkldnn_linear _int_mm _sparse_mm smm _sparse_mm_reduce_impl
+        _sparse_sparse_matmul _cdist_forward _scaled_mm _scaled_mm_v2
         _weight_int8pack_mm _weight_int4pack_mm _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros
         _dyn_quant_matmul_4bit _mixed_dtypes_linear _sparse_semi_structured_linear fbgemm_linear_int8_weight
         fbgemm_linear_int8_weight_fp32_activation fbgemm_linear_fp16_weight fbgemm_linear_fp16_weight_fp32_activation
@@ -677,7 +685,8 @@ def _formulas(): return {f'aten::{n}' if '::' not in n else n: (f, at) for f,at,
 
 # %% ../../nbs/07_core.flow.ipynb #46f68d71
 _CHEAP = re.compile('norm|embedding|cat$|stack|scatter|gather|index|put|copy|select|slice|pool|sample|interpolat|loss|softmax|prelu|'
-                    'rrelu|gru_cell|lstm_cell|histogram|search|isin|block_diag|cross|complex|polar|sub|divide|resize|set$|dist$|where|foreach')
+                    'rrelu|gru_cell|lstm_cell|histogram|search|isin|block_diag|cross|complex|polar|sub|divide|resize|set$|dist$|'
+                    'where|foreach')
 _SOLVES = re.compile('^_?linalg_(?!cross|vector_norm|diagonal)|cholesky|_solve|matrix_exp|geqrf|ormqr|orgqr|^_?svd|inverse')
 _MOVES = frozenset('prim prims profiler c10d _c10d_functional fsdp torchvision image'.split())  # these only move or choose numbers
 

@@ -41,8 +41,8 @@ class Cost:
     activations: int                       # bytes of what modules put out in a forward pass, for the whole batch
     file: int                              # bytes of the `state_dict` as `torch.save` writes it
     layers: dict[str, LayerCost]           # by name of the module
-    seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)    # device → of each forward pass measured
-    uncounted: dict[str, tuple[str, ...]] = field(default_factory=dict)  # operator whose multiply-adds nobody can count → modules that call it
+    seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)  # device → of each forward pass measured
+    uncounted: dict[str, tuple[str, ...]] = field(default_factory=dict)  # operator without a formula → modules that call it
 
 # %% ../../nbs/22_prune.report.ipynb #3e2585dc
 class _Outputs:
@@ -258,7 +258,8 @@ def compare(
     "What a model costs before and after pruning; both stay as they are"
     if type(runs) is not int or runs < 1: raise ValueError(f'`runs` must be a whole number from 1 on, got {runs!r}')
     devices, models = _named_devices(devices), (_copied(before), _copied(after))
-    if not any(t.ndim and len(t) for t in tensors_in(example_inputs)): raise ValueError('`example_inputs` must hold a batch: there is no tensor in it')
+    if not any(t.ndim and len(t) for t in tensors_in(example_inputs)):
+        raise ValueError('`example_inputs` must hold a batch: there is no tensor in it')
     costs, items = zip(*(_cost(which, m, example_inputs) for which,m in zip(('before', 'after'), models)))
     times = {d: _timed(*models, example_inputs, d, runs) for d in devices}
     costs = [replace(c, seconds={d: tuple(s[i]) for d,s in times.items()}) for i,c in enumerate(costs)]
