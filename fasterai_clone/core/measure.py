@@ -500,11 +500,10 @@ def _noise(x, gen, dtype):
     return x * (torch.rand(x.shape, generator=gen) + 0.5).to(x) + torch.randn(x.shape, generator=gen).to(x)
 
 # %% ../../nbs/09_core.measure.ipynb #ba7c4e76
-def _alive(model, inputs, seed, dense=False, closed=False):
+def _alive(model, inputs, seed, dtype, dense=False, closed=False):
     "Parameter name → does the output depend on what is left of it? None: that is not known"
     gen   = torch.Generator().manual_seed(seed)
     known = dict(model.named_parameters())
-    dtype = torch.float64 if any(p.dtype == torch.float64 for p in known.values()) else torch.float32
     owner = _layers(model, known)
     state = {k: _drawn(k, p, gen, dense or not closed and _is_open(k, p), dtype, owner[k]) for k,p in known.items()}
     ws    = {k: w.requires_grad_() for k,w in state.items() if w.is_floating_point() and 'bias' not in k.rpartition('.')[2]}
@@ -520,6 +519,15 @@ def _alive(model, inputs, seed, dense=False, closed=False):
             for (k,w),g in found}
 
 # %% ../../nbs/09_core.measure.ipynb #ba7c4e73
+def _first_look(model, inputs):
+    "What `_alive` finds, and in which precision: fp64 for models that compute with it somewhere"
+    single = all(p.dtype != torch.float64 for p in model.parameters())
+    own = torch.float32 if single else torch.float64
+    try: return own, _alive(model, inputs, 0, own)
+    except RuntimeError:
+        if not single: raise
+        return torch.float64, _alive(model, inputs, 0, torch.float64)
+
 def passes_signal(
     model: nn.Module,
     example              # a batch, for the shape of one example; or a dict of arguments
@@ -527,16 +535,16 @@ def passes_signal(
     "Find the layers with weights that carry signal; those that do not are certain to be cut off by zeros"
     with _running(model, False), _recurrent_in_eval(model, False), torch.enable_grad():
         inputs = _arguments_of('passes_signal', model, example)
-        alive  = _alive(model, inputs, 0)
+        dtype, alive = _first_look(model, inputs)
         for seed in (1, 2):
             if False not in alive.values(): break
-            again = _alive(model, inputs, seed)
+            again = _alive(model, inputs, seed, dtype)
             alive = {k: again[k] if v is False else v for k,v in alive.items()}
         if any(_is_open(k, p) for k,p in model.named_parameters() if k in alive):
-            shut  = _alive(model, inputs, 0, closed=True)
+            shut  = _alive(model, inputs, 0, dtype, closed=True)
             alive = alive if any(shut.values()) else dict.fromkeys(shut, False)
         if False in alive.values():
-            dense = _alive(model, inputs, 0, dense=True)
+            dense = _alive(model, inputs, 0, dtype, dense=True)
             alive = {k: v is not False or not dense[k] for k,v in alive.items()}
     passes = {}
     for k,v in alive.items():

@@ -256,8 +256,9 @@ class _Calls(TorchFunctionMode):
         if func in (_T.numel, _T.nelement, torch.numel): return math.prod(trace.shape(args[0]))
         strange = sys._getframe(1).f_globals.get('__name__', '').startswith('einops')  # has computed all sizes, and remembers them
         trace.asked = asked = None if strange else _requested(trace, func, args, kwargs)
+        scaled, trace.scaled = trace.scaled, trace.scaled or func is nn.functional.scaled_dot_product_attention
         try: out = func(*args, **kwargs)
-        finally: trace.asked = before
+        finally: trace.asked, trace.scaled = before, scaled
         if isinstance(asked, list): trace.follow_view(out, asked, func.__name__)
         return out
 
@@ -377,7 +378,7 @@ def overwritten(self:_Trace, t, was, name):
 
 # %% ../../nbs/12_prune.coupling.ipynb #df47be09
 _SIZES = dict(in_channels=1, out_channels=0, in_features=1, out_features=0, num_features=0, num_channels=0, embedding_dim=1, nf=1, nx=0)
-_Trace.asked = None
+_Trace.asked, _Trace.scaled = None, False
 
 @patch
 def shape(self:_Trace, t):
@@ -770,7 +771,8 @@ def matmul(self:_Trace, name, func, args, kwargs, out):
             if v.param: self.all.mark(l, 'consumer')
             if j >= n: self.all.fix(l, f'{self.where} multiplies it with a value that is not of a layer')
             if why: self.all.fix(l, why)
-    if n and not (va.param or vb.param):
+    several = n and len(_varies(over[0][0])) > 1  # heads, each with numbers of its own
+    if (several or n and self.scaled) and not (va.param or vb.param):  # what is scaled by how many there are goes as a whole
         self.all.join(over[0][0], over[0][0][..., :1])
         left[0].append(over[0][0][..., :1])
     self.product(out, left, values)
