@@ -540,11 +540,11 @@ def test_compiled(how, tmp_path):
 # -- what cannot be done ------------------------------------------------------------------------------------------------------------------
 
 class Wild(nn.Module):
-    "Reads the numbers in its weights: no trace can follow"
+    "Copies numbers with NumPy: no trace can follow"
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Conv2d(1, 4, 3), nn.Linear(4, 10)
-    def forward(self, x): return self.b(torch.from_numpy(self.a(x).detach().numpy()).mean((2, 3)))
+    def forward(self, x): return self.b(torch.from_numpy(self.a(x).detach().numpy().copy()).mean((2, 3)))
 
 class Alone(nn.Module):
     "One layer, which is the output"
@@ -615,7 +615,10 @@ def test_a_checkpoint_that_is_refused_changes_nothing(tmp_path):
     with pytest.raises(RuntimeError, match='size mismatch'): learn.load('dense')
     assert all(torch.equal(before[k], v) for k,v in learn.model.state_dict().items())
 
-def test_layers_without_filters_say_how_to_leave_them_out():
+def test_layers_without_filters_are_left_out():
+    "Where `layer_type` names such a layer itself, it is refused"
     model = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.GRU(8, 6))
+    sp = Sparsifier(model, 'filter', layer_type=nn.Module, coupled=True, example_inputs=torch.randn(2, 3, 64))
+    assert [t.layer for t in sp.targets] == ['0'] and '2' in str(sp.report().left_out)
     with pytest.raises(ValueError, match="Unknown granularity of weight_ih_l0 of GRU 'filter'.*leave 2 out, with `exclude`"):
-        Sparsifier(model, 'filter', layer_type=nn.Module, coupled=True, example_inputs=torch.randn(2, 3, 64))
+        Sparsifier(model, 'filter', layer_type=(nn.Linear, nn.GRU), coupled=True, example_inputs=torch.randn(2, 3, 64))

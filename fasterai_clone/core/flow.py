@@ -554,6 +554,16 @@ def _uncopyable(model):
                 with _Detached(): copy.deepcopy(v)
             except Exception: return f'{path}.{k}'.strip('.'), v
 
+def _share_again(model, new):
+    "Let tensors of the copy `new` share memory where those of `model` do: `deepcopy` copies each parameter by itself"
+    shared = defaultdict(list)
+    for (_, t),(_, c) in zip([*model.named_parameters(), *model.named_buffers()], [*new.named_parameters(), *new.named_buffers()]):
+        if t.layout is torch.strided and not is_lazy(t) and isinstance(memory_of(t), tuple): shared[memory_of(t)[0]].append((t, c))
+    for pairs in shared.values():
+        if len(pairs) < 2: continue
+        memory = pairs[0][0].untyped_storage().clone()
+        for t,c in pairs: c.data = torch.empty(0, dtype=t.dtype, device=t.device).set_(memory, t.storage_offset(), t.shape, t.stride())
+
 def copied(
     model: nn.Module  # left as it is; a backward pass that is still to come is not disturbed
 ) -> nn.Module:
@@ -567,6 +577,7 @@ def copied(
         what = f'`{name}` ({type(v).__name__})' if name else 'the model itself'
         raise ValueError(f'{type(model).__name__} cannot be copied, because {what} cannot: {_first_line(e)}. '
                          'Take that out first, or give its class a `__deepcopy__`') from e
+    _share_again(model, new)
     for m in new.modules():
         for table in [vars(m), *(v for v in vars(m).values() if isinstance(v, dict))]:
             for k,f in table.items():

@@ -147,9 +147,9 @@ class _Value:
     nonzero: str|None = None   # why channels whose weights are zero need not be zero here; None: they are
     param: bool = False        # whether it is a parameter, or computed from parameters alone, element by element
     unless: tuple = ()         # (label, why) of what can't be removed if anything uses this value
-    noise: bool = False        # whether it is made of random numbers alone, as many as the model asked for
     leaves: frozenset|None = None  # of what is computed from parameters: the axes of those; None: it is one
     zeros: frozenset|None = None   # which of the `leaves` must be zero for it to be; None: it never is
+    noise: bool = False            # whether it is made of random numbers alone, as many as the model asked for
 
 def _squeezed(t):
     "A label without the axes along which nothing changes"

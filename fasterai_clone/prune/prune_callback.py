@@ -43,9 +43,9 @@ _uncuttable = ('LBFGS', 'Adafactor', 'SparseAdam', 'Lookahead')
 
 def _why_not_cut(optimizer):
     "Why channels cannot be taken out of what `optimizer` knows, or None"
-    if type(optimizer).__name__ not in _uncuttable and (why := why_not_passed_on(optimizer)): return why
     opt  = stepping_optimizer(optimizer)
-    name = type(opt).__name__
+    name = next((k for k in (type(optimizer).__name__, type(opt).__name__) if k in _uncuttable), type(opt).__name__)
+    if name not in _uncuttable and (why := why_not_passed_on(optimizer)): return why
     if name in _uncuttable or not (hasattr(opt, 'param_lists') or isinstance(opt, torch.optim.Optimizer)):
         return f'{name} keeps more than a number for each weight'
     for p,state in opt.state.items():

@@ -713,7 +713,7 @@ def unremovable(
     "Remove one channel of each group from copies of `model`, and find the groups for which what is left does not compute the same"
     model = _copied(model)
     first = [None if g.why_not or g.n < 2 else torch.arange(g.n) > 0 for g in groups]
-    group_masks(groups, first).apply(dict(model.named_parameters(remove_duplicate=False)))
+    group_masks(groups, first).apply(_tensors_of(model))
     dead  = _keep_some(groups, [torch.zeros(g.n, dtype=torch.bool) if k is None else ~k for g,k in zip(groups, first)])
     return _faults(_Check(model, example_inputs, sample=sample), groups, dead)
 
@@ -757,8 +757,8 @@ def thin(
 ) -> nn.Module:               # with the same names of modules and parameters
     "A copy of `model` without the channels that are zero, which computes the same; `model` stays as it is"
     if check not in (True, False, 'sample'): raise ValueError(f'`check` must be True, False or "sample", got {check!r}')
-    check_loaded(model.named_parameters())
     model = _copied(model)
+    check_loaded(model.named_parameters())
     if masks is not None:
         params = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
         Masks(masks, shapes={k: p.shape for k,p in params.items()}).apply(params)
