@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.thin.html.md"""
 
 # %% ../../nbs/13_prune.thin.ipynb #404aef48
 from __future__ import annotations
-import copy, json, math, random, re, warnings
+import copy, inspect, json, math, random, re, warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, ExitStack
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from types import CodeType
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -132,12 +133,25 @@ def _changed_sizes(before, after, prefix=''):
         for old,new in zip(shape, after[k]): sizes[old].add(new)
     return sizes
 
+def _names_in(code):
+    "The attributes that a piece of code reads, those of functions inside of it too"
+    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
+    return {*code.co_names}.union(*map(_names_in, inner))
+
+def _names_in_use(model):
+    "The attributes that methods of the model's own classes read when it runs"
+    kinds   = {kind for m in model.modules() for kind in type(m).__mro__ if not kind.__module__.startswith('torch.')}
+    methods = [f for kind in kinds for k,f in vars(kind).items() if k not in ('__init__', '__repr__', 'extra_repr')]
+    codes   = [getattr(inspect.unwrap(getattr(f, 'fget', None) or f), '__code__', None) for f in methods if callable(f) or isinstance(f, property)]
+    return set().union(*(_names_in(c) for c in codes if c is not None))
+
 def _retell(model, before):
     "Update the numbers that modules keep of their sizes; `before`: the shapes that parameters and buffers had"
     after = _shapes(model)
     if after == before: return
+    names = _size_names - _names_in_use(model)  # the trace has followed what the model computes with: that stays
     for n,m in model.named_modules():
-        told = [] if _sizes(m) else [(k, v) for k,v in vars(m).items() if k in _size_names and type(v) is int]
+        told = [] if _sizes(m) else [(k, v) for k,v in vars(m).items() if k in names and type(v) is int]
         if not told: continue
         sizes = _changed_sizes(before, after, f'{n}.' if n else '')
         for k,v in told:
