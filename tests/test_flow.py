@@ -198,7 +198,7 @@ def test_a_run_gives_the_same_reasons(name):
     ('behind a norm that is shared', 'c1', '`b` also normalises the output of `c2`'),
     ('no affine', '0', '`1` has no affine weight'), ('plain instance norm', '0', '`1` has no affine weight'),
     ('layer norm of more', '0', '`1` normalises 8 × 8 features, not 8 channels'), ('layer norm of rows', '0', '`1` (LayerNorm)'),
-    ('sigmoid', '0', 'goes to `1` (Sigmoid)'), ('pre-activation', '1.conv2', 'goes to add'),
+    ('sigmoid', '0', '`1` (Sigmoid) makes something else of a zero channel'), ('pre-activation', '1.conv2', 'goes to add'),
     ('conv bn relu', '3', 'the output of the model'), ('layer twice', 'stem', 'goes to `c` (Conv2d)')])
 def test_why_not(name, layer, said):
     why = trace_flow(zoo[name][0]()).why_not[layer]

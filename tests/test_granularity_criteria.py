@@ -142,7 +142,7 @@ def test_subclasses_have_what_their_parents_have():
     assert Granularities.groups(Mine(2, 4, 3), 'filter').n == 4
 
 def test_layers_without_granularities_are_named():
-    with pytest.raises(TypeError, match='Bilinear.*Conv2d.*Linear.*Embedding'): Granularities.allowed_granularities(nn.Bilinear)
+    with pytest.raises(TypeError, match='BatchNorm2d.*Conv2d.*Linear.*Embedding'): Granularities.allowed_granularities(nn.BatchNorm2d)
     with pytest.raises((TypeError, ValueError), match='BatchNorm2d'): Sparsifier(nn.BatchNorm2d(3), 'filter', layer_type=nn.BatchNorm2d)
 
 def test_a_granularity_of_ones_own(monkeypatch):
@@ -319,7 +319,8 @@ def naive_norms(m, x):
         elif isinstance(m, nn.Linear):    s = sum(v*v for v in x.reshape(-1, x.shape[-1])[:, idx[1]].tolist())
         else:
             channel = idx[0] if m.transposed else idx[0] // (w.shape[0]//m.groups) * w.shape[1] + idx[1]
-            s = sum(v*v for v in x[:, channel].flatten().tolist())
+            taps = [slice(None) if m.transposed else slice(k, k + n - size + 1) for k,n,size in zip(idx[2:], x.shape[2:], w.shape[2:])]
+            s = sum(v*v for v in x[(slice(None), channel, *taps)].flatten().tolist())
         norms[idx] = math.sqrt(s)
     return norms
 

@@ -120,3 +120,26 @@ def test_inputs_of_fastai():
         def forward(self, x): return super().forward(x) if x.sum() > -1e9 else x
     net = Looks(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     assert trace_flow(net, x.as_subclass(TensorBase)).norms == {'0': ('1',)}
+
+
+class Shifted(nn.Module):
+    "Multiplies its convolution with `gain`, and adds `shift`, both of the model's own; a constant, if that is given"
+    def __init__(self, shift=True, constant=None):
+        super().__init__()
+        self.c, self.d, self.constant = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 2, 1), constant
+        self.gain, self.shift = nn.Parameter(torch.ones(4, 1, 1)), nn.Parameter(torch.ones(4, 1, 1)) if shift else None
+    def forward(self, x):
+        x = self.c(x) * self.gain
+        if self.shift is not None: x = x + self.shift
+        return self.d(x if self.constant is None else x + self.constant)
+
+@pytest.mark.parametrize('looks', [False, True])  # followed without running, or in a run
+@pytest.mark.parametrize('net, said', [(lambda: Shifted(), True), (lambda: Shifted(False), False), (lambda: Shifted(False, 1.), True)])
+def test_numbers_that_the_model_itself_adds(net, said, looks):
+    "What a model adds to its layer in its own `forward` is reported; what it only multiplies with is not"
+    class Looks(nn.Module):
+        def __init__(self): super().__init__(); self.net = net()
+        def forward(self, x): return self.net(x if x.sum() > -1e9 else -x)
+    model, c = (Looks(), 'net.c') if looks else (net(), 'c')
+    sp = Sparsifier(model, 'filter', layer_type=nn.Conv2d, include=c, example_inputs=torch.rand(2, 3, 4, 4))
+    assert (c in sp.why_not) == said and ('adds a constant' in sp.why_not.get(c, '')) == said

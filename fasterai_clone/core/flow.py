@@ -49,6 +49,10 @@ _KEEPS_ZERO = frozenset('relu relu6 leakyrelu prelu rrelu elu celu selu gelu sil
 _NORM_FUNCTIONS = frozenset('batchnorm layernorm groupnorm instancenorm rmsnorm'.split())
 _MOVERS = frozenset('view reshape permute transpose movedim moveaxis swapaxes flatten unflatten unsqueeze squeeze t mt'.split())
 
+_SCALES = frozenset('mul rmul imul multiply truediv div itruediv divide'.split())
+_ADDS   = frozenset('add radd iadd sub rsub isub subtract'.split())
+_NEVER_ZERO = frozenset('sigmoid hardsigmoid logsigmoid softplus softmax logsoftmax exp cos'.split())
+
 def _plain(name): return name.replace('_', '').lower()
 
 def _keeps_zero(kind, layer):
@@ -178,6 +182,7 @@ class _Walk(_Custom):
         self.owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
         self.origin, self.root, self.changed = {}, {}, set()  # value → source, value → whose memory it may share, roots written into
         self.calls, self.ends = defaultdict(list), {}         # norm → (source, why not) of each call, layer → what else it goes to
+        self.own = {memory_of(t) for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)}  # in a run; left out of a trace
         super().__init__()
 
     def source(self, value): return None if self.root.get(value, value) in self.changed else self.origin.get(value)
@@ -187,12 +192,21 @@ class _Walk(_Custom):
         src  = self.source(s.inputs[0]) if s.inputs else None
         self.move(s, src)
         keep = src is not None and not isinstance(s.module, _LAYERS+_NORMS) and _keeps_zero(s.kind, self.layers[src.layer])
+        keep = keep or src is not None and self.with_a_constant(s, src)
         new  = src if keep else self.take(s, src)
         if s.in_place and s.inputs and not keep: self.changed.add(self.root.get(s.inputs[0], s.inputs[0]))
         for o in s.outputs:
             self.origin.pop(o, None)
             self.root[o] = o if isinstance(s.module, _LAYERS+_NORMS) or not s.inputs else self.root.get(s.inputs[0], s.inputs[0])
         if new and s.outputs: self.origin[s.outputs[0]] = new
+
+    def with_a_constant(self, s, src):
+        "Is the output of a layer multiplied with numbers of the model? If some are added, its zero channels are not zero"
+        kind = _plain(s.kind)
+        if kind in _NEVER_ZERO: self.lost.setdefault(src.layer, f'{s} makes something else of a zero channel')
+        if s.module is not None or any(v not in self.own for v in s.inputs[1:]): return False
+        if kind in _ADDS: self.lost.setdefault(src.layer, f'`{s}` adds a constant to its output')
+        return kind in _SCALES
 
     def take(self, s, src):
         if isinstance(s.module, _NORMS): return self.norm(s, src)
@@ -286,7 +300,7 @@ def _traced_steps(model, example_inputs):
     "The steps of `model`, by symbolic tracing"
     names = {m: n for n,m in model.named_modules()}
     for node in _Tracer().trace(model, _fixed(model, example_inputs)).nodes:
-        got = list(node.all_input_nodes)
+        got = [n for n in node.all_input_nodes if n.op != 'get_attr']
         if node.op == 'call_module':
             m = model.get_submodule(node.target)
             yield _Step(names[m], m, got, [node], getattr(m, 'inplace', False))
