@@ -29,8 +29,8 @@ from ..prune.thin import sampled, unremovable
 from ..report import Report, Row, print_text, shared_weights
 from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on
 from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name,
-                                           _plainly, _processes, _summed, _types, find_targets, hold_with, layer_sparsities,
-                                           output_channels, unwrapped)
+                                           _plainly, _processes, _summed, _types, find_targets, hold_with,
+                                           layer_sparsities, output_channels, unwrapped)
 
 # %% auto #0
 __all__ = ['available_contexts', 'Sparsifier', 'LayerCollapse', 'Hold']
