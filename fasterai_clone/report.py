@@ -219,8 +219,8 @@ def shared_weights(
     return {k: first[v] for k,v in first.items()}, partly
 
 def as_mask_of(
-    mask: torch.Tensor,    # of `tensor`
-    tensor: torch.Tensor,
+    mask: torch.Tensor,    # of `tensor`, True = kept
+    tensor: torch.Tensor,  # what `mask` is of
     other: torch.Tensor    # with the same elements in memory, in whatever order
 ) -> torch.Tensor:         # for `other`
     "Return the mask of a tensor for another one in the same memory"

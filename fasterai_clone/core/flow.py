@@ -493,8 +493,6 @@ def undisturbed(
             if hasattr(m, 'training'): m.training = False
         yield
 
-_undisturbed = undisturbed  # its earlier name, which `prune.coupling` imports
-
 # %% ../../nbs/07_core.flow.ipynb #1775df21
 def _first_line(e):
     lines = str(e).strip().splitlines()

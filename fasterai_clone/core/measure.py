@@ -24,7 +24,7 @@ from .flow import restored, tensors_in, trace_flow
 from .granularity import _unknown
 
 # %% auto #0
-__all__ = ['wanda', 'snip', 'grasp', 'synflow', 'apoz', 'mean_activation', 'bn_scale', 'untouched', 'Targets', 'as_batch',
+__all__ = ['wanda', 'snip', 'grasp', 'synflow', 'apoz', 'mean_activation', 'bn_scale', 'untouched', 'Labels', 'as_batch',
            'batches', 'arguments', 'accumulated', 'snip_scores', 'grasp_scores', 'synflow_scores', 'passes_signal',
            'input_norms', 'channel_zeros', 'channel_means', 'norm_scales', 'available_criterias', 'as_criteria']
 
@@ -45,7 +45,7 @@ def untouched(
             for t,was in tables: t.clear(), t.update(was)
 
 # %% ../../nbs/09_core.measure.ipynb #d7a005a3
-class Targets(tuple):
+class Labels(tuple):
     "Several targets of a batch: a loss is called with `(outputs, *targets)`"
 
 def as_batch(
@@ -53,7 +53,7 @@ def as_batch(
     targets: tuple=() # what the loss is called with after the outputs
 ) -> tuple:           # `(*inputs, target)`, the target None if there is none
     "Return a batch of `inputs` and `targets`, as `batches` takes it"
-    return *inputs, (Targets(targets) if len(targets) > 1 else targets[0] if targets else None)
+    return *inputs, (Labels(targets) if len(targets) > 1 else targets[0] if targets else None)
 
 def batches(
     data,                 # inputs, a batch `(*inputs, target)`, a dict, an iterable of these as loaders are, or fastai's `DataLoaders`
@@ -210,7 +210,7 @@ def _loss(what, model, loss_func, x, y, temperature):
     out = _called(model, x)
     if loss_func is None and temperature == 1: return _own_loss(what, out)
     if temperature != 1: out = _cooled(what, out, temperature)
-    return loss_func(out, *y) if isinstance(y, Targets) else loss_func(out, y)
+    return loss_func(out, *y) if isinstance(y, Labels) else loss_func(out, y)
 
 def _cooled(what, out, temperature):
     if not isinstance(out, Tensor):

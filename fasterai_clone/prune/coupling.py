@@ -15,11 +15,12 @@ import torch, torch.nn as nn
 from fastcore.basics import patch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only, tree_leaves
-from ..core.flow import _arguments, _first_line, _is_model, memory_of, _plain_attention, outputs_in, tensors_in, _undisturbed, copied
-from torch.nn.utils import prune
+from ..core.flow import (_arguments, _first_line, _is_model, _plain_attention, copied, memory_of,
+                                      outputs_in, tensors_in, undisturbed)
 from ..core.granularity import _unknown
 from ..core.masks import Masks
 from ..core.selection import check_sparsity, keep_masks, n_dropped
@@ -306,7 +307,8 @@ class _Trace(TorchDispatchMode):
 @patch
 def __torch_dispatch__(self:_Trace, func, types, args=(), kwargs=None):
     self.hurry()
-    with torch._C.DisableTorchFunction(): return self.step(func, args, kwargs or {})  # what is asked of a tensor here is no step of the model
+    with torch._C.DisableTorchFunction():  # what is asked of a tensor here is no step of the model
+        return self.step(func, args, kwargs or {})
 
 @patch
 def step(self:_Trace, func, args, kwargs):
@@ -916,7 +918,8 @@ def recurrent(self:_Trace, gates, x, states, sets, directions, outs):
     "A recurrent layer; `sets`: weights and biases of each layer and direction, those of one layer side by side"
     inp, nonzero, size = _last(self.get(x).layers), self.get(x).nonzero, sets[0][0].shape[0] // gates
     self.fix_others(x)
-    for w_ih,*_ in sets[:directions]: self.read([] if inp is None else [inp.reshape(-1, 1)], self.sole(_along(self.get(w_ih).layers, 1)), nonzero)
+    for w_ih,*_ in sets[:directions]:
+        self.read([] if inp is None else [inp.reshape(-1, 1)], self.sole(_along(self.get(w_ih).layers, 1)), nonzero)
     units = self.units(gates, size, sets)
     self.start(states, units)
     if units is None:
@@ -1197,7 +1200,7 @@ def _followed(model, example_inputs, timeout=None):
     "The trace of a run of `model`, which must be a copy, in at most `timeout` seconds"
     if example_inputs is None: raise ValueError('`example_inputs` is needed: what is coupled is seen when the model runs')
     trace, (args, kwargs) = _Trace(model, timeout), _arguments(example_inputs)
-    with _undisturbed(model), _plain_attention(), sdpa_kernel(SDPBackend.MATH):
+    with undisturbed(model), _plain_attention(), sdpa_kernel(SDPBackend.MATH):
         try: trace.run(args, kwargs)
         except Exception as e:
             trace.hurry()  # it may come as another error, out of a scripted part

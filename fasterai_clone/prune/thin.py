@@ -26,7 +26,7 @@ from ..core.flow import _arguments, _first_line, copied, outputs_in, tensors_in
 from ..core.granularity import check_loaded
 from ..core.masks import Masks, _whole_file
 from .coupling import _copied, _followed, _left_out, _listed, CoupledGroup, group_masks
-from ..sparse.compact import _inner
+from ..sparse.compact import stepping_optimizer
 
 # %% auto #0
 __all__ = ['update_config', 'ThinAttention', 'sampled', 'unremovable', 'thin', 'sizes_of', 'reshape_to', 'save_thinned',
@@ -316,7 +316,7 @@ def _resize_attention(prefix, m, keep):
 class _Before:
     "What the modules of `model` and `optimizer` refer to, and the numbers in some `tensors`"
     def __init__(self, model, optimizer=None, tensors=()):
-        opt = _inner(optimizer)
+        opt = stepping_optimizer(optimizer)
         self.modules = [(m, type(m), dict(vars(m)), dict(m._parameters.items()), dict(m._buffers.items())) for m in model.modules()]
         self.lists   = [] if opt is None else [(ps, list(ps)) for ps in _param_lists(opt)]
         self.state   = None if opt is None else (opt.state, dict(opt.state))

@@ -44,8 +44,6 @@ def stepping_optimizer(
     found = stepping_optimizers(optimizer)
     return found[0] if len(found) == 1 else optimizer
 
-_inner = stepping_optimizer
-
 # %% ../../nbs/08_sparse.compact.ipynb #437b92f5
 _torch_optimizers = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 _fastai_steps     = {'weight_decay', 'l2_reg', 'average_grad', 'average_sqr_grad', 'momentum_step', 'step_stat', 'sgd_step', 'adam_step',

@@ -22,14 +22,15 @@ from ..core.granularity import Granularities, Groups, _block_sizes, _unknown, ch
 from ..core.masks import Masks
 from ..core.measure import accumulated, arguments, as_criteria, batches, passes_signal
 from ..core.schedule import Schedule, as_schedule
-from ..core.selection import LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped, restore
+from ..core.selection import (LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped,
+                                           restore)
 from ..prune.coupling import coupled_groups
-from ..report import Report, Row, shared_weights, print_text
-from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on, _inner
 from ..prune.thin import sampled, unremovable
-from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name, _plainly, _processes,
-                                           _summed, _types, find_targets, hold_with, layer_sparsities, output_channels,
-                                           unwrapped)
+from ..report import Report, Row, print_text, shared_weights
+from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on
+from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name,
+                                           _plainly, _processes, _summed, _types, find_targets, hold_with,
+                                           layer_sparsities, output_channels, unwrapped)
 
 # %% auto #0
 __all__ = ['available_contexts', 'Sparsifier', 'LayerCollapse', 'Hold']
@@ -152,17 +153,24 @@ class Sparsifier:
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen, self.check = data, loss_func, example_inputs, [], check
         self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity != 'head' and coupled
-        kind  = 'weight' if self.coupled and granularity == 'channel' else granularity  # all layers have it; what goes is seen later
-        found = self._without_unfit(find_targets(self.model, kind, layer_type, include, exclude, part, params))
-        self.mesh = _mesh(found)  # the processes that share the weights out among them
-        if self.mesh is not None: self._check_sharded(min_sparsity is max_sparsity is None)
-        self.targets = [t if self.mesh is None else _local_target(t) for t in self._with_held(found, exclude)]
-        self._settle(found)
+        self._find(layer_type, include, exclude, part, params, min_sparsity is max_sparsity is None)
         self._share_out(min_sparsity, max_sparsity)
         self.masks = Masks(shapes={p.name: p.tensor.shape for t in self.targets for p in t.parts + t.held})
         self.updates, self.refs, self.used = 0, {}, set()  # changes of masks; what the criterion compares with; whose sums were used
         if self.reference in ('init', 'update'): self.refs = {p.name: p.tensor.detach().clone() for p in self._parts()}
         self._try_out()
+
+# %% ../../nbs/14_sparse.sparsifier.ipynb #f1d7a6e5
+@patch
+def _find(self:Sparsifier, layer_type, include, exclude, part, params, free):
+    "Find the targets, with all that is held with them; `free`: no layer has limits of its own"
+    kind = self.granularity
+    if self.coupled and kind == 'channel': kind = 'weight'  # all layers have it; what goes is seen later
+    found = self._without_unfit(find_targets(self.model, kind, layer_type, include, exclude, part, params))
+    self.mesh = _mesh(found)  # the processes that share the weights out among them
+    if self.mesh is not None: self._check_sharded(free)
+    self.targets = [t if self.mesh is None else _local_target(t) for t in self._with_held(found, exclude)]
+    self._settle(found)
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #c5f54078
 @patch
@@ -1028,8 +1036,8 @@ class Hold:
         self.stepping, self.handles = stepping_optimizers(optimizer), []
         for o in self.stepping: self.handles += [o.register_step_pre_hook(self.before), o.register_step_post_hook(self.after)]
         if why_not_passed_on(optimizer) is None: return
-        if _has_hooks(optimizer): self.handles.append(optimizer.register_step_post_hook(self.after_all))
-        else: self.handles.append(_AfterStep(optimizer, self.after_all))
+        if _has_hooks(optimizer): self.handles.append(optimizer.register_step_post_hook(self._after_all))
+        else: self.handles.append(_AfterStep(optimizer, self._after_all))
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #41f632bd
 @patch
@@ -1049,7 +1057,7 @@ def after(self:Hold, *args):
     else: self.sp.apply_masks()
 
 @patch
-def after_all(self:Hold, *args):
+def _after_all(self:Hold, *args):
     "After the step of a wrapper, which may have written to the weights itself"
     self.sp.apply_masks()
 

@@ -16,7 +16,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.imports import in_notebook
 from ..core.criteria import Criteria, large_final
 from ..core.masks import _packed, _unpacked
-from ..core.measure import Targets, _running, arguments, as_batch, as_criteria, batches
+from ..core.measure import Labels, _running, arguments, as_batch, as_criteria, batches
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
 from ..core.style import _styled, colors
@@ -255,7 +255,7 @@ def _own_batch(self:SparsifyCallback):
     state   = random_state(loaders)
     try: x, y = next(batches(self.data, next(self.learn.model.parameters()).device))
     finally: set_random_state(state, loaders)
-    return x, () if y is None else y if isinstance(y, Targets) else (y,)
+    return x, () if y is None else y if isinstance(y, Labels) else (y,)
 
 # %% ../../nbs/17_sparse.sparsify_callback.ipynb #506f1931
 @patch

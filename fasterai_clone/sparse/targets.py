@@ -415,7 +415,7 @@ def _no_parameter(model, found, wanted, granularity):
 
 # %% ../../nbs/11_sparse.targets.ipynb #58c05c92
 class Targets(list):
-    "Targets, and what is to be said of them"
+    "The list `targets` of each `Target`, and what is to be said of them"
     def __init__(self, targets=()):
         super().__init__(targets)
         self.skipped  = {}     # layer → why it is left out, if `nn.Module` asked for all that can be sparsified
