@@ -428,8 +428,8 @@ SP_LEGAL = {**{k: LEGAL[k] for k in ('sparsity', 'granularity', 'context', 'crit
                                      'max_sparsity', 'budget', 'data', 'round_to', 'compact', 'coupled')},
             'schedule': ['None', "'agp'", 'iterative', 'cos', 'partial(one_shot, start_pct=.2)'], 'done': ['None', '1', '1.'],  # on the way: test_sparsifier.py
             'part': LEGAL['model'], 'loss_func': ['None', 'nn.CrossEntropyLoss()', 'nn.functional.cross_entropy'], 'relative': ['True', 'False'],
-            'example_inputs': ['None', 'BATCHES[0][0]', 'lambda: BATCHES[1][0]', '(BATCHES[0][0],)'], 'n': ['0', '1', '2', '4', '[1, 2]', '(2, 1)', '[1]']}
-SP_WILD  = {**WILD, 'done': ['50', '-0.1', "'1'", 'True', 'math.nan'], 'part': WILD['model'], 'example_inputs': ['torch.ones(3)', "'x'"], 'loss_func': ["'mse'", 'nn.MSELoss', 'nn.MSELoss()']}
+            'example_inputs': ['None', 'BATCHES[0][0]', 'lambda: BATCHES[1][0]', '(BATCHES[0][0],)'], 'n': ['0', '1', '2', '4', '[1, 2]', '(2, 1)', '[1]'], 'check': ['True', 'False']}
+SP_WILD  = {**WILD, 'check': ['1', "'yes'", 'None'], 'done': ['50', '-0.1', "'1'", 'True', 'math.nan'], 'part': WILD['model'], 'example_inputs': ['torch.ones(3)', "'x'"], 'loss_func': ["'mse'", 'nn.MSELoss', 'nn.MSELoss()']}
 
 def prune(source, net, opt):
     "A `Sparsifier` of `net` that has sparsified it, and what holds the masks"

@@ -227,9 +227,12 @@ def test_what_is_tied_is_called_by_its_first_owner():
     dense = {n: kind for n,kind,_ in Sparsifier(gpt2(), layer_type='Conv1D').report().dense}
     assert dense['transformer.wte.weight'] == 'Embedding'
 
-def test_a_filter_of_an_embedding_is_refused():
+def test_a_filter_of_an_embedding_is_left_out_or_refused():
+    "What stands for all layers leaves out those without filters, and says so; a type that is named has to have them"
+    report = Sparsifier(bert(), 'filter', layer_type=nn.Module).report()
+    assert 'embeddings.word_embeddings' in str(report.left_out) and all(r.type == 'Linear' for r in report.rows)
     with pytest.raises(ValueError, match="Embedding 'filter'.*Legal: weight, column, row, layer"):
-        Sparsifier(bert(), 'filter', layer_type=nn.Module)
+        Sparsifier(bert(), 'filter', layer_type=(nn.Linear, nn.Embedding))
 
 
 # Filters with their norms

@@ -158,7 +158,7 @@ elementwise = dict(  # of the weights now, at first, and at the last update
 def test_every_word_is_here():
     "A new layer type, granularity or criterion has to be added above"
     kinds = {type(make(k)) for k in vocabulary}
-    assert {k for k in Granularities.available_modules() if not any(issubclass(o, k) for o in kinds)} == set()
+    assert {k for k in Granularities.available_modules() if not any(issubclass(o, k) for o in kinds)} == {nn.Bilinear, nn.RNNCellBase}  # test_field_reports.py
     assert set(Granularities.available_granularities()) == {*spans, 'head', 'unit'}
     assert set(available_criterias()) == {*elementwise, *needs, 'random', 'fpgm'} - {'at once'}
 
@@ -171,7 +171,6 @@ def refused_when_measured(m, criterion, biases):
     "Wanda has to see what a weight is multiplied with"
     seen = not biases and (is_conv(m) or isinstance(m, (nn.Linear, nn.Embedding)))
     if criterion == 'wanda' and not seen: return 'multiplied with cannot be seen'
-    if criterion == 'grasp' and isinstance(m, nn.EmbeddingBag): return 'not implemented'  # PyTorch has no second derivative of it
 
 def build(net, name, granularity, criterion, biases=False, **kwargs):
     if criterion in needs: kwargs = dict(data=example(name), loss_func=F.cross_entropy, **kwargs)
@@ -228,7 +227,7 @@ def measured_scores(net, name, criterion, params):
     if criterion == 'grasp':   return grasp_scores(net, params, (x, y), F.cross_entropy)
     if criterion == 'at once': return synflow_scores(net, params, x)
     net.zero_grad()
-    twin = deepcopy(net).train()
+    twin = deepcopy(net).eval()  # as it is used: what is measured with `data` is measured so
     F.cross_entropy(twin(x), y).backward()
     got = {k: twin.get_parameter(k) for k in params}
     return {k: (p * p.grad).abs().detach() for k,p in got.items()}
