@@ -188,10 +188,22 @@ def chosen(a, net):
     types_ = a['layer_type'] if isinstance(a['layer_type'], (tuple, list, set)) else [a['layer_type']]
     part   = next((a[k] for k in ('model', 'part') if a.get(k) is not None), net)
     params = [a['params']] if isinstance(a['params'], str) else a['params'] or ['weight']
+    lenient = nn.Module in types_  # all that can be: what does not split so is left out
     return [(n, k) for n,kind in _layers.items() for k in ('weight', 'bias')
-            if any(t in [c.__name__ for c in kind.__mro__] if isinstance(t, str) else issubclass(kind, t) for t in types_) and
+            if (not lenient or splits(a, net.get_submodule(n), k)) and
+            any(t in [c.__name__ for c in kind.__mro__] if isinstance(t, str) else issubclass(kind, t) for t in types_) and
             net.get_submodule(n) in set(part.modules()) and any(fnmatchcase(k, p) for p in params) and
             (a['include'] is None or meant(a['include'], n, k)) and not (a['exclude'] is not None and meant(a['exclude'], n, k))]
+
+def splits(a, m, k):
+    "Does the parameter `k` of layer `m` have the granularity that is asked for, and the n:m pattern?"
+    p, granularity = m._parameters[k], a['granularity']
+    if p is None: return True
+    if a['nm'] and (p.ndim < 2 or p.shape[1] % (4 if a['nm'] is True else a['nm'][1])): return False
+    if not isinstance(granularity, str): return all(-p.ndim <= d < p.ndim for d in granularity)
+    if not granularity.startswith('block_'): return granularity in AXES[p.ndim]
+    sizes = [int(o) for o in granularity[6:].split('x')]
+    return p.ndim >= len(sizes) and not any(n % o for n,o in zip(p.shape, sizes))
 
 def percents(given, found, net, free):
     "The percentage of each of the `found`"
