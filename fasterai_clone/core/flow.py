@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # %% auto #0
-__all__ = ['Flow', 'tensors_in', 'outputs_in', 'memory_of', 'restored', 'undisturbed', 'trace_flow', 'copied', 'Counted',
+__all__ = ['Flow', 'memory_of', 'tensors_in', 'outputs_in', 'restored', 'undisturbed', 'trace_flow', 'copied', 'Counted',
            'multiply_adds']
 
 # %% ../../nbs/07_core.flow.ipynb #d6594953
@@ -173,6 +173,18 @@ class _Custom:
             return None
         self.vectors[src.layer].update(dict.fromkeys(f'{s.name}.{k}' if s.name else k for k in names))
         return src
+
+# %% ../../nbs/07_core.flow.ipynb #c1a70d0a
+def memory_of(
+    t: torch.Tensor  # of any class
+):
+    "Return a key that is equal for two tensors if they are the same view of the same memory"
+    with torch._C.DisableTorchFunction():
+        try: start = t.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError): start = 0  # sparse, or without memory
+        if not start: return id(t)
+        strides = tuple(s if n > 1 else 0 for n,s in zip(t.shape, t.stride()))
+        return start, t.storage_offset(), tuple(t.shape), strides, t.dtype
 
 # %% ../../nbs/07_core.flow.ipynb #cc87cef6
 class _Walk(_Custom):
@@ -347,18 +359,6 @@ def outputs_in(
 ) -> list[torch.Tensor]:
     "Return the tensors in `out`, without those in a key-value cache: only the model reads it, and makes it as large as its heads"
     return tensors_in(out, _is_cache)
-
-# %% ../../nbs/07_core.flow.ipynb #c1a70d0a
-def memory_of(
-    t: torch.Tensor  # of any class
-):
-    "Return a key that is equal for two tensors if they are the same view of the same memory"
-    with torch._C.DisableTorchFunction():
-        try: start = t.untyped_storage().data_ptr()
-        except (RuntimeError, NotImplementedError): start = 0  # sparse, or without memory
-        if not start: return id(t)
-        strides = tuple(s if n > 1 else 0 for n,s in zip(t.shape, t.stride()))
-        return start, t.storage_offset(), tuple(t.shape), strides, t.dtype
 
 # %% ../../nbs/07_core.flow.ipynb #7db8e5ac
 class _Recorder(TorchFunctionMode):
