@@ -15,6 +15,7 @@ from types import CellType, FunctionType, MethodType, ModuleType
 from functools import cache
 from typing import NamedTuple
 import numpy as np, torch, torch.nn as nn
+from fastcore.basics import patch
 from torch import fx
 from torch._ops import HigherOrderOperator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -212,14 +213,6 @@ class _Walk(_Custom):
             self.root[o] = o if isinstance(s.module, _LAYERS+_NORMS) or not s.inputs else self.root.get(s.inputs[0], s.inputs[0])
         if new and s.outputs: self.origin[s.outputs[0]] = new
 
-    def with_a_constant(self, s, src):
-        "Is the output of a layer multiplied with numbers of the model? If some are added, its zero channels are not zero"
-        kind = _plain(s.kind)
-        if kind in _NEVER_ZERO: self.lost.setdefault(src.layer, f'{s} makes something else of a zero channel')
-        if s.module is not None or any(v not in self.own for v in s.inputs[1:]): return False
-        if kind in _ADDS: self.lost.setdefault(src.layer, f'`{s}` adds a constant to its output')
-        return kind in _SCALES
-
     def take(self, s, src):
         if isinstance(s.module, _NORMS): return self.norm(s, src)
         return self.custom(s, src) if src and s.module is not None and _is_custom(s.module) else self.other(s)
@@ -230,12 +223,23 @@ class _Walk(_Custom):
         self.calls[s.name].append((src, why))
         return _Source(src.layer, (*src.norms, s.name)) if src and not why else None
 
-    def other(self, s):
-        "A layer or anything else: an end for what comes in"
-        for src in filter(None, map(self.source, s.inputs)): self.ends.setdefault(src.layer, {})[str(s)] = None
-        if not isinstance(s.module, _LAYERS): return None
-        self.ends.setdefault(s.name, {})
-        return _Source(s.name)
+# %% ../../nbs/07_core.flow.ipynb #3c1d5e71
+@patch
+def with_a_constant(self:_Walk, s, src):
+    "Is the output of a layer multiplied with numbers of the model? If some are added, its zero channels are not zero"
+    kind = _plain(s.kind)
+    if kind in _NEVER_ZERO: self.lost.setdefault(src.layer, f'{s} makes something else of a zero channel')
+    if s.module is not None or any(v not in self.own for v in s.inputs[1:]): return False
+    if kind in _ADDS: self.lost.setdefault(src.layer, f'`{s}` adds a constant to its output')
+    return kind in _SCALES
+
+@patch
+def other(self:_Walk, s):
+    "A layer or anything else: an end for what comes in"
+    for src in filter(None, map(self.source, s.inputs)): self.ends.setdefault(src.layer, {})[str(s)] = None
+    if not isinstance(s.module, _LAYERS): return None
+    self.ends.setdefault(s.name, {})
+    return _Source(s.name)
 
 # %% ../../nbs/07_core.flow.ipynb #190579c6
 def _sole(calls):
@@ -551,6 +555,17 @@ def _rebound(f, memo):
     vars(copied).update(vars(f))
     return copied
 
+# %% ../../nbs/07_core.flow.ipynb #3c1d5e70
+def _share_again(model, new):
+    "Let tensors of the copy `new` share memory where those of `model` do: `deepcopy` copies each parameter by itself"
+    shared = defaultdict(list)
+    for (_, t),(_, c) in zip([*model.named_parameters(), *model.named_buffers()], [*new.named_parameters(), *new.named_buffers()]):
+        if t.layout is torch.strided and not is_lazy(t) and isinstance(memory_of(t), tuple): shared[memory_of(t)[0]].append((t, c))
+    for pairs in shared.values():
+        if len(pairs) < 2: continue
+        memory = pairs[0][0].untyped_storage().clone()
+        for t,c in pairs: c.data = torch.empty(0, dtype=t.dtype, device=t.device).set_(memory, t.storage_offset(), t.shape, t.stride())
+
 # %% ../../nbs/07_core.flow.ipynb #38b84d32
 def _parts(m):
     "What the module `m` holds, by name; last the module itself if its class says how to copy it"
@@ -565,16 +580,6 @@ def _uncopyable(model):
             try:
                 with _Detached(): copy.deepcopy(v)
             except Exception: return f'{path}.{k}'.strip('.'), v
-
-def _share_again(model, new):
-    "Let tensors of the copy `new` share memory where those of `model` do: `deepcopy` copies each parameter by itself"
-    shared = defaultdict(list)
-    for (_, t),(_, c) in zip([*model.named_parameters(), *model.named_buffers()], [*new.named_parameters(), *new.named_buffers()]):
-        if t.layout is torch.strided and not is_lazy(t) and isinstance(memory_of(t), tuple): shared[memory_of(t)[0]].append((t, c))
-    for pairs in shared.values():
-        if len(pairs) < 2: continue
-        memory = pairs[0][0].untyped_storage().clone()
-        for t,c in pairs: c.data = torch.empty(0, dtype=t.dtype, device=t.device).set_(memory, t.storage_offset(), t.shape, t.stride())
 
 def copied(
     model: nn.Module  # left as it is; a backward pass that is still to come is not disturbed

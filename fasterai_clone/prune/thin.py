@@ -142,7 +142,8 @@ def _names_in_use(model):
     "The attributes that methods of the model's own classes read when it runs"
     kinds   = {kind for m in model.modules() for kind in type(m).__mro__ if not kind.__module__.startswith('torch.')}
     methods = [f for kind in kinds for k,f in vars(kind).items() if k not in ('__init__', '__repr__', 'extra_repr')]
-    codes   = [getattr(inspect.unwrap(getattr(f, 'fget', None) or f), '__code__', None) for f in methods if callable(f) or isinstance(f, property)]
+    plain   = [getattr(f, 'fget', None) or f for f in methods if callable(f) or isinstance(f, property)]
+    codes   = [getattr(inspect.unwrap(f), '__code__', None) for f in plain]
     return set().union(*(_names_in(c) for c in codes if c is not None))
 
 def _retell(model, before):

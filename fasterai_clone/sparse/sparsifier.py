@@ -114,7 +114,8 @@ def _check_flags(**flags):
 def _check_tools(data, loss_func, example_inputs):
     "Refuse what no criterion could measure with"
     if data is not None: batches(data, torch.device('cpu'))  # refuses what has no batches, and reads none
-    if isinstance(loss_func, type): raise TypeError(f'`loss_func` is the class {loss_func.__name__}: pass an instance, `{loss_func.__name__}()`')
+    if isinstance(loss_func, type):
+        raise TypeError(f'`loss_func` is the class {loss_func.__name__}: pass an instance, `{loss_func.__name__}()`')
     if loss_func is not None and not callable(loss_func):
         raise TypeError(f'`loss_func` must be a function of (output, target), got {loss_func!r}')
     x = example_inputs
