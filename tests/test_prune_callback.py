@@ -482,7 +482,7 @@ def test_ctrl_c_in_a_removal(criteria, opt):
     with Stop() as lines: want = train(lines)[0].model.state_dict()
     rng, seen = Random(3), set()
     last = max(n for ns in lines.seen.values() for n in ns)
-    for nth in sorted({*(rng.choice(lines.seen[l]) for l in rng.sample(sorted(lines.seen), 12)), *range(last - 8, last + 1)}):
+    for nth in sorted({*(rng.choice(lines.seen[l]) for l in rng.sample(sorted(lines.seen), 6)), *range(last - 4, last + 1)}):
         learn, cb, trained = train(stop := Stop(nth))
         if stop.at is None: continue  # at a `with`
         state = learn.model.state_dict()
