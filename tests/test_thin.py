@@ -1,5 +1,5 @@
 "The thinned model computes the same: small networks by hand, the usual architectures, files, and what is refused"
-import copy, itertools, json, pickle, random
+import copy, json, pickle, random
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from safetensors import safe_open
