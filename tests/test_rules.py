@@ -382,3 +382,11 @@ def test_a_parameter_for_each_column_of_an_image(f):
     net = Net(lambda m, x: m.b(f(m.a(x), m.p).reshape(2, -1, 4, 4 if f(torch.ones(2, 4), torch.ones(4)).ndim > 1 else 1)), a=conv(3, 8), b=conv(8, 2))
     net.p = nn.Parameter(torch.rand(4) + 1)
     assert 'a' in free(net, image()) and shrunk(net, image()).a.out_channels == 4
+
+
+def test_a_class_that_is_picked_cannot_go():
+    "What `argmax` picks among are answers of the model"
+    class Picks(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+        def forward(self, x): return self.b(self.a(x).relu()).argmax(-1)
+    assert [*free(Picks(), torch.randn(3, 6))] == ['a'] and '`argmax`' in kept(Picks(), torch.randn(3, 6))['b']

@@ -1142,7 +1142,7 @@ _OPS = {op: kind for kind,ops in dict(
     layer_norm  = 'native_layer_norm _fused_rms_norm',
     same        = '_to_copy contiguous clone detach lift_fresh native_dropout rrelu_with_noise',
     pointwise   = 'copy fill zero masked_fill prelu _prelu_kernel hardswish hardtanh hardsigmoid',
-    nothing     = 'zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty rand_like randn_like argmax argmin',
+    nothing     = 'zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty rand_like randn_like',
     reduce      = 'mean sum amax amin max min var std norm linalg_vector_norm prod logsumexp var_mean',
     spatial     = 'max_pool1d avg_pool1d adaptive_avg_pool1d max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d '
                   '_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d '
