@@ -32,6 +32,7 @@ timm_models = dict(
     # nothing can go: norms over all channels or over the inputs of each filter, parts of a length that the model says, one number added to all channels
     convnextv2_atto              = (32, dict(depths=(1, 1, 1, 1)), 0),
     nf_resnet26                  = (64, {}, 0),
+    resnetv2_50x1_bit            = (64, {}, 0),
     hgnetv2_b0                   = (64, {}, 0),
     mambaout_femto               = (64, dict(depths=(1, 1, 1, 1)), 0),
 )
