@@ -423,3 +423,22 @@ def test_nm_arrives_from_below():
                                             (lambda: nn.Conv2d(8, 8, 3, groups=4), 2)])
 def test_nm_needs_a_multiple_of_m(make, n_inputs):
     with pytest.raises(ValueError, match=f'{n_inputs} inputs.*multiple of 4'): sparsifier(make(), nm=True)
+
+
+CONV = dict(weight=[0], shared_weight=[1], channel=[2], column=[3], row=[4], kernel=[3, 4], filter=[2, 3, 4], shared_channel=[1, 2],
+            shared_kernel=[1, 3, 4], layer=[1, 2, 3, 4])
+BACK = dict(weight=[0], shared_weight=[2], channel=[1], kernel=[3, 4], filter=[1, 3, 4], shared_channel=[1, 2], shared_kernel=[2, 3, 4])
+@pytest.mark.parametrize('m, axes', [(nn.Conv2d(2, 3, 3), CONV), (nn.ConvTranspose2d(2, 3, 3), BACK),
+                                     (nn.Linear(2, 3), dict(weight=[0], column=[1], row=[2], layer=[1, 2]))])
+def test_axes_as_fasterai_counts_them(m, axes):
+    "One score a group, from the axes of `weight[None]`"
+    assert {g: Granularities.get_dim(m, g) for g in axes} == axes
+    w = m.weight[None]
+    for g in axes.keys() - {'weight'}:
+        groups = Granularities.groups(m, g)
+        assert torch.allclose(w.abs().sum(axes[g]).flatten(), groups.reduce(m.weight.abs(), torch.sum).flatten())
+
+def test_what_has_no_axes():
+    with pytest.raises(ValueError, match="Did you mean 'filter'"): Granularities.get_dim(nn.Conv2d(1, 1, 1), 'filters')
+    with pytest.raises(ValueError, match='no axes of one weight'): Granularities.get_dim(nn.LSTM(2, 3), 'unit')
+    with pytest.raises(TypeError, match='No granularity is known for ReLU'): Granularities.get_dim(nn.ReLU(), 'filter')

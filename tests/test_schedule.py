@@ -3,7 +3,7 @@ import math, pickle
 from fractions import Fraction
 from functools import partial
 
-import pytest
+import numpy as np, pytest, torch
 from fastai.callback.schedule import SchedCos, SchedLin, SchedNo, SchedPoly, combine_scheds, combined_cos, sched_cos, sched_lin
 
 from fasterai_clone.sparse.all import *
@@ -169,3 +169,22 @@ def test_one_schedule_serves_fits_of_different_length():
     s = partial(iterative, n_steps=5)
     assert epochs(SparsifyCallback(90, schedule=s), 5) == at(*five_steps[1::2])
     assert epochs(SparsifyCallback(90, schedule=s), 10) == at(*five_steps)
+
+
+# Code written for fasterai
+
+@pytest.mark.parametrize('name', available_schedules())
+@pytest.mark.parametrize('array', [np.linspace(0, 1, 7), np.linspace(0, 1, 6).reshape(2, 3), torch.linspace(0, 1, 5, dtype=torch.float64)])
+def test_arrays_of_positions(name, array):
+    "As fasterai's tutorial draws its schedules: `sched_func(0, 1, np.linspace(0, 1, 100))`"
+    s = as_schedule(name)
+    for f in (lambda p: s.sched_func(0, 1, p)), s.progress, lambda p: s.sparsity(p, 80):
+        got = f(array)
+        assert isinstance(got, np.ndarray) and got.shape == tuple(array.shape)
+        assert got.ravel().tolist() == [f(float(p)) for p in array.ravel()]
+
+def test_reset_changes_nothing():
+    for name in available_schedules():
+        s = as_schedule(name)
+        s.reset()
+        assert s == as_schedule(name)

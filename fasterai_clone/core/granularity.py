@@ -161,6 +161,19 @@ class Granularities:
         if param is None: return {g: d for p,dims in layout.items() if 'bias' not in p for g,d in dims.items()}
         return next((d for p,d in layout.items() if fnmatchcase(param, p)), {})
 
+# %% ../../nbs/01_core.granularity.ipynb #0ae2a33b
+@patch(cls_method=True)
+def get_dim(cls:Granularities,
+    m: nn.Module,     # a layer
+    granularity: str  # a name from `allowed_granularities` that stands for axes
+) -> list[int]:       # axes of `m.weight[None]`; `[0]` for single weights
+    "The axes that one group spans, counted as fasterai counts them: the weight's first axis is 1"
+    dims = cls.allowed_granularities(m)
+    if granularity not in dims: raise ValueError(_unknown(f'granularity of {type(m).__name__}', granularity, dims))
+    if callable(dims[granularity]): raise ValueError(f'{granularity!r} groups of {type(m).__name__} are no axes of one weight')
+    return [d + 1 for d in dims[granularity]] or [0]
+
+
 # %% ../../nbs/01_core.granularity.ipynb #88df5206
 def _axes(m, dims, ndim):
     "`dims` as sorted axes of an `ndim`-dimensional weight"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect, math, numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import partial, wraps
+import numpy as np
 from fastcore.basics import patch
 from .granularity import _unknown
 from .style import _styled, colors
@@ -25,6 +26,21 @@ def _n_required(f):
     except (TypeError, ValueError): return 3
     if any(p.kind == p.VAR_POSITIONAL for p in ps): return 3
     return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in ps)
+
+# %% ../../nbs/03_core.schedule.ipynb #45e30de1
+def _over(f, pos):
+    "`f` of each number of the array `pos`"
+    pos = np.asarray(pos)
+    return np.array([f(p) for p in pos.ravel().tolist()]).reshape(pos.shape)
+
+def _elementwise(f):
+    "Let `f(start, end, pos)` take an array as `pos`"
+    @wraps(f)
+    def each(start, end, pos, *args, **kwargs):
+        if not np.ndim(pos): return f(start, end, pos, *args, **kwargs)
+        return _over(lambda p: f(start, end, p, *args, **kwargs), pos)
+    return each
+
 
 # %% ../../nbs/03_core.schedule.ipynb #93cfe880
 @dataclass(frozen=True)
@@ -50,9 +66,10 @@ class Schedule:
 # %% ../../nbs/03_core.schedule.ipynb #2719e2c8
 @patch
 def progress(self:Schedule,
-    pct_train: float  # how much of training is done, 0–1
+    pct_train: float  # how much of training is done, 0–1; an array gives an array
 ) -> float:
     "How far along the way to the target to be, 0–1"
+    if np.ndim(pct_train): return _over(self.progress, pct_train)
     if pct_train < self.start_pct: return 0.
     width = self.end_pct - self.start_pct
     pos = 1. if pct_train >= self.end_pct else (pct_train - self.start_pct) / width
@@ -62,13 +79,19 @@ def progress(self:Schedule,
 
 @patch
 def sparsity(self:Schedule,
-    pct_train: float,   # how much of training is done, 0–1
+    pct_train: float,   # how much of training is done, 0–1; an array gives an array
     target: float = 100 # the sparsity to arrive at, in percent
 ) -> float:
     "The sparsity to be at, in percent"
     return self.start_sparsity + (target - self.start_sparsity) * self.progress(pct_train)
 
+@patch
+def reset(self:Schedule) -> None:
+    "Do nothing: a schedule has no state. For code written for fasterai, where `plot` and `fit` need it"
+
+
 # %% ../../nbs/03_core.schedule.ipynb #60e30244
+@_elementwise
 def sched_oneshot(start, end, pos):
     "`end` at once, whatever `start` and `pos` are"
     return end
@@ -76,6 +99,7 @@ def sched_oneshot(start, end, pos):
 one_shot = Schedule(sched_oneshot, start_pct=0.5)
 
 # %% ../../nbs/03_core.schedule.ipynb #58e75b29
+@_elementwise
 def sched_iterative(start, end, pos, n_steps=3):
     "From `start` to `end` in `n_steps` equal steps, over `pos` from 0 to 1"
     if not isinstance(n_steps, int) or n_steps < 1: raise ValueError(f'`n_steps` must be a whole number from 1, got {n_steps!r}')
@@ -84,6 +108,7 @@ def sched_iterative(start, end, pos, n_steps=3):
 iterative = Schedule(sched_iterative, start_pct=0.2)
 
 # %% ../../nbs/03_core.schedule.ipynb #6313daad
+@_elementwise
 def sched_agp(start, end, pos):
     "Cubic, over `pos` from 0 to 1: fast from `start`, slow near `end`"
     return end + (start - end) * (1 - pos)**3
@@ -91,6 +116,7 @@ def sched_agp(start, end, pos):
 agp = Schedule(sched_agp, start_pct=0.2)
 
 # %% ../../nbs/03_core.schedule.ipynb #f429ed9b
+@_elementwise
 def sched_onecycle(start, end, pos, α=14, β=6):
     "From `start` to `end` along a logistic curve of steepness `α` and offset `β`, over `pos` from 0 to 1"
     return start + (end - start) * (1 + math.exp(β - α)) / (1 + math.exp(β - α*pos))
@@ -98,13 +124,17 @@ def sched_onecycle(start, end, pos, α=14, β=6):
 one_cycle = Schedule(sched_onecycle)
 
 # %% ../../nbs/03_core.schedule.ipynb #746943c4
+@_elementwise
 def _sched_cos(start, end, pos): return start + (1 + math.cos(math.pi * (1 - pos))) * (end - start) / 2
+
+@_elementwise
 def _sched_lin(start, end, pos): return start + (end - start) * pos
 
 cos = Schedule(_sched_cos)
 lin = Schedule(_sched_lin)
 
 # %% ../../nbs/03_core.schedule.ipynb #c156010f
+@_elementwise
 def sched_dsd(start, end, pos):
     "Up to `end` in the middle of `pos`, back to `start` at 1, along cosines"
     return _sched_cos(start, end, 2*pos) if pos < 0.5 else _sched_cos(end, start, 2*pos - 1)
