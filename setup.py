@@ -21,6 +21,7 @@ setup(
     keywords         = cfg['keywords'].split(),
     python_requires  = f">={cfg['min_python']}",
     packages         = find_packages(include=[f'{name}*']),
+    package_data     = {name: ['py.typed']},
     install_requires = lines('requirements'),
     extras_require   = dict(dev=lines('dev_requirements') + lines('docs_requirements'), docs=lines('docs_requirements'),
                             bench=lines('bench_requirements')),
