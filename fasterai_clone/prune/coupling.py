@@ -647,14 +647,6 @@ def pointwise(self:_Trace, name, func, args, kwargs, out):
     self.put(o, _Value(layers, None if all(map(zero, layers)) else why))
 
 @patch
-def index_put(self:_Trace, name, func, args, kwargs, out):
-    "`x[mask] = number` is what newer versions of torch call `masked_fill`; other writes by index mix channels"
-    x, (mask, *more), value, *_ = args
-    if more or mask.shape != x.shape or mask.dtype != torch.bool or value.numel() > 1:
-        return self.unknown(name, func, args, kwargs, out)
-    self.pointwise('masked_fill', torch.ops.aten.masked_fill.Tensor, (x, mask, value), {}, out)
-
-@patch
 def dead(self:_Trace, t, label):
     "Is `t` zero for channels with this `label` whose weights are zero?"
     v = self.get(t)
@@ -666,6 +658,16 @@ def dead(self:_Trace, t, label):
         a, b = torch.broadcast_tensors(self.all.roots(l), self.all.roots(label))
         if torch.equal(a, b): return True
     return False
+
+# %% ../../nbs/12_prune.coupling.ipynb #80f6418a
+@patch
+def index_put(self:_Trace, name, func, args, kwargs, out):
+    "`x[mask] = number` is what newer versions of torch call `masked_fill`; other writes by index mix channels"
+    x, (mask, *more), value, *_ = args
+    if more or mask.shape != x.shape or mask.dtype != torch.bool or value.numel() > 1:
+        return self.unknown(name, func, args, kwargs, out)
+    self.pointwise('masked_fill', torch.ops.aten.masked_fill.Tensor, (x, mask, value), {}, out)
+
 
 # %% ../../nbs/12_prune.coupling.ipynb #26491790
 @patch
