@@ -20,7 +20,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset, IterableDataset
 from .criteria import Criteria, Reducer, identity, magnitude, scaled
-from .flow import restored, tensors_in, trace_flow
+from ..model.flow import trace_flow
+from ..model.preserve import restored
+from ..model.run import tensors_in
 from .granularity import _unknown
 
 # %% auto #0

@@ -19,13 +19,15 @@ from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only, tree_leaves
-from ..core.flow import (_arguments, _first_line, _is_model, _plain_attention, copied, memory_of,
-                                      outputs_in, tensors_in, undisturbed)
+from ..model.patterns import as_patterns, matches
+from ..model.preserve import copied, undisturbed
+from ..model.run import (call_arguments, check_model, first_line, memory_of, outputs_in, plain_attention,
+                                      tensors_in)
+from ..model.wrappers import unwrapped
 from ..core.granularity import _unknown
 from ..core.masks import Masks
 from ..core.selection import check_sparsity, keep_masks, n_dropped
 from ..core.style import _styled, colors
-from ..sparse.targets import _matches, _patterns, unwrapped
 
 # %% auto #0
 __all__ = ['Member', 'CoupledGroup', 'CoupledGroups', 'coupled_groups', 'group_masks', 'channel_scores', 'coupled_masks']
@@ -1155,7 +1157,7 @@ _OPS = {op: kind for kind,ops in dict(
 # %% ../../nbs/48_prune.coupling.ipynb #1a334924
 def _copied(model):
     "A copy of `model`, or of what `torch.compile` or `DataParallel` has wrapped"
-    _is_model(model)
+    check_model(model)
     model = unwrapped(model)
     if any(is_lazy(p) for p in model.parameters()):
         raise ValueError('The model has parameters without a shape: run one batch through it first')
@@ -1199,12 +1201,12 @@ def _remembered(model):
 def _followed(model, example_inputs, timeout=None):
     "The trace of a run of `model`, which must be a copy, in at most `timeout` seconds"
     if example_inputs is None: raise ValueError('`example_inputs` is needed: what is coupled is seen when the model runs')
-    trace, (args, kwargs) = _Trace(model, timeout), _arguments(example_inputs)
-    with undisturbed(model), _plain_attention(), sdpa_kernel(SDPBackend.MATH):
+    trace, (args, kwargs) = _Trace(model, timeout), call_arguments(example_inputs)
+    with undisturbed(model), plain_attention(), sdpa_kernel(SDPBackend.MATH):
         try: trace.run(args, kwargs)
         except Exception as e:
             trace.hurry()  # it may come as another error, out of a scripted part
-            raise ValueError(f'{type(model).__name__} does not run on `example_inputs`, in {trace.where}: {_first_line(e)}') from e
+            raise ValueError(f'{type(model).__name__} does not run on `example_inputs`, in {trace.where}: {first_line(e)}') from e
         used = {trace.all.axes[k][0] for k in trace.all.role}
         if any(k not in used for k,p in model.named_parameters() if p.numel() > 1): _follow_training(trace, model, args, kwargs)
     trace.settle()
@@ -1305,8 +1307,8 @@ def _left_out(trace, exclude):
     "Fix the parameters of layers that `exclude` means"
     owners = [(n.rpartition('.')[0], n) for n,_ in trace.model.named_parameters()]
     found  = [(path, trace.model.get_submodule(path), n) for path,n in owners]
-    for p in _patterns('exclude', exclude, found):
-        meant = {f[2] for f in found if _matches(p, *f)}
+    for p in as_patterns('exclude', exclude, found):
+        meant = {f[2] for f in found if matches(p, *f)}
         for name,_,start,n in trace.all.axes:
             if name in meant: trace.all.fix(torch.arange(start, start+n), 'it is excluded')
 

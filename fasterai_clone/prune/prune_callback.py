@@ -15,7 +15,8 @@ from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import Learner
 from fastcore.basics import patch, store_attr
 from ..core.criteria import Criteria, large_final
-from ..core.flow import copied, multiply_adds
+from ..model.flops import multiply_adds
+from ..model.preserve import copied
 from ..core.granularity import _unknown
 from ..core.measure import as_batch, as_criteria
 from ..core.schedule import Schedule, agp, as_schedule

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 import torch, torch.nn as nn
 from fastcore.basics import patch
-from ..core.flow import _arguments, _first_line, _plain_attention, multiply_adds, tensors_in, undisturbed
+from ..model.flops import multiply_adds
+from ..model.preserve import undisturbed
+from ..model.run import call_arguments, first_line, plain_attention, tensors_in
 from ..core.measure import _device, _to
 from ..core.style import colors, plot_style
 from .coupling import _copied
@@ -59,7 +61,7 @@ class _Outputs:
 def _output_bytes(model, args, kwargs):
     "Bytes that modules put out in one forward pass"
     outputs, hooks = _Outputs(), []
-    with undisturbed(model), _plain_attention():
+    with undisturbed(model), plain_attention():
         try:
             for m in model.modules():
                 if isinstance(m, torch.jit.ScriptModule): continue  # takes no hooks
@@ -94,8 +96,8 @@ def _file_size(model):
 def _cost(which, model, example_inputs):
     "What `model` costs, but for time, and how many items `example_inputs` hold"
     example_inputs = _to(example_inputs, _device(model))
-    try: outputs, adds = _output_bytes(model, *_arguments(example_inputs)), multiply_adds(model, example_inputs)
-    except Exception as e: raise ValueError(f'`{which}` does not run on `example_inputs`: {_first_line(e)}') from e
+    try: outputs, adds = _output_bytes(model, *call_arguments(example_inputs)), multiply_adds(model, example_inputs)
+    except Exception as e: raise ValueError(f'`{which}` does not run on `example_inputs`: {first_line(e)}') from e
     own     = {name: m for name,m in model.named_modules() if _weights(m)}
     params  = list(model.parameters())
     weights = [p for p in params if p.ndim > 1]
@@ -116,7 +118,7 @@ def _once(model, args, kwargs, device):
 
 def _timed(before, after, example_inputs, device, runs):
     "Seconds of each of `runs` forward passes of both models, in turns"
-    (args, kwargs), models, seconds = _arguments(_to(example_inputs, device)), (before.to(device), after.to(device)), ([], [])
+    (args, kwargs), models, seconds = call_arguments(_to(example_inputs, device)), (before.to(device), after.to(device)), ([], [])
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -22,7 +22,8 @@ from types import CodeType
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from ..core.flow import _arguments, _first_line, copied, outputs_in, tensors_in
+from ..model.preserve import copied
+from ..model.run import call_arguments, first_line, outputs_in, tensors_in
 from ..core.granularity import check_loaded
 from ..core.masks import Masks, _whole_file
 from .coupling import _copied, _followed, _left_out, _listed, CoupledGroup, group_masks
@@ -562,7 +563,7 @@ class _Check:
     @torch.no_grad()
     def run(self, model, training, known=None):
         "A run of `model`, which may be changed by it"
-        choices, (args, kwargs) = _Choices(_mode(model, training), known, self.limit), _arguments(self.inputs)
+        choices, (args, kwargs) = _Choices(_mode(model, training), known, self.limit), call_arguments(self.inputs)
         self.choices = choices
         with _same_random_numbers(), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # it has run before
@@ -589,7 +590,7 @@ def why_not(self:_Check, other, training):
     try: got = self.run(other, training, want.choices.made)
     except Exception as e:
         self.where = self.choices.where
-        return f'it does not run in {mode} mode: {_first_line(e)}'
+        return f'it does not run in {mode} mode: {first_line(e)}'
     if want.start != want.end and want.end != got.end:  # it drew other random numbers: all that can be compared is shapes
         outs = [[torch.zeros(t.shape) for t in o] for o in (want.outs, got.outs)]
     elif got.choices.problem:
@@ -736,7 +737,7 @@ def unremovable(
 @torch.no_grad()
 def _measure(model, example_inputs):
     "Tell instance norms without parameters how many channels they get: that can only be seen"
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = call_arguments(example_inputs)
     own = _copied(model).eval()
     for n,m in own.named_modules():
         def see(m, args, there=model.get_submodule(n)): m.num_features = there.num_features = args[0].shape[-m._get_no_batch_dim()]

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
-from ..core.flow import copied, memory_of, tensors_in
-from ..sparse.targets import unwrapped
+from ..model.preserve import copied
+from ..model.run import memory_of, tensors_in
+from ..model.wrappers import unwrapped
 
 # %% auto #0
 __all__ = ['Vocabulary', 'used_ids', 'thin_vocabulary']

@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from torch.nn.parameter import is_lazy
 from ..core.budget import affordable, bounded, check_limits, erk_counts, lamp, limits, row_mask
 from ..core.criteria import Criteria, group_scores, identity, large_final, magnitude
-from ..core.flow import multiply_adds, trace_flow
+from ..model.flops import multiply_adds
+from ..model.flow import trace_flow
 from ..core.granularity import Granularities, Groups, _block_sizes, _unknown, check_loaded
 from ..core.masks import Masks
 from ..core.measure import accumulated, arguments, as_criteria, batches, passes_signal

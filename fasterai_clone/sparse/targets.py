@@ -7,24 +7,25 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.targets.html.md"""
 # %% ../../nbs/42_sparse.targets.ipynb #7196afc6
 from __future__ import annotations
 import math, re, warnings
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from types import MethodType
 import torch, torch.distributed as dist, torch.nn as nn
 from torch.overrides import TorchFunctionMode
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from ..core.flow import Flow, tensors_in
+from ..model.flow import Flow
+from ..model.patterns import as_patterns as _patterns, matches as _matches
+from ..model.run import tensors_in
+from ..model.wrappers import (plain_name as _plain_name, process_group as _processes, unwrapped,
+                                           without_compile as _plainly)
 from ..core.granularity import Granularities, Groups, _unknown, check_loaded
 from ..core.measure import untouched
 from ..core.selection import Piece, check_sparsity
 from ..report import shared_weights
 
 # %% auto #0
-__all__ = ['Part', 'Target', 'unwrapped', 'Targets', 'find_targets', 'output_channels', 'hold_with', 'layer_sparsities']
+__all__ = ['Part', 'Target', 'Targets', 'find_targets', 'output_channels', 'hold_with', 'layer_sparsities']
 
 # %% ../../nbs/42_sparse.targets.ipynb #cb62e245
 @dataclass(frozen=True)
@@ -75,40 +76,7 @@ class Target:
         "What to call it: the layer, if its weight is meant"
         return self.layer if self.name in ('weight', f'{self.layer}.weight') else self.name
 
-# %% ../../nbs/42_sparse.targets.ipynb #6f07a0d5
-def _layers_of_wrapping(model):
-    "`model`, and what is inside of it, wrapper by wrapper"
-    while True:
-        yield model
-        if isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
-        elif '_orig_mod' in model._modules: model = model._orig_mod
-        else: return
-
-def unwrapped(
-    model: nn.Module
-) -> nn.Module:
-    "The model inside of `torch.compile`, `DataParallel` and `DistributedDataParallel`"
-    return [*_layers_of_wrapping(model)][-1]
-
-# %% ../../nbs/42_sparse.targets.ipynb #6b57453a
-@contextmanager
-def _plainly(model):
-    "`model` without the `torch.compile` of its parts, and so with plain names inside; its `SyncBatchNorm`s ask no other process"
-    wrapped = [(m, k, c) for m in model.modules() for k,c in m._modules.items() if c is not None and '_orig_mod' in c._modules]
-    synced  = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and 'forward' not in vars(m)]
-    try:
-        for m in synced: m.forward = MethodType(_BatchNorm.forward, m)
-        for m,k,c in wrapped: m._modules[k] = c._orig_mod
-        yield
-    finally:
-        for m,k,c in wrapped: m._modules[k] = c
-        for m in synced: vars(m).pop('forward', None)
-
 # %% ../../nbs/42_sparse.targets.ipynb #2f1d1323
-def _processes(model):
-    "The process group of the `DistributedDataParallel` around `model`, or None"
-    return next((m.process_group for m in _layers_of_wrapping(model) if isinstance(m, DistributedDataParallel)), None)
-
 def _rank():
     "The number of this process, 0 if it is the only one"
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -206,37 +174,6 @@ def _check(layer, m, k, home, strict=True):
         return why
     if not _finite(w): raise ValueError(f'{where} holds NaN or infinite numbers')
 
-# %% ../../nbs/42_sparse.targets.ipynb #cdb3ce31
-def _matches(pattern, layer, module, name):
-    "Does `pattern` mean this layer or its parameter `name`?"
-    if isinstance(pattern, str): return any(pattern == n or fnmatchcase(n, pattern) for n in (layer, name))
-    if isinstance(pattern, re.Pattern): return any(pattern.search(n) for n in (layer, name))
-    if isinstance(pattern, type): return isinstance(module, pattern)
-    try: return bool(pattern(layer, module))
-    except Exception as e:
-        raise ValueError(f'A function in `include` or `exclude` must take (name, module) and say yes or no; for {layer!r} '
-                         f'{getattr(pattern, "__name__", pattern)} raised {type(e).__name__}: {e}') from e
-
-def _patterns(what, patterns, found=None):
-    "`patterns` as a list; each must match one of the `found` (layer, module, name), if those are known"
-    if patterns is None: return []
-    def legal(p): return isinstance(p, (str, re.Pattern, type)) or callable(p) and not isinstance(p, nn.Module)
-    patterns = [patterns] if legal(patterns) or isinstance(patterns, nn.Module) else patterns
-    if what == 'include' and isinstance(patterns, Sized) and getattr(patterns, 'ndim', 1) and not len(patterns):
-        raise ValueError('`include` is empty, so there would be no layer: leave it out for all of them')
-    if not isinstance(patterns, Iterable) or not getattr(patterns, 'ndim', 1) or not all(map(legal, patterns)):
-        raise TypeError(f'`{what}` takes layer names or patterns like "body.*", regular expressions, types of layers or functions of '
-                        f'(name, module); got {patterns!r}. For the layers inside a module there is `part`')
-    patterns = list(patterns)
-    for p in patterns:
-        if found is None or any(_matches(p, *f) for f in found): continue
-        named = p if isinstance(p, str) else p.pattern if isinstance(p, re.Pattern) else getattr(p, '__name__', p)
-        if isinstance(p, str) and (inside := [layer for layer,*_ in found if layer.startswith(f'{p}.')]):
-            several = ', '.join(dict.fromkeys(inside))
-            raise ValueError(f'`{what}`: {p!r} is none of the layers, it has some inside ({several}). For all of them write {f"{p}.*"!r}')
-        raise ValueError(_unknown(f'layer in `{what}`', named, dict.fromkeys(layer for layer,*_ in found)))
-    return patterns
-
 # %% ../../nbs/42_sparse.targets.ipynb #2e5d3265
 def _no_layer(model, types, what):
     "The sentence for a model without layers of `types`"
@@ -248,8 +185,6 @@ def _no_layer(model, types, what):
     packed = f'. {", ".join(quantized)} are quantized, with packed integers as weights: sparsify before you quantize' if quantized else ''
     return (f'{what} has no layer of type {", ".join(t if isinstance(t, str) else t.__name__ for t in types)}. '
             f'Layers with weights it has: {", ".join(f"{k} ({n})" for k,n in have.items()) or "none"}. Choose with `layer_type`{packed}')
-
-def _plain_name(name): return '.'.join(k for k in name.split('.') if k != '_orig_mod')  # of `torch.compile`
 
 def _layers(model, types, part):
     "(index, name, layer) of the layers of one of the `types`, inside `part`"
