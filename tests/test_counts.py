@@ -4,7 +4,8 @@ from types import SimpleNamespace as NS
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fasterai_clone.core.flow import _formulas, _operator_cost, multiply_adds
+from fasterai_clone.model.flops import multiply_adds
+from fasterai_clone.model.formulas import formulas, operator_cost
 from fasterai_clone.prune.report import compare
 from fasterai_clone.sparse.sparsifier import Sparsifier
 
@@ -12,7 +13,7 @@ aten, steps = torch.ops.aten, torch.rand(5, 2, 8)  # 5 steps of 2 items
 
 def cost(name, args, out):
     "By the formula of an operator, also of one that this torch or machine lacks"
-    f, at = _formulas()[f'aten::{name}']
+    f, at = formulas()[f'aten::{name}']
     return f(out, *(args[i] for i in at))
 
 
@@ -47,10 +48,10 @@ def test_fused_encoder_layers():
     layer, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.rand(3, 6, 8)
     a, one = layer.self_attn, 6*4*8*8 + 2*6*6*8
     given = (x, x, x, 8, 2, a.in_proj_weight, a.in_proj_bias, a.out_proj.weight, a.out_proj.bias)
-    assert _operator_cost(aten._native_multi_head_attention.default, given, {}, (x, None)) == 3*one
+    assert operator_cost(aten._native_multi_head_attention.default, given, {}, (x, None)) == 3*one
     n = [layer.norm1.weight, layer.norm1.bias, layer.norm2.weight, layer.norm2.bias]
     whole = (x, 8, 2, *given[5:], False, False, 1e-5, *n, layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias)
-    assert _operator_cost(aten._transformer_encoder_layer_fwd.default, whole, {}, x) == 3*(one + 6*2*8*16)
+    assert operator_cost(aten._transformer_encoder_layer_fwd.default, whole, {}, x) == 3*(one + 6*2*8*16)
     assert multiply_adds(layer, x).total == one + 6*2*8*16
 
 

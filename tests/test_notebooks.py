@@ -23,7 +23,7 @@ def text_of(output):
 def test_there_are_notebooks():
     "Those of folders inside too"
     found = {p.relative_to(root/'nbs').as_posix().removesuffix('.ipynb') for p in notebooks}
-    assert {'index', '01_core.granularity', '14_sparse.sparsifier', '50_cli', 'tutorials/coming_from_torch_prune'} <= found
+    assert {'index', '01_core.granularity', '50_sparse.sparsifier', '95_cli', 'tutorials/coming_from_torch_prune'} <= found
 
 @by_name
 def test_runs(path, monkeypatch, capfd):
