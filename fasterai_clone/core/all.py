@@ -6,4 +6,4 @@ from .selection import *
 from .masks import *
 from .flow import *
 from .measure import *
-
+from .context import *

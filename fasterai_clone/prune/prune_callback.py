@@ -14,6 +14,7 @@ import numpy as np, torch, torch.nn as nn
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import Learner
 from fastcore.basics import patch, store_attr
+from ..core.context import Context, all_layers, as_context, each_layer, refuse_together, share_of_pool
 from ..core.criteria import Criteria, large_final
 from ..model.flops import multiply_adds
 from ..model.preserve import copied
@@ -82,7 +83,7 @@ class PruneCallback(_Lean):
     def __init__(self,
         pruning_ratio: float|list|dict,             # percent of channels: one for all groups, a list, or by layer name or pattern
         schedule: Schedule|str = agp,               # a `Schedule`, its name, a `partial` of one, a fastai annealer or a function
-        context: str = 'local',                     # who competes: `'local'` inside each group, `'global'` and `'lamp'` over all of them
+        context: Context|str = 'local',             # who competes: `'local'` inside each group, `'global'` and `'lamp'` over all of them
         criteria: Criteria|str|dict = large_final,  # the score of a channel is made of those of all weights that make it
         *,
         layer_type: type|str|tuple = nn.Module,     # the types of layers whose filters may go; `nn.Module` is all that can be
@@ -104,12 +105,16 @@ class PruneCallback(_Lean):
 def _check(self:PruneCallback):
     "Refuse what is wrong in any fit"
     _check_flags(check=self.check, verbose=self.verbose)
-    if self.context not in (legal := ('local', 'global', 'lamp')): raise ValueError(_unknown('context', self.context, legal))
+    context = as_context(self.context)
+    refuse_together(context, 'removal')
+    if context.counts is not share_of_pool or context.pools not in (each_layer, all_layers):
+        raise ValueError(f'`PruneCallback` counts the channels itself, of each group or of all together: context {context.name!r} has '
+                         'rules of its own for that')
     _check_arguments('filter', self.context, False, self.layer_type, self.include, self.exclude, self.round_to, coupled=True)
     _check_sparsities(self.pruning_ratio)
     several = isinstance(self.pruning_ratio, (Mapping, list, tuple))
-    if several and self.context != 'local':
-        raise ValueError(f'A `pruning_ratio` for each group needs context="local", got {self.context!r}')
+    if several and 'layers' in context.without:
+        raise ValueError(f'A `pruning_ratio` for each group needs context="local", got {context.name!r}')
     ratios = self.pruning_ratio if several else [self.pruning_ratio]
     if isinstance(ratios, Mapping): ratios = ratios.values()
     if any(r == 100 for r in ratios): raise ValueError('`pruning_ratio` must be less than 100: no network is left without any channel')
@@ -153,7 +158,7 @@ def before_fit(self:PruneCallback):
 @patch
 def _say_what_stays(self:PruneCallback):
     "Name groups that lose less than was asked for"
-    if self.context != 'local': return
+    if self._shared(): return
     for k,n in self.sizes.items():
         asked = n_dropped(n, self._goal[k])
         goes  = max(0, _rounded(n, min(asked, n - self.min_channels), self.round_to))
@@ -168,7 +173,7 @@ def _begin(self:PruneCallback):
     self.sizes = {t.name: t.groups.n for t in sp.targets}
     self._goal = dict(zip(self.sizes, sp.sparsities(self.pruning_ratio)))
     total, most, asked = sum(self.sizes.values()), self._most(), max(self._goal.values())
-    if self.context != 'local' and n_dropped(total, asked) > most:
+    if self._shared() and n_dropped(total, asked) > most:
         raise ValueError(f'`pruning_ratio` {asked:g} would take {n_dropped(total, asked):,} of {total:,} channels, and {most:,} can go '
                          f'if each of {len(self.sizes)} groups keeps {self.min_channels}')
     with _eagerly(sp.model): self._try_measure(sp)
@@ -193,6 +198,11 @@ def _knows_model(self:PruneCallback):
     return True
 
 # %% ../../nbs/75_prune.prune_callback.ipynb #f33c8e86
+@patch
+def _shared(self:PruneCallback):
+    "Do all groups of channels compete?"
+    return as_context(self.context).pools is all_layers
+
 @patch
 def _most(self:PruneCallback): return sum(max(n - self.min_channels, 0) for n in self.sizes.values())
 
@@ -228,7 +238,7 @@ def _counts(self:PruneCallback, progress):
     "How many more channels each pool loses when `progress` of this fit is done"
     asked, left = {k: r and self.schedule.sparsity(progress, r) for k,r in self._goal.items()}, self._left()
     def of(n, ratio, most, gone): return max(0, min(n_dropped(n, ratio), most) - gone)
-    if self.context != 'local':
+    if self._shared():
         total = sum(self.sizes.values())
         return [of(total, next(iter(asked.values())), self._most(), total - sum(left.values()))]
     sizes = [(t.name, self.sizes.get(t.name, 0)) for t in self.sparsifier.targets]
@@ -254,7 +264,7 @@ def _prune(self:PruneCallback, progress):
     unseen = sp.reference == 'measure' or sp.reference == 'grad' and not sp.refs
     if unseen and self.data is None: sp.observe(*as_batch(self.xb, self.yb))
     with _eagerly(sp.model), _all_or_nothing(sp.model, self.opt, sp._params().values()):
-        sp.update(counts, round_to=None if self.context == 'local' else self.round_to)
+        sp.update(counts, round_to=self.round_to if self._shared() else None)
         dead = [torch.zeros(t.groups.n, dtype=torch.bool) if t.name not in sp.masks else ~sp._group_mask(t).flatten().cpu()
                 for t in sp.targets]
         if any(d.any() for d in dead): sp = self._take_out(sp, dead)  # else `round_to` keeps all of them

@@ -15,7 +15,9 @@ from types import MethodType
 import torch, torch.distributed as dist, torch.nn as nn
 from fastcore.basics import patch
 from torch.nn.parameter import is_lazy
-from ..core.budget import affordable, bounded, check_limits, erk_counts, lamp, limits, row_mask
+from ..core.budget import affordable, bounded, check_limits, limits
+from ..core.context import (Budget, Context, Layer, as_budget, as_context, available_contexts,
+                                         keep_in_outputs, refuse_for_each, refuse_together)
 from ..core.criteria import Criteria, group_scores, identity, large_final, magnitude
 from ..model.flops import multiply_adds
 from ..model.flow import trace_flow
@@ -34,16 +36,10 @@ from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _
                                            layer_sparsities, output_channels, unwrapped)
 
 # %% auto #0
-__all__ = ['available_contexts', 'Sparsifier', 'LayerCollapse', 'Hold']
+__all__ = ['Sparsifier', 'LayerCollapse', 'Hold']
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #3d0656e3
-_contexts = ('local', 'global', 'erk', 'lamp', 'output')
-_budgets  = ('groups', 'params', 'flops')
 _coupled_roles = dict(filter='producer', unit='producer', channel='consumer')  # granularity → the role of what is scored
-
-def available_contexts() -> list[str]:
-    "The names of the contexts"
-    return list(_contexts)
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #e3b67e53
 def _parse_nm(nm, granularity):
@@ -66,21 +62,17 @@ def _check_granularity(granularity):
 # %% ../../nbs/50_sparse.sparsifier.ipynb #e5a98b8e
 def _check_context(context, nm, round_to, min_sparsity, max_sparsity, budget):
     "Refuse what the context cannot do"
-    if not isinstance(context, str) or context not in _contexts: raise ValueError(_unknown('context', context, _contexts))
-    if not isinstance(budget,  str) or budget  not in _budgets:  raise ValueError(_unknown('budget', budget, _budgets))
-    def needs(what, why, *legal):
-        if context not in legal: raise ValueError(f'`{what}` {why}: it needs context={" or ".join(map(repr, legal))}, got {context!r}')
-    if nm: needs('nm', 'keeps the best of each few weights of a layer', 'local', 'global')
-    if not (min_sparsity is max_sparsity is None):
-        needs('min_sparsity` and `max_sparsity', 'are for layers that share a sparsity', 'global', 'lamp', 'erk')
-        if nm: raise ValueError('`nm` limits each layer already: leave `min_sparsity` and `max_sparsity` out')
-    if budget != 'groups': needs('budget', 'is shared by all layers', 'global', 'lamp')
-    if budget != 'groups' and min_sparsity is not None:
-        raise ValueError(f'`min_sparsity` counts groups, and a budget of {budget} may be spent before it is met: leave one of them out')
-    if round_to is None: return
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+    context, budget = as_context(context), as_budget(budget)
+    limited = not (min_sparsity is max_sparsity is None)
+    given = dict(nm=nm, limits=limited, budget=budget.price, round_to=round_to is not None)
+    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
         raise ValueError(f'`round_to` must be a positive whole number, got {round_to!r}')
-    needs('round_to', 'counts the groups of a layer', 'local', 'global', 'erk', 'lamp')
+    refuse_together(context, *[k for k,v in given.items() if v])
+    if limited and nm: raise ValueError('`nm` limits each layer already: leave `min_sparsity` and `max_sparsity` out')
+    if budget.price and min_sparsity is not None:
+        raise ValueError(f'`min_sparsity` counts groups, and a budget of {budget.name} may be spent before it is met: '
+                         'leave one of them out')
+    if round_to is None: return
     if min_sparsity is not None:
         raise ValueError('`round_to` keeps more groups, perhaps more than `min_sparsity` allows: leave one of them out')
 
@@ -96,8 +88,7 @@ def _check_arguments(granularity, context, nm=False, layer_type=nn.Conv2d, inclu
         if not leaders: raise ValueError('`coupled` is empty: write True, or the layers that are to lead')
     if coupled and granularity not in (*_coupled_roles, 'head'):
         raise ValueError(f'`coupled` takes channels: it needs granularity="filter", "channel", "unit" or "head", not {granularity!r}')
-    if coupled and context == 'output':
-        raise ValueError('`coupled` drops outputs, context="output" compares inside of each: choose another')
+    if coupled: refuse_together(as_context(context), 'coupled')
     _types(layer_type)
     _patterns('include', include), _patterns('exclude', exclude)
     several = isinstance(params, Iterable) and getattr(params, 'ndim', 1) and all(isinstance(p, str) for p in params)
@@ -131,7 +122,7 @@ class Sparsifier:
     def __init__(self,
         model: nn.Module,
         granularity: str|tuple = 'weight',       # what one group is, see `Granularities`; a tuple of axes is one's own
-        context: str = 'local',                  # who competes, see `available_contexts`
+        context: Context|str = 'local',          # who competes, see `available_contexts`
         criteria: Criteria|str|dict = large_final,  # the score, see `Criteria`; also a function of the weights, or scores by parameter name
         nm: bool|tuple = False,                  # `(n, m)`: keep at least n of each m weights along the input axis; True is (2, 4)
         layer_type: type|str|tuple = nn.Conv2d,  # the types of layers to sparsify, or their names; `nn.Module` is all that can be
@@ -144,7 +135,7 @@ class Sparsifier:
         loss_func = None,                        # for those that need gradients: `(output, target)` → a number; None: the model's own
         min_sparsity: float|dict|None = None,    # percent, for each layer or by name: the least where layers share a sparsity
         max_sparsity: float|dict|None = None,    # ... and the most
-        budget: str = 'groups',                  # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
+        budget: Budget|str = 'groups',           # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
         example_inputs = None,                   # inputs to try the model with, or a function that gives them; None: those in `data`
         coupled: bool|str|list = False,          # drop what makes a channel together, so that it can be taken out; or the layers that lead
         check: bool = True                       # with `coupled`: leave out channels that `thin` could not remove, found by trying
@@ -152,7 +143,8 @@ class Sparsifier:
         if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
         _check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget, coupled)
         _check_tools(data, loss_func, example_inputs)
-        self.model, self.granularity, self.context, self.budget = unwrapped(model), granularity, context, budget
+        self.model, self.granularity = unwrapped(model), granularity
+        self.context, self.budget = as_context(context), as_budget(budget)
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen, self.check = data, loss_func, example_inputs, [], check
         self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity != 'head' and coupled
@@ -206,7 +198,7 @@ def _total(self:Sparsifier, parts, numbers):
 @patch
 def __repr__(self:Sparsifier):
     zero = 'sharded' if self.mesh is not None else f'{self.sparsity:.2f}% zero'  # no message for a look
-    return f'{type(self).__name__}({len(self.targets)} layers, {self.granularity!r}, {self.context!r}, {zero})'
+    return f'{type(self).__name__}({len(self.targets)} layers, {self.granularity!r}, {self.context.name!r}, {zero})'
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #8105312c
 @patch
@@ -367,7 +359,7 @@ def _spread(self:Sparsifier, chosen):
 @patch
 def _keep_last(self:Sparsifier):
     "Limit what is dropped where layers compete, so that each keeps a channel; elsewhere `counts` sees to that"
-    if self.context not in ('global', 'lamp', 'erk'): return
+    if 'limits' in self.context.without: return
     lows, highs = self.limits or limits([t.groups.n for t in self.targets])
     highs = [min(h, t.groups.n - 1) for t,h in zip(self.targets, highs)]
     if any(lo > h for lo,h in zip(lows, highs)): raise ValueError('`coupled` keeps a channel of each layer: lower `min_sparsity`')
@@ -377,24 +369,50 @@ def _keep_last(self:Sparsifier):
 @patch
 def _share_out(self:Sparsifier, min_sparsity, max_sparsity):
     "Who competes with whom, and for what"
-    self.pools  = [self.targets] if self.context in ('global', 'lamp') else [[t] for t in self.targets]
+    self.layers = [self._layer(t) for t in self.targets]
+    self.pools  = self._pools()
     self.sizes  = [sum(t.groups.n for t in pool) for pool in self.pools]
     self.limits = None
     if not (min_sparsity is max_sparsity is None):
         self.limits = limits([t.groups.n for t in self.targets], min_sparsity, max_sparsity, [t.label for t in self.targets])
     if self.coupled: self._keep_last()
-    self.costs  = None if self.budget == 'groups' else [self._cost(t) for t in self.targets]
+    self.costs  = [self._cost(t) for t in self.targets] if self.budget.price else None
     if self.costs and (free := [t.label for t,c in zip(self.targets, self.costs) if not c]):
         raise ValueError(f'Of {", ".join(free)} no multiply-adds are counted: dropping all of it would cost nothing. Leave it out with '
                          '`exclude`, or choose budget="params"')
-    if self.context == 'output':
-        for t in self.targets: self._outputs(t)
+
+@patch
+def _layer(self:Sparsifier, t):
+    "What the context is told of the target `t`"
+    axis = self._outputs(t) if self.context.keep is keep_in_outputs else None
+    return Layer(t.name, t.groups.n, tuple(t.parts[0].whole.shape), output_axis=axis)
+
+@patch
+def _pools(self:Sparsifier):
+    "The targets that compete, in lists"
+    mine, pools = dict(zip(self.layers, self.targets)), self.context.pools(self.layers)
+    try: found = [[mine[l] for l in pool] for pool in pools]
+    except (TypeError, KeyError): found = []
+    if sorted(t.name for pool in found for t in pool) != sorted(t.name for t in self.targets) or not all(found):
+        raise ValueError(f'Context {self.context.name!r}: `pools` must put each layer into one list, got {pools!r}')
+    return found
+
+@patch
+def _told(self:Sparsifier, each, lows, highs):
+    "The pools as the context sees them, with what is asked of each layer in percent, and its limits"
+    told = {t.name: replace(l, sparsity=s, lowest=lo, highest=hi)
+            for t,l,s,lo,hi in zip(self.targets, self.layers, each, lows, highs)}
+    return [[told[t.name] for t in pool] for pool in self.pools]
 
 @patch
 def _cost(self:Sparsifier, t):
     "What a group of `t` costs, in weights or multiply-adds"
     weights = sum(p.groups.size for p in t.parts)
-    if self.budget == 'params': return weights
+    return self.budget.price(weights, self._macs_of(t, weights) if self.budget.measured else None)
+
+@patch
+def _macs_of(self:Sparsifier, t, weights):
+    "The multiply-adds of a group of `t`, which has so many `weights`"
     with _plainly(self.model):
         if not hasattr(self, '_macs'): self._macs = multiply_adds(self.model, self._example('A budget of multiply-adds'))
     hidden = [op for op,names in self._macs.uncounted.items() if any(f'{n}.'.startswith(f'{t.layer}.') for n in names)]
@@ -412,10 +430,11 @@ def _outputs(self:Sparsifier, t):
     "The axis of the scores of `t` that runs over outputs"
     axis, w = 1 - _input_axis(t.parts[0]), t.weight
     if axis == 1 and getattr(t.module, 'groups', 1) > 1:
-        raise ValueError(f'context="output" knows no grouped transposed convolutions, as {t.label}: '
+        raise ValueError(f'context={self.context.name!r} knows no grouped transposed convolutions, as {t.label}: '
                          f'leave it out with `exclude={t.label!r}`')
     if t.groups.shape != tuple(w.shape) or axis in t.groups.dims or w.ndim < 2:
-        raise ValueError(f'context="output" compares inside each output, which {self.granularity!r} groups of {t.label} do not allow')
+        raise ValueError(f'context={self.context.name!r} compares inside each output, which {self.granularity!r} groups of {t.label} '
+                         'do not allow')
     return axis
 
 def _input_axis(part):
@@ -482,8 +501,9 @@ def _check_fit(self:Sparsifier, t):
         name = t.name if t.weight.ndim < 2 else t.label
         raise ValueError(f'`nm`: {name} {why}: leave it out with `exclude={name!r}`')
     if isinstance(self.criteria, dict): return
-    if self.criteria.signed and self.context == 'lamp':
-        raise ValueError('context="lamp" divides by sums of scores, and those of this `criteria` can be below zero: choose another one')
+    if self.criteria.signed and 'signed' in self.context.without:
+        raise ValueError(f'context={self.context.name!r} divides by sums of scores, and those of this `criteria` can be below zero: '
+                         'choose another one')
     if self.criteria.channels and len(t.parts) > 1 and self.coupled:
         raise ValueError(f'This criterion scores the outputs of single layers, and {", ".join(p.name for p in t.parts)} go together: '
                          'choose another one, or leave `coupled` out')
@@ -513,7 +533,7 @@ def _try(self:Sparsifier, t):
     "Score the target `t`; what goes wrong is the fault of the criterion"
     try:
         scores = self._scores(t)
-        if self.context == 'lamp': lamp([scores])
+        if self.context.compare: self.context.compare([scores])
     except Exception as e:
         kind = TypeError if isinstance(e, TypeError) else ValueError
         raise kind(f'`criteria` cannot score {t.name}: {e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"}') from e
@@ -626,9 +646,15 @@ def _reachable(self:Sparsifier, n):
     return [min(lo, n*lo // max(sum(lows), 1)) for lo in lows], highs
 
 @patch
+def _of_pool(self:Sparsifier, pool, each):
+    "Of `each`, one value a target, those of the targets in `pool`"
+    at = {id(t): i for i,t in enumerate(self.targets)}
+    return [each[at[id(t)]] for t in pool]
+
+@patch
 def _prices(self:Sparsifier):
-    "What all groups cost together"
-    return sum(c * t.groups.n for c,t in zip(self.costs, self.targets))
+    "What all groups of each pool cost together"
+    return [sum(c * t.groups.n for c,t in zip(self._of_pool(pool, self.costs), pool)) for pool in self.pools]
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #15f3528c
 @patch
@@ -637,8 +663,7 @@ def sparsities(self:Sparsifier,
 ) -> list[float]:
     "The sparsity of each layer, in percent"
     several = isinstance(sparsity, Iterable) and not isinstance(sparsity, (str, torch.Tensor)) and getattr(sparsity, 'ndim', 1)
-    if self.context in ('global', 'lamp', 'erk') and several:
-        raise ValueError(f'A sparsity for each layer needs context="local": with {self.context!r} there is one for all, got {sparsity!r}')
+    if several: refuse_for_each(self.context, sparsity)
     return layer_sparsities(self.targets, sparsity)
 
 @patch
@@ -647,16 +672,20 @@ def counts_at(self:Sparsifier,
     round_to: int|None = None  # keep a multiple of this many groups in each layer
 ) -> list[int]:
     "How many groups each pool drops, or what they may cost: one number a layer, or a single one where all layers compete"
-    if self.context == 'erk':
-        lows, highs = self._reachable(n_dropped(sum(self.sizes), each[0]))
-        counts = erk_counts([t.parts[0].whole.shape for t in self.targets], self.sizes, each[0], lows, highs)
-        return [_rounded(n, k, round_to) for n,k in zip(self.sizes, counts)]
-    if self.context == 'output':
-        rows = [t.weight.shape[self._outputs(t)] for t in self.targets]
-        return [r * n_dropped(n//r, s) for r,n,s in zip(rows, self.sizes, each)]
-    if self.costs: return [each[0] * self._prices() / 100]
-    if self.context in ('global', 'lamp'): round_to = None  # later, when it is known which layer gives how many
-    return [_rounded(n, n_dropped(n, s), round_to) for n,s in zip(self.sizes, each)]
+    if self.costs: return [self._of_pool(pool, each)[0] * n / 100 for pool,n in zip(self.pools, self._prices())]
+    limits = self._reachable(n_dropped(sum(self.sizes), each[0])) if self.limits else self._reachable(0)
+    counts = self.context.counts(self._told(each, *limits))
+    self._check_counts(counts)
+    # where layers compete: later, when it is known which layer gives how many
+    return [k if len(pool) > 1 else _rounded(n, k, round_to) for pool,n,k in zip(self.pools, self.sizes, counts)]
+
+@patch
+def _check_counts(self:Sparsifier, counts):
+    "Refuse what is no number of groups for each pool"
+    whole = [type(k) is int and 0 <= k <= n for k,n in zip(counts, self.sizes)]
+    if len(counts) == len(self.sizes) and all(whole): return
+    raise ValueError(f'Context {self.context.name!r}: `counts` must give a whole number of groups for each pool, at most '
+                     f'{self.sizes}, got {counts}')
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #0161fe09
 @patch
@@ -719,7 +748,7 @@ def _gone(self:Sparsifier, targets):
 @patch
 def _warn_of_few(self:Sparsifier):
     "Warn once of each layer that keeps less than a tenth of its channels, and less than half of the share that all layers keep"
-    if self.context not in ('global', 'lamp'): return
+    if max(map(len, self.pools)) == 1: return
     left = [(t, t.groups.n - gone) for t,gone in zip(self.targets, self._gone(self.targets))]
     share, told = sum(n for _,n in left) / sum(t.groups.n for t in self.targets), vars(self).setdefault('_told_few', set())
     few  = [(t, n) for t,n in left if n < t.groups.n * min(0.1, share/2) and t.name not in told]
@@ -756,8 +785,8 @@ def _nm_scores(self:Sparsifier, t, scores):
 def _plain_magnitude(self:Sparsifier):
     "Are single weights to be chosen by nothing but their magnitude?"
     c = self.criteria
-    return (isinstance(c, Criteria) and c.f is magnitude and self.context in ('local', 'global', 'erk') and
-            not (c.reference or c.normalizer or c.group_fn or self.nm or self.limits or self.costs or
+    return (isinstance(c, Criteria) and c.f is magnitude and
+            not (self.context.compare or self.context.keep or c.reference or c.normalizer or c.group_fn or self.nm or self.limits or self.costs or
                  any(t.groups.dims for t in self.targets)))
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #e57ad04e
@@ -765,8 +794,8 @@ def _plain_magnitude(self:Sparsifier):
 def _elementwise(self:Sparsifier):
     "Are single weights to be chosen by scores of which each is made of one weight and its reference?"
     c = self.criteria
-    return (self.mesh is None and isinstance(c, Criteria) and c.elementwise and self.context in ('local', 'global', 'erk') and
-            not (c.normalizer or self.nm or self.limits or self.costs or any(t.groups.dims for t in self.targets)))
+    return (self.mesh is None and isinstance(c, Criteria) and c.elementwise and
+            not (self.context.compare or self.context.keep or c.normalizer or self.nm or self.limits or self.costs or any(t.groups.dims for t in self.targets)))
 
 @patch
 def _lazy_scores(self:Sparsifier, t):
@@ -785,12 +814,12 @@ def _choose(self:Sparsifier, pool, k, journal, round_to):
     if self.mesh is not None: return self._choose_sharded(pool, k, round_to)
     scores = [t.weight if self.plain else self._lazy_scores(t) if self.lazy else self._scores(t) for t in pool]
     old    = [self._group_mask(t) for t in pool]
-    rounds = round_to and self.context in ('global', 'lamp')
-    free   = self.limits or rounds  # limits may put other masks in place of `old`
+    rounds = round_to and len(pool) > 1
+    free   = self.limits or rounds or self.context.keep  # limits may put other masks in place of `old`
     reuse  = not (free or any(m is None or t.groups.dims for t,m in zip(pool, old)))
-    if self.context in ('global', 'lamp'): scores, k, old = self._compared(scores, k, old)
+    scores, k, old = self._compared(pool, scores, k, old)
     try:
-        if self.context == 'output': keep = [row_mask(scores[0], k // scores[0].shape[a := self._outputs(pool[0])], old[0], a)]
+        if self.context.keep: keep = self._kept(pool, scores, k, old)
         else: keep = keep_masks(scores, k, magnitude=self.plain, pruned=old, out=old if reuse else None, journal=journal)
         if rounds: keep = [self._round(s, m, o, round_to) for s,m,o in zip(scores, keep, old)]
     except ValueError as e:
@@ -798,7 +827,17 @@ def _choose(self:Sparsifier, pool, k, journal, round_to):
         names  = ', '.join(n for n,s in ranked if not torch.isfinite(s).all())
         raise ValueError(f'{names}: {e}. Has the training diverged?' if names else str(e)) from None
     if k < sum(m.numel() for m in keep): _warn_collapse([t.label or t.name for t,m in zip(pool, keep) if _all_gone(m)])
-    return [] if reuse and self.context != 'output' else [*zip(pool, keep)]
+    return [] if reuse else [*zip(pool, keep)]
+
+@patch
+def _kept(self:Sparsifier, pool, scores, k, old):
+    "The masks that the context chooses by itself"
+    keep = self.context.keep(scores, k, old, self._of_pool(pool, self.layers))
+    fits = len(keep) == len(scores) and all(m.dtype == torch.bool and m.shape == s.shape for m,s in zip(keep, scores))
+    gone = sum(int((~m).sum()) for m in keep) if fits else None
+    if gone != k: raise ValueError(f'Context {self.context.name!r}: `keep` must give a bool mask for each layer that drops {k:,} groups '
+                                   f'in all, and dropped {gone}')
+    return keep
 
 def _all_gone(mask):
     "Is nothing kept? The beginning says no for most masks, and to look at all of each would take as long as half of the choice"
@@ -812,13 +851,16 @@ def _round(self:Sparsifier, scores, keep, old, round_to):
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #97799569
 @patch
-def _compared(self:Sparsifier, scores, k, old):
-    "Scores as layers compare them, how many groups go, and the earlier masks"
-    if self.context == 'lamp': scores = lamp(scores)
-    if self.limits:
-        lows, highs = self.limits if self.costs else self._reachable(k)
+def _compared(self:Sparsifier, pool, scores, k, old):
+    "Scores of the targets in `pool` as they compare, how many groups go, and the earlier masks"
+    if self.context.compare: scores = self.context.compare(scores)
+    most = sum(s.numel() for s in scores)
+    if self.limits and (len(pool) > 1 or self.costs):
+        lows, highs = self._of_pool(pool, self.limits[0]), self._of_pool(pool, self.limits[1])
+        if not self.costs: lows = [min(lo, k*lo // max(sum(lows), 1)) for lo in lows]
         scores, old = bounded(scores, lows, highs, old)
-    if self.costs: k = min(affordable(scores, self.costs, k, old), sum(self.limits[1]) if self.limits else sum(s.numel() for s in scores))
+        most = sum(highs)
+    if self.costs: k = min(affordable(scores, self._of_pool(pool, self.costs), k, old), most)
     return scores, k, old
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #5dc34c5f
@@ -845,7 +887,7 @@ def _rounds(self:Sparsifier, counts, pools):
     "`counts`, and those to go through on the way if the criterion is to measure anew in between"
     rate = None if isinstance(self.criteria, dict) else self.criteria.rate
     if not rate or pools is not self.pools: return [counts]
-    total = [self._prices()] if self.costs else self.sizes
+    total = self._prices() if self.costs else self.sizes
     left  = [(max(n - d, 1), max(n - k, 1)) for n,d,k in zip(total, self.dropped(), counts)]  # now, then
     steps = max(1, math.ceil(max(math.log(a/b) for a,b in left) / -math.log(1 - rate)))
     return [[n - a * (b/a)**(i/steps) if self.costs else n - round(a * (b/a)**(i/steps)) for n,(a,b) in zip(total, left)]
@@ -898,7 +940,7 @@ def sparsify_layer(self:Sparsifier,
     found = [t for t in self.targets if layer is t.module or isinstance(layer, str) and layer in (t.layer, t.name)]
     if not found:
         raise ValueError(_unknown('layer', layer if isinstance(layer, str) else type(layer).__name__, [t.label for t in self.targets]))
-    if self.costs or self.limits or self.context == 'lamp':
+    if self.costs or self.limits or 'one' in self.context.without:
         raise ValueError('`sparsify_layer` knows no budget, limits or "lamp": use `sparsify_model`')
     if round_to is not None: _check_arguments(self.granularity, 'local', round_to=round_to)
     pools = [[t] for t in found]
@@ -927,7 +969,8 @@ def _wanted(self:Sparsifier, pools, sparsity, round_to, n, relative):
     if round_to is not None and (n is not None or relative):
         raise ValueError('`round_to` is for a sparsity of all groups: leave it out with `n` and `relative`')
     sizes = [sum(t.groups.n for t in pool) for pool in pools]
-    if self.costs or (n is not None or relative) and (self.context == 'output' or self.context == 'erk' and pools is self.pools):
+    shared = 'n' in self.context.without and (pools is self.pools or self.context.keep)
+    if self.costs or (n is not None or relative) and shared:
         raise ValueError('`n` and `relative` count groups: they need context="local", "global" or "lamp", without a budget')
     gone = [sum(self._gone(pool)) for pool in pools] if relative else [0]*len(pools)
     if n is not None: counts = [d + k for d,k in zip(gone, _each_n(n, len(pools)))]
@@ -992,7 +1035,7 @@ def adopt(self:Sparsifier,
 ) -> int:                        # how many groups were adopted
     "Take over groups that are all zero already as dropped"
     found, adopted = [], 0
-    if self.nm or self.costs or self.context == 'output': return adopted  # zeros that are there need not fit the pattern
+    if self.nm or self.costs or 'adopt' in self.context.without: return adopted  # zeros that are there need not fit the pattern
     for i,pool in enumerate(self.pools):
         alive = [(t, self._alive(t)) for t in pool if t.name not in self.masks]
         zeros = self._total([t.parts[0] for t,_ in alive], [m.numel() - int(m.count_nonzero()) for _,m in alive])
@@ -1136,8 +1179,9 @@ def _check_sharded(self:Sparsifier, free):
     "Refuse what cannot be done where each process has a part of the weights"
     def refuse(what, instead): raise ValueError(f'Weights that are sharded (`DTensor`) cannot be sparsified with {what}: {instead}')
     if self.processes is not None: refuse('`DistributedDataParallel`', 'use a mesh of `Replicate` and `Shard`')
-    if self.context in ('lamp', 'output'): refuse(f'context={self.context!r}', 'choose "local", "global" or "erk"')
-    for what,given in dict(nm=self.nm, budget=self.budget != 'groups', data=self.data is not None,
+    if 'sharded' in self.context.without or self.context.compare or self.context.keep:
+        refuse(f'context={self.context.name!r}', 'choose "local", "global" or "erk"')
+    for what,given in dict(nm=self.nm, budget=self.budget.price is not None, data=self.data is not None,
                            coupled=self.coupled).items():
         if given: refuse(f'`{what}`', 'leave it out')
     if not free: refuse('`min_sparsity` and `max_sparsity`', 'leave them out')
@@ -1150,7 +1194,7 @@ def _check_sharded(self:Sparsifier, free):
 @patch
 def _choose_sharded(self:Sparsifier, pool, k, round_to):
     "What each target of `pool` keeps, in pairs, of what this process has"
-    if round_to and self.context == 'global': raise ValueError('`round_to` needs context="local" or "erk" where weights are sharded')
+    if round_to and len(pool) > 1: raise ValueError('`round_to` needs context="local" or "erk" where weights are sharded')
     scores, error = [], None
     try: scores = [t.weight if self.plain else self._scores(t) for t in pool]
     except (ValueError, RuntimeError) as e: error = e
@@ -1189,7 +1233,7 @@ def _budget_used(self:Sparsifier):
     "What the budget counts, how much of that is zero now, and how much there is"
     if not self.costs: return None
     zero = sum(c * int((~self._alive(t)).count_nonzero()) for c,t in zip(self.costs, self.targets))
-    return dict(params='weights', flops='multiply-adds')[self.budget], zero, self._prices()
+    return self.budget.unit, zero, sum(self._prices())
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #fab9850c
 @patch
@@ -1233,7 +1277,7 @@ def print_sparsity(self:Sparsifier) -> None:
 def state_dict(self:Sparsifier) -> dict:
     "Masks and references, as plain tensors: `torch.load(..., weights_only=True)` reads them"
     return dict(masks=dict(self.masks), refs=dict(self.refs), used=sorted(self.used),
-                reference=self.reference, granularity=self.granularity, context=self.context, names=list(self._params()))
+                reference=self.reference, granularity=self.granularity, context=self.context.name, names=list(self._params()))
 
 @patch
 def load_state_dict(self:Sparsifier,
@@ -1242,8 +1286,7 @@ def load_state_dict(self:Sparsifier,
     "Take over masks and references, and apply the masks"
     missing = {'masks', 'refs', 'used', 'reference', 'granularity', 'context', 'names'} - set(state)
     if missing: raise ValueError(f'Not the state of a `Sparsifier`: it has no {", ".join(sorted(missing))}')
-    for k in ('granularity', 'reference', 'context'):
-        mine = getattr(self, k)
+    for k,mine in dict(granularity=self.granularity, reference=self.reference, context=self.context.name).items():
         if state[k] != mine: raise ValueError(f'The state is of another kind of `Sparsifier`: {k} {state[k]!r}, here {mine!r}')
     weights = self._params()
     if stray := sorted(set(state['names']) ^ set(weights)):

@@ -14,6 +14,7 @@ from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import SkipToEpoch, ValueMetric
 from fastcore.basics import patch, store_attr
 from fastcore.imports import in_notebook
+from ..core.context import Budget, Context, as_budget, as_context, refuse_for_each
 from ..core.criteria import Criteria, large_final
 from ..core.masks import _packed, _unpacked
 from ..core.measure import Labels, _running, arguments, as_batch, as_criteria, batches
@@ -70,7 +71,7 @@ class SparsifyCallback(_Lean):
     def __init__(self,
         sparsity: float|list|dict,                # percent: one for all layers, a list with one for each, or by layer name or pattern
         granularity: str|tuple = 'weight',        # what one group is: `'weight'`, `'filter'`, ... or the axes one group spans
-        context: str = 'local',                   # who competes: `'local'` inside each layer, `'global'` over all of them
+        context: Context|str = 'local',           # who competes: `'local'` inside each layer, `'global'` over all of them
         criteria: Criteria|str|dict = large_final,  # the score: a `Criteria` or its name, a function of the weights, or scores by name
         schedule: Schedule|str = agp,             # a `Schedule`, its name, a `partial` of one, a fastai annealer or a function
         lth: bool = False,                        # rewind weights, buffers and optimizer after each pruning, as for lottery tickets
@@ -93,7 +94,7 @@ class SparsifyCallback(_Lean):
         min_sparsity: float|dict|None = None,     # percent, for each layer or by name: the least where layers share a sparsity
         max_sparsity: float|dict|None = None,     # ... and the most
         rewind_step: int|None = None,             # rewind to where this many batches were done instead
-        budget: str = 'groups',                   # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
+        budget: Budget|str = 'groups',                   # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
         data = None,                              # for criteria that measure: a batch, a DataLoader or a `dls`; None: the batch at hand
         coupled: bool|str|list = False,           # filters, channels or heads go with all that must, for `thin`; or the layers that lead
         live: bool = False,                       # in a notebook, a picture of sparsity and losses that grows with each epoch
@@ -111,9 +112,7 @@ def _check(self:SparsifyCallback):
     _check_arguments(self.granularity, self.context, self.nm, self.layer_type, self.include, self.exclude, self.round_to, self.params,
                     self.min_sparsity, self.max_sparsity, self.budget, self.coupled)
     _check_sparsities(self.sparsity)
-    if isinstance(self.sparsity, (Mapping, list, tuple)) and self.context in ('global', 'lamp', 'erk'):
-        raise ValueError(f'A sparsity for each layer needs context="local": with {self.context!r} there is one for all, '
-                         f'got {self.sparsity!r}')
+    if isinstance(self.sparsity, (Mapping, list, tuple)): refuse_for_each(as_context(self.context), self.sparsity)
     _check_whole('rewind_epoch', self.rewind_epoch, 0)
     if self.rewind_step is not None:
         _check_whole('rewind_step', self.rewind_step, 0)
@@ -582,7 +581,7 @@ def _losses(self:SparsifyCallback):
 @patch
 def _asked_of(self:SparsifyCallback):
     "What the sparsity that is asked for is a share of"
-    if self.budget != 'groups':                      return dict(params='weights', flops='multiply-adds')[self.budget]
+    if as_budget(self.budget).price:                 return as_budget(self.budget).unit
     if self.coupled and self.granularity != 'head':  return 'channels'
     return f'{self.granularity}s' if isinstance(self.granularity, str) else 'groups'
 

@@ -19,6 +19,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastai.torch_core import default_device
 from fastcore.basics import patch
+from ..core.context import Context
 from ..core.criteria import Criteria, large_final
 from ..core.granularity import _unknown
 from ..core.masks import Masks
@@ -363,7 +364,7 @@ def find_ticket(
     sparsity: float|list|dict = 90,          # percent, after the last round: one for all layers, a list, or by layer name or pattern
     rounds: int = 5,                         # how often to prune; each keeps the same share of what is left
     granularity: str|tuple = 'weight',       # what one group is, as for `Sparsifier`
-    context: str = 'local',                  # who competes: `'local'` inside each layer, `'global'` over all of them
+    context: Context|str = 'local',          # who competes: `'local'` inside each layer, `'global'` over all of them
     criteria: Criteria|str|dict = large_final,  # the score of the trained weights
     layer_type: type|str|tuple = nn.Conv2d,  # the types of layers to sparsify
     include = None,                          # only these layers, as for `Sparsifier`
