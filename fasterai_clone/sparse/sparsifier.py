@@ -30,6 +30,7 @@ from ..core.selection import (LazyScores, check_sparsity, keep_masks, keep_masks
 from ..prune.coupling import coupled_groups
 from ..prune.thin import sampled, unremovable
 from ..report import Report, Row, print_text, shared_weights
+from .rule import Change, Pool, Prune, Rule, as_rule, check_change
 from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on
 from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name,
                                            _plainly, _processes, _summed, _types, find_targets, hold_with,
@@ -138,7 +139,8 @@ class Sparsifier:
         budget: Budget|str = 'groups',           # what sparsity is a share of: `'groups'`, `'params'`, or `'flops'` (multiply-adds)
         example_inputs = None,                   # inputs to try the model with, or a function that gives them; None: those in `data`
         coupled: bool|str|list = False,          # drop what makes a channel together, so that it can be taken out; or the layers that lead
-        check: bool = True                       # with `coupled`: leave out channels that `thin` could not remove, found by trying
+        check: bool = True,                      # with `coupled`: leave out channels that `thin` could not remove, found by trying
+        rule: Rule|None = None                   # what one update does, see `Rule`; None: `Prune`, which drops the lowest scores
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
         _check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget, coupled)
@@ -147,10 +149,12 @@ class Sparsifier:
         self.context, self.budget = as_context(context), as_budget(budget)
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen, self.check = data, loss_func, example_inputs, [], check
+        self.rule = as_rule(rule)
         self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity != 'head' and coupled
         self._find(layer_type, include, exclude, part, params, min_sparsity is max_sparsity is None)
         self._share_out(min_sparsity, max_sparsity)
         self.masks = Masks(shapes={p.name: p.tensor.shape for t in self.targets for p in t.parts + t.held})
+        self.written = []  # parameters that got new values in the last update
         self.updates, self.refs, self.used = 0, {}, set()  # changes of masks; what the criterion compares with; whose sums were used
         if self.reference in ('init', 'update'): self.refs = {p.name: p.tensor.detach().clone() for p in self._parts()}
         self._try_out()
@@ -815,7 +819,7 @@ def _choose(self:Sparsifier, pool, k, journal, round_to):
     scores = [t.weight if self.plain else self._lazy_scores(t) if self.lazy else self._scores(t) for t in pool]
     old    = [self._group_mask(t) for t in pool]
     rounds = round_to and len(pool) > 1
-    free   = self.limits or rounds or self.context.keep  # limits may put other masks in place of `old`
+    free   = self.limits or rounds or self.context.keep or journal is None  # limits may put other masks in place of `old`
     reuse  = not (free or any(m is None or t.groups.dims for t,m in zip(pool, old)))
     scores, k, old = self._compared(pool, scores, k, old)
     try:
@@ -898,17 +902,52 @@ def _rounds(self:Sparsifier, counts, pools):
 def _update(self:Sparsifier, counts, pools, round_to):
     "Choose once"
     with _plainly(self.model): self._measure()
-    chosen, journal = [], []
+    chosen, values, journal = [], {}, []
     try:
-        for pool,k in zip(pools, counts): chosen += self._choose(pool, k, journal, round_to)
-        new = self._spread(chosen)
+        for pool,k in zip(pools, counts):
+            some, new = self._decided(pool, k, journal, round_to)
+            chosen += some
+            values |= new
+        masks = self._spread(chosen)
     except BaseException:
         restore(journal)
         raise
-    for k,m in new.items(): self.masks._own(k, m)
-    self.updates += 1
-    self.apply_masks()
+    self._make_true(masks, values)
     self._renew_refs({t.name for pool in pools for t in pool})
+
+# %% ../../nbs/50_sparse.sparsifier.ipynb #ea36c9b2
+@patch
+def _decided(self:Sparsifier, pool, k, journal, round_to):
+    "What the rule decides for `pool`: pairs of a target and the groups it keeps, and new values by parameter name"
+    if type(self.rule) is Prune: return self._choose(pool, k, journal, round_to), {}
+    named = {t.name: t for t in pool}
+    def choose(n): return Change({t.name: m for t,m in self._choose(pool, n, None, round_to)})
+    seen = Pool([*named], [t.weight.detach() for t in pool], [t.parts[0].grad for t in pool], [t.groups for t in pool],
+                [self._group_mask(t) for t in pool], lambda: [self._scores(t) for t in pool], choose)
+    change = self.rule(seen, k)
+    check_change(change, seen, None if self.costs or round_to else k, self._params(), self.rule)
+    return [(named[name], m) for name,m in change.masks.items()], change.values
+
+@patch
+def _make_true(self:Sparsifier, masks, values):
+    "Apply new masks, and write new values: all, or none"
+    params, former = self._params(), None
+    if values:
+        former = {k: params[k].detach().clone() for k in {*values, *masks}}
+        own    = {k: self.masks.get(k) for k in masks}
+    try:
+        for k,v in values.items(): params[k].copy_(v)
+        for k,m in masks.items(): self.masks._own(k, m)
+        self.updates += 1
+        self.apply_masks()
+    except BaseException:
+        if former is None: raise
+        for k,v in former.items(): params[k].copy_(v)
+        for k,m in own.items():
+            if m is None: self.masks.pop(k, None)
+            else: self.masks._own(k, m)
+        raise
+    self.written = sorted(values)
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #46187dd4
 @patch
@@ -1161,12 +1200,13 @@ def _follow(self:Sparsifier, choose, names):
 def _heard(self:Sparsifier, error, measured):
     "Take over the masks of the first process; what failed there, whether it has measured, and its `updates`"
     first, src = dist.get_rank(self.processes) == 0, dist.get_global_rank(self.processes, 0)
-    params, said = self._params(), [error and (type(error).__name__, str(error)), measured, self.updates, list(self.masks)]
+    params, said = self._params(), [error and (type(error).__name__, str(error)), measured, self.updates, self.written, list(self.masks)]
     dist.broadcast_object_list(said, src, self.processes, device=self.targets[0].weight.device)
     for k in said.pop():
         mask = self.masks[k].to(params[k].device).contiguous() if first else torch.empty_like(params[k], dtype=torch.bool).contiguous()
         dist.broadcast(mask.view(torch.uint8), src, self.processes)  # gloo knows no bool
         self.masks._own(k, mask)
+    for k in said.pop(): dist.broadcast(params[k].detach(), src, self.processes)  # what the rule has written
     return said
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #9e6ab5e6
@@ -1186,6 +1226,7 @@ def _check_sharded(self:Sparsifier, free):
         if given: refuse(f'`{what}`', 'leave it out')
     if not free: refuse('`min_sparsity` and `max_sparsity`', 'leave them out')
     if self.example_inputs is not None: refuse('`example_inputs`', 'leave them out')
+    if type(self.rule) is not Prune: refuse('a `rule`', 'leave it out')
     c = self.criteria
     if isinstance(c, dict) or c.measure or c.normalizer or not c.elementwise:
         refuse('this criterion', 'choose one whose scores are made of single weights and what these are compared with, as `large_final` or '
@@ -1277,7 +1318,8 @@ def print_sparsity(self:Sparsifier) -> None:
 def state_dict(self:Sparsifier) -> dict:
     "Masks and references, as plain tensors: `torch.load(..., weights_only=True)` reads them"
     return dict(masks=dict(self.masks), refs=dict(self.refs), used=sorted(self.used),
-                reference=self.reference, granularity=self.granularity, context=self.context.name, names=list(self._params()))
+                reference=self.reference, granularity=self.granularity, context=self.context.name, names=list(self._params()),
+                rule=dict(kind=type(self.rule).__name__, state=self.rule.state_dict()))
 
 @patch
 def load_state_dict(self:Sparsifier,
@@ -1288,6 +1330,9 @@ def load_state_dict(self:Sparsifier,
     if missing: raise ValueError(f'Not the state of a `Sparsifier`: it has no {", ".join(sorted(missing))}')
     for k,mine in dict(granularity=self.granularity, reference=self.reference, context=self.context.name).items():
         if state[k] != mine: raise ValueError(f'The state is of another kind of `Sparsifier`: {k} {state[k]!r}, here {mine!r}')
+    rule = state.get('rule', dict(kind='Prune', state={}))
+    if rule['kind'] != (mine := type(self.rule).__name__):
+        raise ValueError(f'The state is of a `Sparsifier` with the rule {rule["kind"]}, here {mine}')
     weights = self._params()
     if stray := sorted(set(state['names']) ^ set(weights)):
         raise ValueError('The state is of a `Sparsifier` of other layers: '
@@ -1296,5 +1341,6 @@ def load_state_dict(self:Sparsifier,
     self.masks.clear()
     self.masks.update(masks)
     self.refs, self.used = {k: v.clone() for k,v in state['refs'].items()}, set(state['used'])
+    self.rule.load_state_dict(rule['state'])
     self.updates += 1
     self.apply_masks()

@@ -20,6 +20,7 @@ from ..core.masks import _packed, _unpacked
 from ..core.measure import Labels, _running, arguments, as_batch, as_criteria, batches
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
+from .rule import Rule, as_rule
 from ..core.style import _styled, colors
 from ..report import print_text
 from .compact import why_not_compact
@@ -98,7 +99,8 @@ class SparsifyCallback(_Lean):
         data = None,                              # for criteria that measure: a batch, a DataLoader or a `dls`; None: the batch at hand
         coupled: bool|str|list = False,           # filters, channels or heads go with all that must, for `thin`; or the layers that lead
         live: bool = False,                       # in a notebook, a picture of sparsity and losses that grows with each epoch
-        verbose: bool = True                      # print sparsity and the report
+        verbose: bool = True,                     # print sparsity and the report
+        rule: Rule|None = None                    # what one update does, see `Rule`; None: the lowest scores go
     ):
         store_attr(), self._check()
         self.criteria, self.schedule = as_criteria(criteria), _from_sparsity(as_schedule(schedule), start_sparsity)
@@ -111,7 +113,7 @@ def _check(self:SparsifyCallback):
     _check_flags(**{k: getattr(self, k) for k in ('lth', 'reset_end', 'save_tickets', 'compact', 'live', 'verbose')})
     _check_arguments(self.granularity, self.context, self.nm, self.layer_type, self.include, self.exclude, self.round_to, self.params,
                     self.min_sparsity, self.max_sparsity, self.budget, self.coupled)
-    _check_sparsities(self.sparsity)
+    _check_sparsities(self.sparsity), as_rule(self.rule)
     if isinstance(self.sparsity, (Mapping, list, tuple)): refuse_for_each(as_context(self.context), self.sparsity)
     _check_whole('rewind_epoch', self.rewind_epoch, 0)
     if self.rewind_step is not None:
@@ -185,7 +187,8 @@ def before_fit(self:SparsifyCallback):
     self._check_rounds(first, state['rewind_to'] if state else self._rewind_to)
     self._check_folder()
     kept = sp.adopt(sp.counts(self.sparsity, self.round_to)) if new and not state else 0
-    self._floor = self._last = sp.dropped()
+    self._floor, self._moved = sp.dropped(), None
+    self._last = self._floor
     self._led, self._due, self._stepping, self.report = [0]*len(self._floor), None, False, None
     self.history, self._logged, self._shown = [], [], None
     self._resume(first, state)
@@ -205,7 +208,8 @@ def _find_layers(self:SparsifyCallback):
     if self.sparsifier is not None and self.sparsifier.model is unwrapped(model):
         self.sparsifier.processes = _processes(model)
         return False
-    own = {k: getattr(self, k) for k in ('include', 'exclude', 'params', 'data', 'min_sparsity', 'max_sparsity', 'budget', 'coupled')}
+    names = 'include', 'exclude', 'params', 'data', 'min_sparsity', 'max_sparsity', 'budget', 'coupled', 'rule'
+    own   = {k: getattr(self, k) for k in names}
     sp  = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type, part=self.model,
                      loss_func=self.learn.loss_func, example_inputs=self._some_inputs, **own)
     sp.counts(self.sparsity, self.round_to)  # refuses what this model cannot have
@@ -309,12 +313,13 @@ def _counts(self:SparsifyCallback, progress):
 def _move_to(self:SparsifyCallback, progress):
     "Bring the network to where it should be when `progress` of this fit is done"
     sp, counts = self.sparsifier, self._counts(progress)
-    if counts == self._last: return self._keep(progress)
+    step, former = round(progress * self.n_epoch * self.n_iter), self._moved
+    if counts == self._last and step == former or not sp.rule.due(step, counts, self._last): return self._keep(progress)
     self._release()
     unseen = sp.reference == 'measure' or sp.reference == 'grad' and not sp.refs  # the latter if all steps so far were skipped
     if unseen and self.data is None: sp.observe(*as_batch(self.xb, self.yb))
     sp.update(counts, round_to=self.round_to)
-    self._last, self._try_compact = counts, self.compact
+    self._last, self._moved, self._try_compact = counts, step, self.compact
     self._after_pruning()
 
 @patch
@@ -357,7 +362,7 @@ def after_train(self:SparsifyCallback):
 def _make_compact(self:SparsifyCallback, progress):
     "Make the steps compact, if the masks are final"
     self._try_compact = False
-    if progress >= 1 or not self.sparsifier.masks or not self._is_final(progress): return
+    if not self.sparsifier.rule.steady or progress >= 1 or not self.sparsifier.masks or not self._is_final(progress): return
     why, told, self._told = why_not_compact(self.opt), self._told, True
     if not why: self._compact = self.sparsifier.compact_step(self.opt)
     if not told: self._say(f'Steps stay dense: {why}' if why else
