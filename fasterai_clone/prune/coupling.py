@@ -151,6 +151,7 @@ class _Value:
     leaves: frozenset|None = None  # of what is computed from parameters: the axes of those; None: it is one
     zeros: frozenset|None = None   # which of the `leaves` must be zero for it to be; None: it never is
     noise: bool = False            # whether it is made of random numbers alone, as many as the model asked for
+    number: bool = False           # whether it is one number that the model's code names
 
 def _squeezed(t):
     "A label without the axes along which nothing changes"
@@ -461,7 +462,7 @@ def nothing(self:_Trace, name, func, args, kwargs, out):
     drawn = torch.Tag.nondeterministic_seeded in func.tags
     got   = [t for t in tensors_in((args, kwargs)) if t.numel() > 1]
     noise = drawn or bool(got) and all(self.get(t).noise for t in got)
-    for t in tensors_in(out): self.put(t, _Value([], noise=noise))
+    for t in tensors_in(out): self.put(t, _Value([], noise=noise, number=name == 'lift_fresh' and t.ndim == 0))
 
 @patch
 def same(self:_Trace, name, func, args, kwargs, out):
@@ -617,11 +618,11 @@ def met(self:_Trace, shape, tensors):
     return [l for i,(l,_) in enumerate(found) if i not in lost]  # what meets the others from now on meets what is not of a layer
 
 # %% ../../nbs/12_prune.coupling.ipynb #b92b4ee3
-def _stays_zero(func, args, kwargs, zero):
-    "Is `func` of numbers zero if they are zero for the tensors where `zero` holds?"
+def _stays_zero(func, args, kwargs, zero, named=lambda t: False):
+    "Is `func` of numbers zero if they are zero for the tensors where `zero` holds? Numbers that are `named` stay as they are"
     def put(a, k):
         if isinstance(a, (list, tuple)): return type(a)(put(o, k) for o in a)
-        if not isinstance(a, torch.Tensor): return a
+        if not isinstance(a, torch.Tensor) or named(a): return a
         if a.dtype == torch.bool: return torch.tensor(k > 0)
         return torch.tensor(0. if zero(a) else k, dtype=a.dtype if a.dtype.is_floating_point else torch.float32)
     try: return all(not func(*put(args, k), **kwargs).count_nonzero() for k in (0.7, -1.3))
@@ -634,7 +635,7 @@ def pointwise(self:_Trace, name, func, args, kwargs, out):
     layers, labelled = self.met(o.shape, tensors), [t for t in tensors if self.get(t).layers]
     def zero(label, but=None):
         def dead(t): return t is not but and self.dead(t, label)
-        return _stays_zero(func, args, kwargs, dead)
+        return _stays_zero(func, args, kwargs, dead, lambda t: self.get(t).number)
     drawn = any(self.get(t).noise for t in tensors)
     here  = f'{self.where} adds random numbers to it with `{name}`' if drawn else f'{self.where} makes something else of zero with `{name}`'
     why = next((v.nonzero for v in map(self.get, labelled) if v.nonzero), here)
@@ -644,6 +645,14 @@ def pointwise(self:_Trace, name, func, args, kwargs, out):
         if not self.get(p).param: continue
         self.met_param(self.get(p), [l for l in self.get(p).layers if not zero(_padded(l, o.ndim), p)])
     self.put(o, _Value(layers, None if all(map(zero, layers)) else why))
+
+@patch
+def index_put(self:_Trace, name, func, args, kwargs, out):
+    "`x[mask] = number` is what newer versions of torch call `masked_fill`; other writes by index mix channels"
+    x, (mask, *more), value, *_ = args
+    if more or mask.shape != x.shape or mask.dtype != torch.bool or value.numel() > 1:
+        return self.unknown(name, func, args, kwargs, out)
+    self.pointwise('masked_fill', torch.ops.aten.masked_fill.Tensor, (x, mask, value), {}, out)
 
 @patch
 def dead(self:_Trace, t, label):
@@ -1140,6 +1149,7 @@ _OPS = {op: kind for kind,ops in dict(
     batch_norm  = '_native_batch_norm_legit _native_batch_norm_legit_no_training native_batch_norm cudnn_batch_norm miopen_batch_norm',
     group_norm  = 'native_group_norm',
     layer_norm  = 'native_layer_norm _fused_rms_norm',
+    index_put   = 'index_put',
     same        = '_to_copy contiguous clone detach lift_fresh native_dropout rrelu_with_noise',
     pointwise   = 'copy fill zero masked_fill prelu _prelu_kernel hardswish hardtanh hardsigmoid',
     nothing     = 'zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty rand_like randn_like',
