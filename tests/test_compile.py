@@ -33,7 +33,7 @@ def counting(name):
     return backend
 
 class Chain(nn.Sequential):
-    "A Sequential with a `forward` of the user's own: before torch 2.8, `compile()` of torch's own modules compiles nothing"
+    "A Sequential with a `forward` of the user's own: old torch compiles nothing for torch's own modules"
     def forward(self, x):
         for m in self: x = m(x)
         return x
