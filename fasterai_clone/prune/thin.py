@@ -497,7 +497,8 @@ def __torch_dispatch__(self:_Choices, func, types, args=(), kwargs=None):
     before = [t.clone() for t in floats] if func._schema.is_mutable and floats else floats
     out    = func(*args, **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
-        if torch.Tag.nondeterministic_seeded in func.tags: self.drawn.append((_operation(func), [tuple(t.shape) for t in tensors_in(out)]))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.drawn.append((_operation(func), [tuple(t.shape) for t in tensors_in(out)]))
         if not _chooses(func, floats, tensors_in(out)): return out
         return self.choose(func, args, kwargs, before, out)
 
