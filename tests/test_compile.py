@@ -32,11 +32,19 @@ def counting(name):
         return real(gm, inputs)
     return backend
 
+class Chain(nn.Sequential):
+    "A Sequential with a `forward` of the user's own: old torch compiles nothing for torch's own modules"
+    def forward(self, x):
+        for m in self: x = m(x)
+        return x
+
 def compiled(model, how, name):
     "`model`, compiled as users do it"
     fast = partial(torch.compile, backend=counting(name))
     if how == 'whole':    return fast(model)
-    if how == 'in place': model.compile(backend=counting(name))
+    if how == 'in place':
+        model = Chain(*model)
+        model.compile(backend=counting(name))
     if how == 'body':     return nn.Sequential(fast(model[:6]), model[6:])
     if how == 'layers':
         for i in (0, 3): model[i] = fast(model[i])
@@ -135,7 +143,9 @@ def test_a_compiled_optimizer_step():
                 seen.append(zeros(net))
         assert seen == [[exact(n, 20*(i+1)) for n in (36, 288, 1152)] for i in range(4)]
         return weights(net)
-    assert same(train(noop, noop), train(partial(torch.compile, backend='eager'), partial(torch.compile, backend='eager')))
+    fast = partial(torch.compile, backend='eager')
+    plain, fused = train(noop, noop), train(fast, fast)  # a compiled step adds its terms in another order
+    assert plain.keys() == fused.keys() and all(torch.allclose(plain[k], fused[k], atol=1e-6) for k in plain)
 
 @pytest.mark.skipif(not (shutil.which('g++') and shutil.which('gcc')), reason='inductor needs a C++ compiler')
 def test_inductor():

@@ -561,8 +561,8 @@ def test_containers_say_where_their_weights_are():
     T = pytest.importorskip('transformers')
     net = T.LlamaForCausalLM(T.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2))
     for granularity in ('weight', 'head'):
-        refused(lambda: Sparsifier(net, granularity, layer_type='LlamaAttention'), 'LlamaAttention has no weights of its own', 'q_proj, k_proj, v_proj, o_proj',
-                'Linear', "include='model.layers.0.self_attn.*'")
+        refused(lambda: Sparsifier(net, granularity, layer_type='LlamaAttention'), 'Attention has no weights of its own', 'q_proj, k_proj, v_proj, o_proj',
+                'Linear', "include='model.layers.0.self_attn.*'")  # in old versions of transformers it is a LlamaSdpaAttention
     refused(lambda: Sparsifier(net, 'head', layer_type='LlamaAttention'), 'nn.MultiheadAttention', '"filter"', 'coupled=True')
     sp = Sparsifier(net, layer_type=nn.Linear, include='model.layers.0.self_attn.*')  # what the message says
     assert [t.layer.split('.')[-1] for t in sp.targets] == ['q_proj', 'k_proj', 'v_proj', 'o_proj']

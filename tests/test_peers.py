@@ -2,7 +2,7 @@
 import os
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # models are made from configurations: nothing is to be downloaded
 
-import math
+import math, re
 from dataclasses import replace
 
 import pytest, timm, torch, torch.nn as nn, torch_pruning as tp, torchvision, transformers
@@ -160,7 +160,7 @@ one_liners = dict(
     gpt2_pattern    = (gpt2, tokens, dict(nm=True, layer_type='Conv1D'), 8),
     gpt2_all        = (gpt2, tokens, dict(layer_type=nn.Module), 10),
     vit_attention   = (vit, image(8), dict(layer_type=nn.Linear, include='*attention*'), 8),
-    vit_mlp         = (vit, image(8), dict(granularity='filter', layer_type=nn.Linear, include='*mlp*'), 4),
+    vit_mlp         = (vit, image(8), dict(granularity='filter', layer_type=nn.Linear, include=re.compile(r'mlp|intermediate|\d\.output')), 4),
     vit_all         = (vit, image(8), dict(layer_type=nn.Module), 14),
     timm_attention  = (timm_vit, image(16), dict(layer_type=nn.Linear, include='*.attn.*'), 4),
     timm_mlp        = (timm_vit, image(16), dict(granularity='filter', layer_type=nn.Linear, include='*.mlp.*'), 4),

@@ -209,6 +209,15 @@ def test_random_numbers_hide_no_error():
     wrong = lively(Net(lambda m, x: noisy(m, x) * m.a.out_features, a=nn.Linear(5, 16), b=nn.Linear(16, 8)))
     with pytest.raises(ValueError, match='without the zero channels of `a`'): half(wrong, torch.randn(3, 5))
 
+@pytest.mark.parametrize('draw', [lambda y: F.dropout(y, 0.2), lambda y: y + torch.rand(y.shape, generator=torch.Generator().manual_seed(0)),
+                                  lambda y: y * torch.rand(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype).round()],
+                         ids=['dropout', 'added', 'mask'])
+@pytest.mark.parametrize('units', [16, 640])
+def test_fewer_random_numbers_are_no_error(draw, units):
+    "In train mode. Some kernels take a single number of the generator, whose state is the same afterwards, however many they draw"
+    model = lively(Net(lambda m, x: m.b(draw(m.a(x)) if m.training else m.a(x)), a=nn.Linear(5, units), b=nn.Linear(units, 8)))
+    assert half(model, torch.randn(3, 5)).a.out_features == units // 2
+
 
 # -- outputs and inputs inside objects ---------------------------------------------------------------------------------------------------
 

@@ -72,7 +72,9 @@ class _Operators(_Tally, TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator) or self.quiet: return func(*args, **kwargs)
-        if any(t.__name__ != 'FakeTensor' for t in types): return NotImplemented  # has tensors inside
+        plain = torch.Tensor.__torch_dispatch__  # classes that have no other: old torch names them too
+        if any(t.__name__ != 'FakeTensor' and t.__torch_dispatch__ is not plain for t in types):
+            return NotImplemented  # it has tensors inside
         whole = '::'.join(operator_name(func)) in formulas()
         if not whole and func.namespace != 'prim':
             with self: out = func.decompose(*args, **kwargs)

@@ -649,6 +649,14 @@ def pointwise(self:_Trace, name, func, args, kwargs, out):
     self.put(o, _Value(layers, None if all(map(zero, layers)) else why))
 
 @patch
+def index_put(self:_Trace, name, func, args, kwargs, out):
+    "`x[mask] = number` is what newer versions of torch call `masked_fill`; other writes by index mix channels"
+    x, (mask, *more), value, *_ = args
+    if more or mask.shape != x.shape or mask.dtype != torch.bool or value.numel() > 1:
+        return self.unknown(name, func, args, kwargs, out)
+    self.pointwise('masked_fill', torch.ops.aten.masked_fill.Tensor, (x, mask, value), {}, out)
+
+@patch
 def dead(self:_Trace, t, label):
     "Is `t` zero for channels with this `label` whose weights are zero?"
     v = self.get(t)

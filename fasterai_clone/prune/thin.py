@@ -474,6 +474,7 @@ class _Choices(TorchDispatchMode):
         self.made   = defaultdict(list)  # (module, operation) → choices, in order; where others are known: None for each
         self.inside = []                 # the names of the modules that run
         self.problem = None              # (module, in what a choice is made from something else)
+        self.drawn   = []                # (operation, shapes) of the random numbers
 
     @property
     def where(self): return self.inside[-1] if self.inside else ''
@@ -497,6 +498,8 @@ def __torch_dispatch__(self:_Choices, func, types, args=(), kwargs=None):
     before = [t.clone() for t in floats] if func._schema.is_mutable and floats else floats
     out    = func(*args, **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.drawn.append((_operation(func), [tuple(t.shape) for t in tensors_in(out)]))
         if not _chooses(func, floats, tensors_in(out)): return out
         return self.choose(func, args, kwargs, before, out)
 
@@ -540,6 +543,11 @@ class _Run:
     choices: _Choices
     start: list     # the state of the random numbers before
     end: list       # and after it
+
+    def draws_other_numbers(self, other):
+        "Does it draw random numbers, and `other` others? A generator's state alone does not tell how many it gave"
+        drew = self.choices.drawn or self.start != self.end
+        return bool(drew) and (self.choices.drawn, self.end) != (other.choices.drawn, other.end)
 
 # %% ../../nbs/49_prune.thin.ipynb #4b53ea75
 class _Check:
@@ -591,7 +599,7 @@ def why_not(self:_Check, other, training):
     except Exception as e:
         self.where = self.choices.where
         return f'it does not run in {mode} mode: {first_line(e)}'
-    if want.start != want.end and want.end != got.end:  # it drew other random numbers: all that can be compared is shapes
+    if want.draws_other_numbers(got):  # all that can be compared is shapes
         outs = [[torch.zeros(t.shape) for t in o] for o in (want.outs, got.outs)]
     elif got.choices.problem:
         self.where, apart = got.choices.problem
