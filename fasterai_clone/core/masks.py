@@ -6,22 +6,20 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.masks.html.md"""
 
 # %% ../../nbs/05_core.masks.ipynb #d94a475d
 from __future__ import annotations
-import json, math, os, threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json, math
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
+from .files import FileFormat, existing_file, naming_file, parse_json, read_file, shown, write_file
+from .files import pack_bits as _packed, unpack_bits as _unpacked, whole_file as _whole_file
 from .granularity import _unknown, check_loaded
 from .style import _styled, colors
 
 # %% auto #0
-__all__ = ['Masks']
+__all__ = ['Masks', 'check_stated']
 
 # %% ../../nbs/05_core.masks.ipynb #b184e578
 class Masks(dict):
@@ -161,54 +159,41 @@ def plot(self:Masks,
         ax.set_title(f'{name}, {shape}\n{dropped:,} of {n:,} dropped ({100*dropped/max(n, 1):.2f}%)')
     return ax
 
-# %% ../../nbs/05_core.masks.ipynb #c9e5475e
-@contextmanager
-def _whole_file(path) -> Iterator[Path]:
-    "Where to write what is to be the file `path` as soon as it is complete"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}-{threading.get_ident()}.tmp')
-    try:
-        yield part
-        with open(part, 'rb+') as f: os.fsync(f.fileno())
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
 # %% ../../nbs/05_core.masks.ipynb #41e5adf5
-def _packed(mask):
-    "A mask as bytes of eight, the last one filled up with zeros"
-    return torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy()))
+_FORMAT = FileFormat('fasterai_clone.masks', 'masks', 'Masks.save', needed=('shapes',), optional=('sparsity',))
 
-def _unpacked(packed, shape):
-    "The mask of that `shape` again"
-    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=math.prod(shape)).view(bool)).reshape(shape)
-
-_FORMAT = 'fasterai_clone.masks'
+def check_stated(
+    masks: Masks,  # from a file
+    sparsity: str  # what the file says of them, in percent
+) -> Masks:        # `masks`
+    "Refuse masks that do not have the `sparsity` that their file states"
+    if sparsity != repr(masks.sparsity):
+        raise ValueError(f'it states a sparsity of {shown(sparsity)}, and its masks have {masks.sparsity}')
+    return masks
 
 @patch
 def save(self:Masks,
     file: str|Path  # `.safetensors` is added if it has no extension
 ) -> Path:          # where it is
-    "Write the masks to `file`, a bit a weight"
-    file  = Path(file) if Path(file).suffix else Path(f'{file}.safetensors')
-    about = dict(format=_FORMAT, shapes=json.dumps({k: list(v.shape) for k,v in self.items()}))
-    with _whole_file(file) as part: save_file({k: _packed(v) for k,v in self.items()}, part, metadata=about)
-    return file
+    "Write the masks to `file`, with one bit per weight"
+    shapes = json.dumps({k: list(v.shape) for k,v in self.items()})
+    return write_file(file, _FORMAT, {k: _packed(v) for k,v in self.items()}, shapes=shapes, sparsity=repr(self.sparsity))
 
 @patch(cls_method=True)
 def load(cls:Masks,
     file: str|Path,             # from `save`
     model: nn.Module|None=None  # that must have parameters of these names and shapes; None: any
 ) -> Masks:
-    "The masks in `file`"
-    file  = Path(file) if Path(file).suffix else Path(f'{file}.safetensors')
-    try: opened = safe_open(file, 'pt')
-    except SafetensorError as e: raise ValueError(f'{file.name} has no masks that `Masks.save` wrote: {e}') from None
-    with opened as f:
-        about = f.metadata() or {}
-        if about.get('format') != _FORMAT: raise ValueError(f'{file.name} has no masks that `Masks.save` wrote')
-        masks = {k: _unpacked(f.get_tensor(k), shape) for k,shape in json.loads(about['shapes']).items()}
-    return cls(masks, shapes=None if model is None else {k: p.shape for k,p in _named(model).items()})
+    "Read the masks in `file`"
+    params = None if model is None else {k: p.shape for k,p in _named(model).items()}
+    about, bits = read_file(file := existing_file(file, 'masks'), _FORMAT)
+    with naming_file(file):
+        masks, shapes = cls(shapes=params), parse_json(about['shapes'], 'shapes', dict)
+        if (odd := shapes.keys() ^ bits.keys()): raise ValueError(f'only one of its `shapes` and its tensors has {shown(min(odd))}')
+        for k,packed in bits.items():
+            if params and k not in params: raise ValueError(f'the mask of {shown(k)} is of no parameter of {type(model).__name__}')
+            masks._own(k, _unpacked(packed, shapes[k], f'the mask of {shown(k)}'))
+        return check_stated(masks, about.get('sparsity', repr(masks.sparsity)))
 
 # %% ../../nbs/05_core.masks.ipynb #d23ba1cc
 def _uses(model):
