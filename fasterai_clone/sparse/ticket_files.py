@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.ticket_files.html.m
 
 # %% ../../nbs/16_sparse.ticket_files.ipynb #f524c07b
 from __future__ import annotations
-import json
+import json, re
 from base64 import b64decode, b64encode
 from pathlib import Path
 import torch, torch.nn as nn
@@ -84,11 +84,12 @@ def ticket_info(
     "Return what the ticket in `file` says of itself"
     about, _ = read_file(file := existing_file(file, 'ticket'), _TICKET, tensors=False)
     with naming_file(file):
-        more, taken = parse_json(about['about'], 'about', dict), dict(version=int(about['version']))
-        try: taken['sparsity'] = float(about['sparsity'])
-        except ValueError: raise ValueError(f'its `sparsity` must be a number, got {shown(about["sparsity"])}') from None
-        if (both := more.keys() & taken.keys()): raise ValueError(f'its `about` has an entry {shown(min(both))} of its own')
-    return {**taken, **more}
+        more, sparsity = parse_json(about['about'], 'about', dict), about['sparsity']
+        if not re.fullmatch(r'[0-9.e-]{1,30}', sparsity) or not 0 <= float(sparsity) <= 100:
+            raise ValueError(f'its `sparsity` must be a number from 0 to 100, got {shown(sparsity)}')
+        found = dict(version=int(about['version']), sparsity=float(sparsity))
+        if (both := more.keys() & found.keys()): raise ValueError(f'its `about` has an entry {shown(min(both))} of its own')
+    return {**found, **more}
 
 def _masks_in(text, state):
     "The masks that the metadata of a ticket describe, each of the shape of its tensor"
