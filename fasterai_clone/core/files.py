@@ -40,7 +40,7 @@ def naming_file(
         name = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in Path(file).name)
         raise ValueError(f'{name}: {e}') from None
 
-# %% ../../nbs/05_core.files.ipynb #1abe3c86
+# %% ../../nbs/05_core.files.ipynb #36df4c49
 _MAX_ITEMS = 200_000
 
 def parse_json(
@@ -62,11 +62,12 @@ def check_shape(
     what: str  # what has that shape, for messages
 ) -> tuple[int, ...]:
     "Return `shape` as a tuple, or refuse it unless it is a list of at most 64 sizes"
-    good = isinstance(shape, (list, tuple)) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in shape)
-    if not good: raise ValueError(f'the shape of {what} must be a list of sizes, got {shown(shape)}')
+    listed = isinstance(shape, (list, tuple)) and len(shape) <= 64
+    if not listed or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        raise ValueError(f'the shape of {what} must be a list of sizes, got {shown(shape)}')
     return tuple(shape)
 
-# %% ../../nbs/05_core.files.ipynb #de034bfb
+# %% ../../nbs/05_core.files.ipynb #16b91ae7
 def _lock(fd):
     "Lock the open file `fd`. True: locked; False: another writer has it; None: there are no locks here"
     if fcntl is None: return None
@@ -80,6 +81,7 @@ def _part_name(path):
     name = path.name
     return f'.{name}.' if len(os.fsencode(name)) <= 200 else f'.{hashlib.sha256(os.fsencode(name)).hexdigest()}.'
 
+# %% ../../nbs/05_core.files.ipynb #0ada4e81
 def _sweep(path):
     "Remove what killed writers of `path` have left behind"
     pattern = re.compile(re.escape(_part_name(path)) + r'\d+-[0-9a-f]+\.tmp')
@@ -103,7 +105,7 @@ def _begin(path):
         if locked and part.exists(): return part, fd  # else it was swept before it was locked
         os.close(fd)
 
-# %% ../../nbs/05_core.files.ipynb #7de6b75b
+# %% ../../nbs/05_core.files.ipynb #ac2515ab
 @contextmanager
 def _naming_path(path):
     "Let an `OSError` of writing name `path`, and not a temporary file"
@@ -118,6 +120,7 @@ def _refused(part):
         with open(part, 'ab') as f: f.write(bytes(2**20))
     except OSError as e: return e
 
+# %% ../../nbs/05_core.files.ipynb #bad710fd
 @contextmanager
 def whole_file(
     path: str|Path  # the file to write; folders that are missing are created
@@ -155,7 +158,7 @@ def existing_file(
         if os.path.exists(f): return f
     raise FileNotFoundError(errno.ENOENT, f'There is no {what}', str(safetensors_file(file)))
 
-# %% ../../nbs/05_core.files.ipynb #559db2f3
+# %% ../../nbs/05_core.files.ipynb #759f6714
 @dataclass(frozen=True)
 class FileFormat:
     "A kind of file: what its metadata must have, and may have"
@@ -172,10 +175,11 @@ class FileFormat:
         "Return `about`, or refuse metadata that are not of this format and of a version that can be read"
         if about.get('format') != self.name: raise ValueError(f'it has no {self.content} that `{self.writer}` wrote')
         version = about.get('version', '1')
-        if not re.fullmatch('[1-9][0-9]{0,8}', version): raise ValueError(f'its version must be a number, got {shown(version)}')
+        if not re.fullmatch('[1-9][0-9]{0,8}', version):
+            raise ValueError(f'its version must be a number, got {shown(version)}')
         if int(version) > self.version:
-            raise ValueError(f'it is of version {version}, and this library reads {self.content} up to version {self.version}. '
-                             'Update the library')
+            raise ValueError(f'it is of version {version}, and this library reads {self.content} up to version '
+                             f'{self.version}. Update the library')
         for k in self.needed:
             if k not in about: raise ValueError(f'its metadata have no `{k}`')
         known = {'format', 'version', 'checksums', *self.needed, *self.optional}
@@ -183,18 +187,23 @@ class FileFormat:
             if k not in known: raise ValueError(f'its metadata have an unknown entry {shown(k)}')
         return about
 
-# %% ../../nbs/05_core.files.ipynb #19ec2db1
-_names = dict(F64='float64', F32='float32', F16='float16', BF16='bfloat16', I64='int64', I32='int32', I16='int16', I8='int8',
-              U64='uint64', U32='uint32', U16='uint16', U8='uint8', BOOL='bool', C64='complex64', F8_E4M3='float8_e4m3fn',
-              F8_E5M2='float8_e5m2', F8_E4M3FNUZ='float8_e4m3fnuz', F8_E5M2FNUZ='float8_e5m2fnuz', F8_E8M0='float8_e8m0fnu')
+# %% ../../nbs/05_core.files.ipynb #3a30cc98
+_names = dict(F64='float64', F32='float32', F16='float16', BF16='bfloat16', I64='int64', I32='int32', I16='int16',
+              I8='int8', U64='uint64', U32='uint32', U16='uint16', U8='uint8', BOOL='bool', C64='complex64',
+              F8_E4M3='float8_e4m3fn', F8_E5M2='float8_e5m2', F8_E4M3FNUZ='float8_e4m3fnuz',
+              F8_E5M2FNUZ='float8_e5m2fnuz', F8_E8M0='float8_e8m0fnu')
 _dtypes = {k: getattr(torch, n) for k,n in _names.items() if hasattr(torch, n)}
 _codes  = {dtype: k for k,dtype in _dtypes.items()}
 _LONGEST, _META, _UNKNOWN = 100_000_000, '__metadata__', '0'*8  # other readers refuse headers that are longer
 
-def _checksum(what, data): return f'{zlib.crc32(data, zlib.crc32(what.encode())):08x}'
-def _checksum_of_metadata(about): return _checksum(_META, json.dumps({k: about[k] for k in about if k != 'checksums'}, sort_keys=True).encode())
-def _checksum_of_tensor(name, entry, data): return _checksum(json.dumps([name, entry['dtype'], list(entry['shape'])]), data)
+def _checksum(what, data): return f'{zlib.crc32(data, zlib.crc32(json.dumps(what).encode())):08x}'
 
+def _checksum_of_metadata(about):
+    return _checksum([_META, *sorted(e for e in about.items() if e[0] != 'checksums')], b'')
+
+def _checksum_of_tensor(name, entry, data): return _checksum([name, entry['dtype'], list(entry['shape'])], data)
+
+# %% ../../nbs/05_core.files.ipynb #1f4d351d
 def _bytes(t):
     "The numbers of the tensor `t`, as they are in memory"
     t = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
@@ -206,15 +215,16 @@ def _check_tensors(tensors):
         if not isinstance(k, str): raise TypeError(f'Names of tensors must be strings, got {k!r}')
         if not isinstance(t, torch.Tensor): raise TypeError(f'{shown(k)} must be a tensor, got {type(t).__name__}')
         if k == _META or t.is_meta or t.layout is not torch.strided or t.dtype not in _codes:
-            kind = f'{t.dtype}, {t.layout}, on {t.device}'
-            raise ValueError(f'{shown(k)} cannot be saved ({kind}): safetensors takes dense tensors of the usual dtypes')
+            raise ValueError(f'{shown(k)} cannot be saved ({t.dtype}, {t.layout}, on {t.device}): safetensors takes '
+                             'dense tensors of the usual dtypes')
 
 def _header(about, entries, sums):
     "The first bytes of a file"
     about = {**about, 'checksums': json.dumps(sums)}
     text  = json.dumps({_META: about, **entries}, separators=(',', ':'), ensure_ascii=False).encode()
     text += b' ' * (-len(text) % 8)
-    if len(text) > _LONGEST: raise ValueError(f'The header of a file would have {len(text):,} bytes, and at most {_LONGEST:,} can be read')
+    if len(text) > _LONGEST:
+        raise ValueError(f'The header of the file would have {len(text):,} bytes, and at most {_LONGEST:,} can be read')
     return len(text).to_bytes(8, 'little') + text
 
 # %% ../../nbs/05_core.files.ipynb #cd92fedc
@@ -244,13 +254,14 @@ def write_file(
         f.write(_header(about, entries, sums))
     return file
 
-# %% ../../nbs/05_core.files.ipynb #8368b963
+# %% ../../nbs/05_core.files.ipynb #1322d620
 def _pattern(s): return re.compile(s.replace(' ', r'\s*'), re.ASCII)
 
 _quote, _open, _close, _colon, _comma, _end = map(_pattern, (' "', r' \{', r' \}', ' : ', ' , ', r' \Z'))
 _tensor = _pattern(r' \{ "dtype" : "(\w{1,16})" , "shape" : \[ ((?:\d{1,18}(?: , \d{1,18}){0,63})?) \] , '
                    r'"data_offsets" : \[ (\d{1,18}) , (\d{1,18}) \] \}')
 
+# %% ../../nbs/05_core.files.ipynb #ed383fdd
 class _Header:
     "Reads the text of a header"
     def __init__(self, text): self.text, self.at = text, 0
@@ -287,19 +298,22 @@ class _Header:
             more = self.passes(_comma) or not self.take(_close)
         return found
 
-# %% ../../nbs/05_core.files.ipynb #f360230e
+# %% ../../nbs/05_core.files.ipynb #8f622a82
 def _check_sizes(entries, size):
     "Refuse tensors that do not follow each other in `size` bytes"
     at = 0
     for name,entry in sorted(entries.items(), key=lambda e: e[1]['data_offsets']):
         dtype, shape, (begin, end) = entry['dtype'], entry['shape'], entry['data_offsets']
-        if dtype not in _dtypes: raise ValueError(f'the dtype of {shown(name)} is {dtype}, and must be one of {", ".join(_dtypes)}')
-        if begin != at or end - begin != math.prod(shape) * _dtypes[dtype].itemsize:
-            raise ValueError(f'{shown(name)} is said to be in bytes {begin:,} to {end:,}, which does not fit the shape {shown(shape)} of '
-                             f'{dtype}, or what is before it ends at {at:,}')
+        if dtype not in _dtypes:
+            raise ValueError(f'the dtype of {shown(name)} must be one of {", ".join(_dtypes)}, got {dtype}')
+        if begin != at: raise ValueError(f'{shown(name)} must begin at byte {at:,}, got {begin:,}')
+        if end - begin != math.prod(shape) * _dtypes[dtype].itemsize:
+            raise ValueError(f'{shown(name)} has {end - begin:,} bytes, which do not fit its dtype {dtype} and shape '
+                             f'{shown(shape)}')
         at = end
     if at != size: raise ValueError(f'its tensors should take {at:,} bytes, and there are {size:,}')
 
+# %% ../../nbs/05_core.files.ipynb #7c8ac74f
 _ANY = FileFormat('', 'tensors', 'safetensors')
 
 def _read_header(f, format):
@@ -307,7 +321,8 @@ def _read_header(f, format):
     size = os.fstat(f.fileno()).st_size
     n    = int.from_bytes(f.read(8), 'little')
     if size < 10 or n > min(size - 8, _LONGEST):
-        raise ValueError(f'it has no {format.content} that `{format.writer}` wrote: it is cut off, or no safetensors file ({size:,} bytes)')
+        raise ValueError(f'it has no {format.content} that `{format.writer}` wrote: it is cut off, or no safetensors '
+                         f'file ({size:,} bytes)')
     header  = _Header(str(f.read(n), 'utf-8'))
     entries = header.pairs(header.entry)
     header.take(_end)

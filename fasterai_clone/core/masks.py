@@ -13,8 +13,8 @@ from fastcore.basics import patch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
-from .files import FileFormat, existing_file, naming_file, parse_json, read_file, shown, write_file
-from .files import pack_bits as _packed, unpack_bits as _unpacked, whole_file as _whole_file
+from .files import (FileFormat, existing_file, naming_file, parse_json, read_file, shown, write_file,
+                                       pack_bits as _packed, unpack_bits as _unpacked, whole_file as _whole_file)
 from .granularity import _unknown, check_loaded
 from .style import _styled, colors
 
@@ -171,13 +171,14 @@ def check_stated(
         raise ValueError(f'it states a sparsity of {shown(sparsity)}, and its masks have {masks.sparsity}')
     return masks
 
+# %% ../../nbs/05_core.masks.ipynb #182960c9
 @patch
 def save(self:Masks,
     file: str|Path  # `.safetensors` is added if it has no extension
 ) -> Path:          # where it is
     "Write the masks to `file`, with one bit per weight"
-    shapes = json.dumps({k: list(v.shape) for k,v in self.items()})
-    return write_file(file, _FORMAT, {k: _packed(v) for k,v in self.items()}, shapes=shapes, sparsity=repr(self.sparsity))
+    bits, shapes = {k: _packed(m) for k,m in self.items()}, {k: list(m.shape) for k,m in self.items()}
+    return write_file(file, _FORMAT, bits, shapes=json.dumps(shapes), sparsity=repr(self.sparsity))
 
 @patch(cls_method=True)
 def load(cls:Masks,
@@ -189,9 +190,11 @@ def load(cls:Masks,
     about, bits = read_file(file := existing_file(file, 'masks'), _FORMAT)
     with naming_file(file):
         masks, shapes = cls(shapes=params), parse_json(about['shapes'], 'shapes', dict)
-        if (odd := shapes.keys() ^ bits.keys()): raise ValueError(f'only one of its `shapes` and its tensors has {shown(min(odd))}')
+        odd = shapes.keys() ^ bits.keys()
+        if odd: raise ValueError(f'only one of its `shapes` and its tensors has {shown(min(odd))}')
         for k,packed in bits.items():
-            if params and k not in params: raise ValueError(f'the mask of {shown(k)} is of no parameter of {type(model).__name__}')
+            if params and k not in params:
+                raise ValueError(f'the mask of {shown(k)} is of no parameter of {type(model).__name__}')
             masks._own(k, _unpacked(packed, shapes[k], f'the mask of {shown(k)}'))
         return check_stated(masks, about.get('sparsity', repr(masks.sparsity)))
 

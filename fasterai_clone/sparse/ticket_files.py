@@ -9,8 +9,9 @@ from __future__ import annotations
 import json, re
 from base64 import b64decode, b64encode
 from pathlib import Path
-import torch, torch.nn as nn
-from ..core.files import FileFormat, existing_file, naming_file, pack_bits, parse_json, read_file, shown, unpack_bits, write_file
+import numpy as np, torch, torch.nn as nn
+from ..core.files import (FileFormat, existing_file, naming_file, pack_bits, parse_json, read_file, shown,
+                                       unpack_bits, write_file)
 from ..core.granularity import _unknown
 from ..core.masks import Masks, check_stated
 from .targets import _plainly, unwrapped
@@ -38,7 +39,8 @@ def _restore(model, snapshot):
         if k in snapshot: t.copy_(snapshot[k])
 
 # %% ../../nbs/16_sparse.ticket_files.ipynb #623724f6
-_TICKET = FileFormat('fasterai_clone.ticket', 'ticket', 'save_ticket', needed=('version', 'sparsity', 'masks', 'about'))
+_TICKET = FileFormat('fasterai_clone.ticket', 'ticket', 'save_ticket',
+                     needed=('version', 'sparsity', 'masks', 'about'))
 
 def _where(t):
     "What tells a tensor from others: names with the same one are tied"
@@ -88,7 +90,8 @@ def ticket_info(
         if not re.fullmatch(r'[0-9.e-]{1,30}', sparsity) or not 0 <= float(sparsity) <= 100:
             raise ValueError(f'its `sparsity` must be a number from 0 to 100, got {shown(sparsity)}')
         found = dict(version=int(about['version']), sparsity=float(sparsity))
-        if (both := more.keys() & found.keys()): raise ValueError(f'its `about` has an entry {shown(min(both))} of its own')
+        both = more.keys() & found.keys()
+        if both: raise ValueError(f'its `about` has another entry {shown(min(both))}')
     return {**found, **more}
 
 def _masks_in(text, state):
@@ -101,14 +104,15 @@ def _masks_in(text, state):
         if k not in state: raise ValueError(f'{what} is of no tensor in it')
         if entry[0] != list(state[k].shape):
             raise ValueError(f'{what} must have shape {tuple(state[k].shape)}, got {shown(entry[0])}')
-        try: bits = b64decode(entry[1], validate=True)
+        try: bits = np.frombuffer(b64decode(entry[1], validate=True), np.uint8).copy()
         except ValueError as e: raise ValueError(f'{what} is broken: {e}') from None
-        masks._own(k, unpack_bits(torch.frombuffer(bytearray(bits), dtype=torch.uint8) if bits else torch.zeros(0, dtype=torch.uint8),
-                                  state[k].shape, what))
+        masks[k] = unpack_bits(torch.from_numpy(bits), state[k].shape, what)
     return masks
 
 # %% ../../nbs/16_sparse.ticket_files.ipynb #70553717
-def _few(names): return ', '.join(shown(n)[1:-1] for n in sorted(names)[:5]) + (f' and {len(names)-5} more' if len(names) > 5 else '')
+def _few(names):
+    more = f' and {len(names)-5} more' if len(names) > 5 else ''
+    return ', '.join(shown(n)[1:-1] for n in sorted(names)[:5]) + more
 
 def _check_names(model, state, masks):
     "Refuse a ticket that is of another model"
@@ -122,7 +126,8 @@ def _check_names(model, state, masks):
             if theirs != mine: raise ValueError(f'the {what} of {k!r} is {theirs} in the ticket, and {mine} in {name}')
     shapes = {k: tuple(t.shape) for k,t in named.items() if isinstance(t, nn.Parameter)}
     for k,m in masks.items():
-        if shapes.get(k) != tuple(m.shape): raise ValueError(f'the mask of {shown(k)} in the ticket fits no parameter of {name}')
+        if shapes.get(k) == tuple(m.shape): continue
+        raise ValueError(f'the mask of {shown(k)} in the ticket fits no parameter of {name}')
 
 def load_ticket(
     file: str|Path,    # from `save_ticket`
