@@ -217,7 +217,7 @@ def of(name): return next(p for p in site_pages() if p.path.name == name)
 
 @pytest.mark.parametrize('link', ['nope.ipynb', '../nope.ipynb', 'images/nope.png', 'nope.md', f'{build_docs.github}/nbs/nope.ipynb', f'{build_docs.pages}/nope.html'])
 def test_a_link_to_nothing_is_refused(link):
-    with pytest.raises(BrokenLink, match='nope'): link_locally(f'See [this]({link}).', of('05_core.masks.ipynb'), set())
+    with pytest.raises(BrokenLink, match='nope'): link_locally(f'See [this]({link}).', of('06_core.masks.ipynb'), set())
 
 @pytest.mark.parametrize('link, want', [
     ('48_prune.coupling.ipynb', 'prune.coupling.ipynb'), ('04_core.selection.ipynb#pieces-of-tensors', 'core.selection.ipynb#pieces-of-tensors'),
@@ -225,7 +225,7 @@ def test_a_link_to_nothing_is_refused(link):
     (f'{build_docs.pages}/core.masks.html#masks', 'core.masks.ipynb#masks'), ('https://arxiv.org/abs/1803.03635', 'https://arxiv.org/abs/1803.03635'),
     ('../tools/refresh.py', f'{build_docs.github}/tools/refresh.py')])
 def test_links_become_those_to_pages(link, want):
-    assert link_locally(f'[x]({link}) and `[y]({link})`', of('05_core.masks.ipynb'), set()) == f'[x]({want}) and `[y]({link})`'
+    assert link_locally(f'[x]({link}) and `[y]({link})`', of('06_core.masks.ipynb'), set()) == f'[x]({want}) and `[y]({link})`'
 
 def test_links_of_tutorials_go_up():
     assert link_locally('[x](../48_prune.coupling.ipynb)', of('lottery_tickets.ipynb'), set()) == '[x](../prune.coupling.ipynb)'

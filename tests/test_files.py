@@ -42,26 +42,29 @@ def is_whole(load, file):
     return masks == version(len(masks['1.weight']))
 
 def outcomes(save, load, file, n):
-    "For each of `n` kills, at random moments: was the file whole after it?"
+    "For each of `n` kills, at random moments: was the file whole after it, and which other files were left?"
     for i in range(8): save(version(i), file)
     random.seed(0)
     torch.set_num_threads(1)  # a forked process has none of the parent's threads
     whole = []
     for _ in range(n):
         assert killed_while_writing(save, file, random.uniform(0.005, 0.05))
-        whole.append(is_whole(load, file))
-    return whole
+        whole.append((is_whole(load, file), [p.name for p in file.parent.iterdir() if p != file]))
+    return zip(*whole)
 
 
 @pytest.mark.parametrize('save, load', [(save_masks, Masks.load), (save_torch, load_torch)], ids=['masks', 'torch'])
 def test_killed_at_random_moments(save, load, tmp_path):
-    "What was begun when the process was killed is left behind under other names, and shows that kills came in mid writing"
-    assert outcomes(save, load, tmp_path/'file.bin', 30) == [True]*30
-    begun = [p.name for p in tmp_path.iterdir() if p.name != 'file.bin']
-    assert len(begun) > 3 and all(n.startswith('.') for n in begun)  # hidden ones: of ours, and of safetensors
+    "Unfinished files that are left show that kills came in mid writing; the next save removes them"
+    whole, left = outcomes(save, load, tmp_path/'file.bin', 30)
+    assert whole == (True,)*30
+    assert sum(map(bool, left)) > 3 and all(len(ns) <= 1 and ns[0].startswith('.file.bin.') for ns in left if ns)
+    save(version(3), tmp_path/'file.bin')
+    assert [p.name for p in tmp_path.iterdir()] == ['file.bin']
 
 def test_a_file_that_is_written_in_place_is_broken_by_such_kills(tmp_path):
-    assert not all(outcomes(save_in_place, load_torch, tmp_path/'file.bin', 15))
+    whole, _ = outcomes(save_in_place, load_torch, tmp_path/'file.bin', 15)
+    assert not all(whole)
 
 def test_a_folder_that_is_full_or_missing(tmp_path):
     "An error while writing leaves the old file, and no other"

@@ -24,7 +24,8 @@ from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import n_dropped
 from ..core.masks import Masks
 from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _shrink,
-                                       _tensors_of, _verify, _without, reshape_to, sizes_of, update_config)
+                                       _tensors_of, _verify, _without, update_config)
+from .thinned_files import reshape_to, sizes_of
 from ..report import print_text
 from ..sparse.compact import _like, stepping_optimizer, why_not_passed_on
 from ..sparse.sparsifier import Sparsifier, _check_flags, _check_tools, _rounded, _check_arguments

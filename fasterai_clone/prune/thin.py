@@ -6,18 +6,15 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.thin.html.md"""
 
 # %% ../../nbs/49_prune.thin.ipynb #404aef48
 from __future__ import annotations
-import copy, inspect, json, math, random, re, warnings
+import copy, inspect, math, random, re, warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional, Tuple
 import numpy as np, torch, torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from types import CodeType
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,13 +22,12 @@ from torch.utils._pytree import tree_map_only
 from ..model.preserve import copied
 from ..model.run import call_arguments, first_line, outputs_in, tensors_in
 from ..core.granularity import check_loaded
-from ..core.masks import Masks, _whole_file
+from ..core.masks import Masks
 from .coupling import _copied, _followed, _left_out, _listed, CoupledGroup, group_masks
 from ..sparse.compact import stepping_optimizer
 
 # %% auto #0
-__all__ = ['update_config', 'ThinAttention', 'sampled', 'unremovable', 'thin', 'sizes_of', 'reshape_to', 'save_thinned',
-           'load_thinned']
+__all__ = ['update_config', 'ThinAttention', 'sampled', 'unremovable', 'thin']
 
 # %% ../../nbs/49_prune.thin.ipynb #74674186
 def _dead(group, tensors):
@@ -798,82 +794,3 @@ def thin(
     elif check: _verify(model, small, groups, dead, example_inputs)
     update_config(small, _shapes(model))
     return small
-
-# %% ../../nbs/49_prune.thin.ipynb #ae07910b
-_FORMAT = 'fasterai_clone.thinned'
-
-def sizes_of(
-    model: nn.Module
-) -> dict:  # of names, numbers and lists: JSON can write it
-    "What to give a model made as usual to have the sizes of `model`"
-    state   = model.state_dict(keep_vars=True)
-    modules = {n: _sizes(m) for n,m in model.named_modules() if _sizes(m)}
-    heads   = {n: m.kept_heads for n,m in model.named_modules() if isinstance(m, ThinAttention)}
-    return dict(tensors={k: list(t.shape) for k,t in state.items()}, modules=modules, heads=heads)
-
-# %% ../../nbs/49_prune.thin.ipynb #9bc53a3b
-@torch.no_grad()
-def reshape_to(
-    model: nn.Module,  # as its code makes it
-    sizes: dict        # from `sizes_of`
-) -> nn.Module:        # `model` itself
-    "Give the parameters, buffers and layers of `model` the `sizes`; parameters that change hold zeros then"
-    state = model.state_dict(keep_vars=True)
-    wrong = {*sizes['tensors']} ^ {*state} or {n for n in (*sizes['modules'], *sizes['heads']) if n not in dict(model.named_modules())}
-    if wrong:
-        raise ValueError(f'This {type(model).__name__} is not what was thinned: only one of both has {", ".join(sorted(wrong)[:5])}')
-    before = _shapes(model)
-    for k,shape in sizes['tensors'].items():
-        if len(shape) != state[k].ndim: raise ValueError(f'{k!r} has {state[k].ndim} axes, and {len(shape)} in the description')
-    with _all_or_nothing(model):
-        new = {k: shape for k,shape in sizes['tensors'].items() if tuple(state[k].shape) != tuple(shape)}
-        _replace(model, {k: state[k].new_zeros(shape) for k,shape in new.items()})
-        _give_heads(model, sizes['heads'])
-        for n,attributes in sizes['modules'].items():
-            m = model.get_submodule(n)
-            known = attributes.keys() <= _sizes(m).keys()  # earlier versions wrote fewer of a recurrent layer
-            if not known and not isinstance(m, ThinAttention):
-                raise ValueError(f'{n!r} is {type(m).__name__}, for which the description has {attributes}')
-            vars(m).update(attributes)
-        _retell(model, before)
-        update_config(model, before)
-    return model
-
-def _give_heads(model, heads):
-    "Let the attentions in `model` have the `heads`, all of them if nothing is said of one"
-    for n,m in model.named_modules():
-        if n in heads: _as_thin(m, heads[n])
-        elif isinstance(m, ThinAttention):
-            _as_thin(m, list(range(m.projections()[0].shape[0] // m.head_dim)))
-            vars(m).update(_sizes(m))
-
-# %% ../../nbs/49_prune.thin.ipynb #33ce6ed2
-def save_thinned(
-    model: nn.Module,  # thinned
-    file: str|Path     # `.safetensors` is added if it has no extension
-) -> Path:             # where it is
-    "Write the weights and sizes of `model`"
-    file, state, same = Path(file) if Path(file).suffix else Path(f'{file}.safetensors'), {}, {}
-    for k,t in model.state_dict().items(): state.setdefault(same.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() else k, k), t)
-    about = dict(format=_FORMAT, sizes=json.dumps(sizes_of(model)))
-    with _whole_file(file) as part: save_file({k: t.contiguous() for k,t in state.items()}, part, metadata=about)
-    return file
-
-# %% ../../nbs/49_prune.thin.ipynb #3119a567
-def load_thinned(
-    make_model: Callable,  # makes the model as it was before: a function without arguments, or the class
-    file: str|Path         # from `save_thinned`
-) -> nn.Module:
-    "The model in `file`"
-    file = Path(file) if Path(file).suffix else Path(f'{file}.safetensors')
-    with safe_open(file, 'pt') as f:
-        about = f.metadata() or {}
-        if about.get('format') != _FORMAT: raise ValueError(f'{file.name} has no model that `save_thinned` wrote')
-        state = {k: f.get_tensor(k) for k in f.keys()}
-    model = make_model()
-    if not isinstance(model, nn.Module): raise TypeError(f'`make_model` must give an `nn.Module`, got {type(model).__name__}')
-    missing, _ = reshape_to(model, json.loads(about['sizes'])).load_state_dict(state, strict=False)
-    now  = model.state_dict(keep_vars=True)
-    lost = [k for k in missing if not any(now[k] is now[s] for s in state)]  # what is shared is in the file once
-    if lost: raise ValueError(f'{file.name} has no {", ".join(lost)}')
-    return model

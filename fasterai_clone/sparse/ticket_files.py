@@ -6,14 +6,14 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.ticket_files.html.m
 
 # %% ../../nbs/52_sparse.ticket_files.ipynb #f524c07b
 from __future__ import annotations
-import json
+import json, re
 from base64 import b64decode, b64encode
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from ..core.files import (FileFormat, existing_file, naming_file, pack_bits, parse_json, read_file, shown,
+                                       unpack_bits, write_file)
 from ..core.granularity import _unknown
-from ..core.masks import Masks, _packed, _unpacked, _whole_file
+from ..core.masks import Masks, check_stated
 from .targets import _plainly, unwrapped
 
 # %% auto #0
@@ -39,7 +39,8 @@ def _restore(model, snapshot):
         if k in snapshot: t.copy_(snapshot[k])
 
 # %% ../../nbs/52_sparse.ticket_files.ipynb #623724f6
-_TICKET, _VERSION = 'fasterai_clone.ticket', 1
+_TICKET = FileFormat('fasterai_clone.ticket', 'ticket', 'save_ticket',
+                     needed=('version', 'sparsity', 'masks', 'about'))
 
 def _where(t):
     "What tells a tensor from others: names with the same one are tied"
@@ -56,79 +57,87 @@ def _masked(state, masks):
     return {k: zeroed(t.detach()).contiguous() for k,t in state.items()}
 
 def _as_metadata(masks, about):
-    "What the file says of itself, as strings"
+    "Return the metadata of a ticket, as strings"
     if (taken := about.keys() & {'version', 'sparsity'}):
         raise ValueError(f'The file says {", ".join(sorted(taken))} itself: use other words')
-    try: about = json.dumps(about)
+    try: text = json.dumps(about)
     except TypeError as e: raise TypeError(f'What `about` says must be numbers, strings, lists and dicts: {e}') from None
-    bits = {k: (list(m.shape), b64encode(_packed(m).numpy()).decode()) for k,m in masks.items()}
-    return dict(format=_TICKET, version=str(_VERSION), sparsity=repr(masks.sparsity), masks=json.dumps(bits), about=about)
+    parse_json(text, 'about')
+    bits = {k: (list(m.shape), b64encode(pack_bits(m).numpy()).decode()) for k,m in masks.items()}
+    return dict(sparsity=repr(masks.sparsity), masks=json.dumps(bits), about=text)
 
 # %% ../../nbs/52_sparse.ticket_files.ipynb #07e3b970
-def _with_suffix(file): return Path(file) if Path(file).suffix == '.safetensors' else Path(f'{file}.safetensors')
-
 def save_ticket(
-    file: str|Path,  # `.safetensors` is added where it is missing
+    file: str|Path,  # `.safetensors` is added if it has no extension
     state: dict,     # tensors by name, as from `model.state_dict()`; tied ones share their memory
     masks: dict,     # parameter name → bool tensor, True = kept
     **about          # what else to write down: numbers, strings, lists
 ) -> Path:           # where it is
     "Write `state`, masked, and `masks` to `file`"
-    file, masks = _with_suffix(file), Masks(masks)
+    masks = Masks(masks)
     for k,t in state.items():
         if not isinstance(t, torch.Tensor): raise TypeError(f'`state` must hold tensors, got {type(t).__name__} for {k!r}')
-    about, tensors = _as_metadata(masks, about), _masked(state, masks)
-    with _whole_file(file) as part: save_file(tensors, part, metadata=about)
-    return file
+    return write_file(file, _TICKET, _masked(state, masks), **_as_metadata(masks, about))
 
 # %% ../../nbs/52_sparse.ticket_files.ipynb #3c294efe
-def _open(file):
-    "An open ticket, and what it says of itself"
-    file = file if (file := Path(file)).exists() else _with_suffix(file)
-    if not file.exists(): raise FileNotFoundError(f'There is no ticket {file}')
-    try: opened = safe_open(file, 'pt')
-    except SafetensorError as e: raise ValueError(f'{file.name} is no ticket: {e}') from None
-    about  = opened.metadata() or {}
-    if about.get('format') != _TICKET: raise ValueError(f'{file.name} is no ticket: `save_ticket` has not written it')
-    if int(about['version']) > _VERSION:
-        raise ValueError(f'{file.name} is of version {about["version"]}, this library reads tickets up to {_VERSION}: update it')
-    return opened, about
-
 def ticket_info(
     file: str|Path  # from `save_ticket`
 ) -> dict:          # `version`, `sparsity` in percent, and what was written down with it
-    "What the ticket in `file` says of itself"
-    with _open(file)[0] as f: about = f.metadata()
-    return dict(version=int(about['version']), sparsity=float(about['sparsity']), **json.loads(about['about']))
+    "Return what the ticket in `file` says of itself"
+    about, _ = read_file(file := existing_file(file, 'ticket'), _TICKET, tensors=False)
+    with naming_file(file):
+        more, sparsity = parse_json(about['about'], 'about', dict), about['sparsity']
+        if not re.fullmatch(r'[0-9.e-]{1,30}', sparsity) or not 0 <= float(sparsity) <= 100:
+            raise ValueError(f'its `sparsity` must be a number from 0 to 100, got {shown(sparsity)}')
+        found = dict(version=int(about['version']), sparsity=float(sparsity))
+        both = more.keys() & found.keys()
+        if both: raise ValueError(f'its `about` has another entry {shown(min(both))}')
+    return {**found, **more}
+
+def _masks_in(text, state):
+    "The masks that the metadata of a ticket describe, each of the shape of its tensor"
+    masks = Masks()
+    for k,entry in parse_json(text, 'masks', dict).items():
+        what = f'the mask of {shown(k)}'
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+            raise ValueError(f'{what} must be a shape and bits, got {shown(entry)}')
+        if k not in state: raise ValueError(f'{what} is of no tensor in it')
+        if entry[0] != list(state[k].shape):
+            raise ValueError(f'{what} must have shape {tuple(state[k].shape)}, got {shown(entry[0])}')
+        try: bits = np.frombuffer(b64decode(entry[1], validate=True), np.uint8).copy()
+        except ValueError as e: raise ValueError(f'{what} is broken: {e}') from None
+        masks[k] = unpack_bits(torch.from_numpy(bits), state[k].shape, what)
+    return masks
 
 # %% ../../nbs/52_sparse.ticket_files.ipynb #70553717
-def _few(names): return ', '.join(sorted(names)[:5]) + (f' and {len(names)-5} more' if len(names) > 5 else '')
+def _few(names):
+    more = f' and {len(names)-5} more' if len(names) > 5 else ''
+    return ', '.join(shown(n)[1:-1] for n in sorted(names)[:5]) + more
 
 def _check_names(model, state, masks):
     "Refuse a ticket that is of another model"
     named, name = _tensors(model), type(unwrapped(model)).__name__
     with _plainly(unwrapped(model)): saved = unwrapped(model).state_dict().keys() & named.keys()
     missing, stray = saved - state.keys(), state.keys() - named.keys()
-    if missing: raise ValueError(f'The ticket has no {_few(missing)}, which {name} has: it is of another model')
+    if missing: raise ValueError(f'the ticket has no {_few(missing)}, which {name} has: it is of another model')
     if stray:   raise ValueError(f'{name} has no {_few(stray)}, which the ticket has: it is of another model')
     for k,t in state.items():
         for what,theirs,mine in ('shape', tuple(t.shape), tuple(named[k].shape)), ('dtype', t.dtype, named[k].dtype):
-            if theirs != mine: raise ValueError(f'The {what} of {k!r} is {theirs} in the ticket, and {mine} in {name}')
+            if theirs != mine: raise ValueError(f'the {what} of {k!r} is {theirs} in the ticket, and {mine} in {name}')
     shapes = {k: tuple(t.shape) for k,t in named.items() if isinstance(t, nn.Parameter)}
     for k,m in masks.items():
-        if shapes.get(k) != tuple(m.shape): raise ValueError(f'The mask of {k!r} in the ticket fits no parameter of {name}')
+        if shapes.get(k) == tuple(m.shape): continue
+        raise ValueError(f'the mask of {shown(k)} in the ticket fits no parameter of {name}')
 
 def load_ticket(
     file: str|Path,    # from `save_ticket`
     model: nn.Module   # with the same names, shapes and dtypes
 ) -> Masks:            # parameter name → mask, True = kept
     "Make `model` the ticket in `file`: all weights and buffers, in place; a ticket that does not fit changes nothing"
-    opened, about = _open(file)
-    with opened as f:
-        state = {k: f.get_tensor(k) for k in f.keys()}
-    masks = Masks({k: _unpacked(torch.from_numpy(np.frombuffer(b64decode(bits), np.uint8).copy()), shape)
-                   for k,(shape,bits) in json.loads(about['masks']).items()})
-    _check_names(model, state, masks)
+    about, state = read_file(file := existing_file(file, 'ticket'), _TICKET)
+    with naming_file(file):
+        masks = check_stated(_masks_in(about['masks'], state), about['sparsity'])
+        _check_names(model, state, masks)
     _restore(model, state)
     masks.apply(_tensors(model))  # where `state` had copies of a tied weight, the zeros are under one name only
     return masks
