@@ -16,7 +16,7 @@ from .selection import n_dropped
 # %% auto #0
 __all__ = ['restrictions', 'contexts', 'budgets', 'Layer', 'each_layer', 'all_layers', 'share_of_pool', 'erk_shares',
            'share_of_outputs', 'Context', 'keep_in_outputs', 'available_contexts', 'add_context', 'as_context',
-           'refuse_together', 'refuse_for_each', 'Budget', 'weights_of_group', 'macs_of_group', 'as_budget']
+           'refuse_together', 'refuse_for_each', 'Budget', 'price_weights', 'price_macs', 'as_budget']
 
 # %% ../../nbs/44_core.context.ipynb #f9ead1e0
 @dataclass(frozen=True)
@@ -170,13 +170,18 @@ class Budget:
     price: Callable|None = None     # (weights of a group, multiply-adds of a group) → its price; None: all groups count the same
     measured: bool = False          # does the price need multiply-adds, so a run of the model?
 
-def weights_of_group(weights, macs): return weights
-def macs_of_group(weights, macs): return macs
+def price_weights(weights: int, macs: float|None) -> int:
+    "A group costs its weights"
+    return weights
+
+def price_macs(weights: int, macs: float|None) -> float:
+    "A group costs its multiply-adds"
+    return macs
 
 budgets = {b.name: b for b in (
     Budget('groups', 'groups'),
-    Budget('params', 'weights', weights_of_group),
-    Budget('flops', 'multiply-adds', macs_of_group, measured=True))}
+    Budget('params', 'weights', price_weights),
+    Budget('flops', 'multiply-adds', price_macs, measured=True))}
 
 def as_budget(
     budget: Budget|str  # a budget, or its name: `'groups'`, `'params'` or `'flops'`
