@@ -23,7 +23,8 @@ from .compact import stepping_optimizer
 
 # %% auto #0
 __all__ = ['optimizer_state', 'set_optimizer_state', 'random_state', 'set_random_state', 'check_random_state', 'check_progress',
-           'check_scaler', 'check_sparsify_state', 'check_tensors', 'check_optimizer_state', 'SavedState', 'read_state']
+           'check_scaler', 'check_sparsify_state', 'check_tensors', 'check_refs', 'check_optimizer_state', 'SavedState',
+           'read_state']
 
 # %% ../../nbs/15_sparse.state.ipynb #1095fe14
 def _plain(x):
@@ -193,6 +194,19 @@ def check_tensors(
     missing = [k for k in needed if k not in entry.value]
     if missing: entry.refuse(f'a dict with {shortened(missing[0])}')
 
+def check_refs(
+    entry: Entry,  # what a criterion compares weights with, by name
+    params: dict,  # name → weight
+    copied=None    # names of weights of which a copy must be there; None: what is there has to broadcast to its weight
+) -> None:
+    "Refuse what a criterion cannot compare `params` with"
+    if copied is not None: return check_tensors(entry, params, copied)
+    for k,e in entry.named('tensor'):
+        if k not in params: entry.refuse(f'a dict without {shortened(k)}, which the model does not have')
+        try: fits = torch.broadcast_shapes(e.tensor().shape, params[k].shape) == params[k].shape
+        except RuntimeError: fits = False
+        if not fits or not e.value.is_floating_point(): e.refuse(f'a tensor of floating-point numbers and shape {tuple(params[k].shape)}')
+
 # %% ../../nbs/15_sparse.state.ipynb #182b6640
 def _own_kind(opt):
     "Is `opt` one of those of torch and fastai that keep a number for each weight, or one in all?"
@@ -241,7 +255,7 @@ def _add_state(file, state):
 
 class SavedState(dict):
     "The state of one callback, from the `place` that messages name"
-    place = 'state'
+    place, n_bytes = 'state', None  # `n_bytes`: of the whole file
 
 def read_state(
     file: str|Path  # a checkpoint, or one that is open for reading in binary mode
@@ -253,7 +267,8 @@ def read_state(
 
 def _read_open(f, name):
     "The states in the open checkpoint `f`, which stays where it is"
-    start = f.tell()
+    start, size = f.tell(), f.seek(0, 2)
+    f.seek(start)
     if not check_archive(f, name): return None
     with zipfile.ZipFile(f) as z:
         found = [n for n in z.namelist() if n.endswith(f'/{_ENTRY}')]
@@ -264,13 +279,13 @@ def _read_open(f, name):
     check_archive(data, place)
     try: states = torch.load(data, weights_only=True, map_location=None if torch.cuda.is_available() else 'cpu')
     except Exception as e: raise ValueError(f'{place} is damaged: {type(e).__name__}: {one_line(e, 200)}') from None  # whatever torch raises
-    return [_as_saved(state) for state in Entry(states, place).each()]
+    return [_as_saved(state, size) for state in Entry(states, place).each()]
 
-def _as_saved(entry):
+def _as_saved(entry, size):
     "A state, checked as far as that is possible without the learner"
     for _ in entry.named(): pass
     state = SavedState(entry.value)
-    state.place = entry.place
+    state.place, state.n_bytes = entry.place, size
     if 'sparsifier' in state: check_sparsify_state(entry)
     return state
 
