@@ -519,7 +519,7 @@ def _check_fits(self:PruneCallback, entry, sp):
         if n > 1 and now.get(k) != n: entry['left'][k].refuse(f'the {now[k]} channels that the model has' if k in now else
                                                               '1: this callback has no group of that name to choose from')
         if k not in params: entry['left'].refuse('a dict with names of parameters of the model')
-    check_refs(entry['refs'], params, list(sp._params()) if sp.reference in ('init', 'update') else None)
+    check_refs(entry['refs'], params, [p.name for p in sp._parts()] if sp.reference in ('init', 'update') else None)
     for e in entry['used'].each(): e.text(params)
     check_random_state(entry['random'], self.dls.loaders)
 

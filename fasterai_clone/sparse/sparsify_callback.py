@@ -551,11 +551,11 @@ def _check_state(self:SparsifyCallback, entry):
     except ValueError as e: raise ValueError(f'{saved.place}: {e}') from None
     for k,e in saved['masks'].named():
         if list(e.value[0]) != list(shapes[k]): e[0].refuse(f'the shape {shapes[k]} of the weight')
-    check_refs(saved['refs'], own, own if sp.reference in ('init', 'update') else None)
+    names = {p.name for p in sp._parts()}
+    check_refs(saved['refs'], own, names if sp.reference in ('init', 'update') else None)
     most = [sp._prices()] if sp.costs else sp.sizes
     for k in ('led', 'floor', 'last'):
-        for e,n in zip(entry[k].each(len(most)), most): e.number(0, n)
-    names = {p.name for p in sp._parts()}
+        for e,n in zip(entry[k].each(len(most)), most): e.number(0, n * (1 + 1e-9))
     for row in entry['history'].each():
         if set(row['layers'].value) != names: row['layers'].refuse('a dict with a number for each layer of this callback')
     if entry['rewind_to'].value is not None: self._check_rewind(entry['rewind_to'])

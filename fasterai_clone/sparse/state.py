@@ -170,6 +170,9 @@ def check_sparsify_state(
 def _check_masks(entry):
     "Refuse masks and references of a `Sparsifier` that fit no model"
     entry.fields(('masks', 'refs', 'used', 'reference', 'granularity', 'context', 'names'))
+    if entry['reference'].value is not None: entry['reference'].text()
+    if not isinstance(entry['granularity'].value, str): [e.whole(-9, 9) for e in entry['granularity'].each()]
+    entry['context'].text()
     names = {e.text() for e in entry['names'].each()}
     for e in entry['used'].each(): e.text(names)
     for k,e in entry['masks'].named('mask'):
