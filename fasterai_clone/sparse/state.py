@@ -140,12 +140,13 @@ def check_progress(
         past = row['epoch'].whole(past + 1, max(epoch, 1) - 1)
         for k in columns: row[k].number(0)
         for _,e in row['layers'].named() if 'layers' in row.value else (): e.number(0, 100)
-    if (scaler := entry.value.get('scaler')): check_scaler(Entry(scaler, f"{entry.place}['scaler']"))
+    if 'scaler' in entry.value: check_scaler(entry['scaler'])
 
 def check_scaler(
-    entry: Entry  # from `GradScaler.state_dict()`
+    entry: Entry  # from `GradScaler.state_dict()`, or empty
 ) -> None:
     "Refuse settings that no `GradScaler` could have"
+    if not list(entry.named()): return
     entry.fields(('scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'))
     for k in ('scale', 'backoff_factor'): entry[k].number(1e-300)
     entry['growth_factor'].number(1, 1e30), entry['growth_interval'].whole(1), entry['_growth_tracker'].whole(0)
@@ -155,7 +156,6 @@ def check_sparsify_state(
 ) -> None:
     "Refuse the state of a `SparsifyCallback` that fits no learner"
     entry.fields(('sparsifier', 'asked', 'epoch', 'midway', 'led', 'floor', 'last', 'history', 'rewind_to', 'scaler', 'random'), ('logged',))
-    if entry['scaler'].value != {}: check_scaler(entry['scaler'])
     check_progress(entry, ('asked', 'sparsity'))
     for row in entry['logged'].each() if 'logged' in entry.value else ():
         for k,e in row.named():
