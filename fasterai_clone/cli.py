@@ -194,8 +194,8 @@ def _load(file):
         check_archive(f, one_line(file))
         try: return _load_torch(f)
         except Exception as e: raise ValueError(  # whatever torch raises for what it cannot read
-            f'{one_line(file)} is not a file of weights: expected a `state_dict` saved with `torch.save`, or safetensors. Whole modules and '
-            f'exported learners would have to run code to be read, and are refused ({type(e).__name__})') from None
+            f'{one_line(file)} is not a file of weights: expected a `state_dict` saved with `torch.save`, or safetensors. Whole '
+            f'modules and exported learners would have to run code to be read, and are refused ({type(e).__name__})') from None
 
 def _load_torch(f):
     "What is in the open file `f`, as tensors, lists, dicts, strings and numbers"
@@ -221,6 +221,7 @@ def _load_safetensors(file):
         return tensors
     raise ValueError(f'{one_line(file)} is replaced again and again while it is read')
 
+# %% ../nbs/50_cli.ipynb #3e1f0a02
 def load_weights(
     file: str|Path,         # a `state_dict` saved with `torch.save`, a checkpoint that has one, or safetensors
     entry: str|None = None  # where in a checkpoint the weights are, as `'ema'` or `'ema.module'`; None: the most usual place
@@ -242,7 +243,8 @@ def load_tensors(
     tensors, taken, others = load_weights(file, entry)
     if others and entry is None:
         places = ', '.join(one_line(k, 100) for k in others[:20])
-        warnings.warn(f'Read: {one_line(taken, 100)}. {one_line(Path(file).name)} has weights in {places} too: choose with `entry`', stacklevel=2)
+        also   = f'{one_line(Path(file).name)} has weights in {places} too: choose with `entry`'
+        warnings.warn(f'Read: {one_line(taken, 100)}. {also}', stacklevel=2)
     return tensors
 
 # %% ../nbs/50_cli.ipynb #fc5ac7ba

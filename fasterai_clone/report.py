@@ -16,7 +16,7 @@ from .core.granularity import check_loaded
 from .core.style import _styled, colors, one_line, shortened
 
 # %% auto #0
-__all__ = ['Row', 'Report', 'shared_weights', 'as_mask_of', 'used_weights', 'weights_in', 'report_tensors', 'zeros_in',
+__all__ = ['Row', 'Report', 'shared_weights', 'as_mask_of', 'zeros_in', 'used_weights', 'weights_in', 'report_tensors',
            'check_archive', 'print_text']
 
 # %% ../nbs/06_report.ipynb #0b2b017d
@@ -242,6 +242,7 @@ def _first_of(first, k):
     while first[k] != k: k = first[k]
     return k
 
+# %% ../nbs/06_report.ipynb #3e1f0a01
 def as_mask_of(
     mask: torch.Tensor,    # of `tensor`, True = kept
     tensor: torch.Tensor,  # what `mask` is of
@@ -260,6 +261,60 @@ def _note_shared(tensors, k, other, first, partly, order):
     if how != 'all': return
     a, b = sorted((_first_of(first, k), _first_of(first, other)), key=order.get)
     first[b] = a
+
+# %% ../nbs/06_report.ipynb #efa8aa0c
+def _dtype(t): return str(t.dtype).removeprefix('torch.')
+
+def _unrepeated(t):
+    "`t` without the repeats along its axes, and how often each number was repeated"
+    times = 1
+    for axis,(n,s) in enumerate(zip(t.shape, t.stride())):
+        if n > 1 and s == 0: t, times = t.narrow(axis, 0, 1), times * n
+    return t, times
+
+def _has_own_memory(t):
+    "Is `t` dense, with a place in memory for each of its numbers? A view can have more numbers than its storage"
+    if t.is_nested or t.layout != torch.strided: return False
+    return not (extent := _extent(t)) or t.numel() * t.element_size() <= extent[2] - extent[1]
+
+def _zero_codes(t):
+    "Which numbers of a quantized tensor stand for zero"
+    zeros = t.q_zero_point() if t.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric) else None
+    if zeros is None and t.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
+        zeros = t.q_per_channel_zero_points().reshape([-1 if i == t.q_per_channel_axis() else 1 for i in range(t.ndim)])
+    if zeros is None or t.dtype not in (torch.qint8, torch.quint8, torch.qint32):
+        raise ValueError(f'{_dtype(t)} packs several numbers into one')
+    return t.int_repr() == zeros
+
+def _stored(t):
+    "The numbers that a sparse tensor holds; the others are zero"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch says that some layouts are new
+        if t.layout == torch.sparse_coo:
+            return torch.sparse_coo_tensor(t._indices(), t._values(), t.shape, check_invariants=True).coalesce().values()
+        rows = t.layout in (torch.sparse_csr, torch.sparse_bsr)
+        at   = (t.crow_indices(), t.col_indices()) if rows else (t.ccol_indices(), t.row_indices())
+        return torch.sparse_compressed_tensor(*at, t.values(), t.shape, layout=t.layout, check_invariants=True).values()
+
+# %% ../nbs/06_report.ipynb #814d490d
+_sparse = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+@torch.no_grad()
+def zeros_in(
+    t: torch.Tensor  # of any layout and dtype
+) -> int:
+    "Count the numbers of `t` that are exactly zero"
+    if t.is_nested: raise ValueError('a nested tensor has no shape of its own')
+    if t.layout in _sparse:
+        stored = _stored(t)
+        return t.numel() - (stored.numel() - zeros_in(stored))
+    if t.layout != torch.strided: t = t.to_dense()
+    if t.is_quantized: return int(_zero_codes(t).count_nonzero())
+    t, times = _unrepeated(t)
+    if not _has_own_memory(t): raise ValueError('its numbers overlap in memory')
+    if t.dtype.itemsize > 1 or not t.is_floating_point(): return (t.numel() - int(t.count_nonzero())) * times
+    if 'x2' in _dtype(t): raise ValueError(f'{_dtype(t)} packs several numbers into one')
+    return sum(int((part.float() == 0).count_nonzero()) for part in t.flatten().split(2**20)) * times  # 8 bits
 
 # %% ../nbs/06_report.ipynb #0bd3c146
 _ao_weight = re.compile(r'(?:(.*)\.)?parametrizations\.(\w+)\.original')
@@ -338,7 +393,8 @@ def _one_state(tensors):
     found = weights_in(tensors)
     if len(found) > 1:
         taken, *others = found
-        warnings.warn(f'Counted: {_shown(taken)}. There are weights in {_abbreviated(others)} too: pass one of these to count it', stacklevel=3)
+        also = f'There are weights in {_abbreviated(others)} too: pass one of these to count it'
+        warnings.warn(f'Counted: {_shown(taken)}. {also}', stacklevel=3)
     return next(iter(found.values()), {})
 
 def report_tensors(
@@ -357,7 +413,8 @@ def report_tensors(
         try: zeros = zeros_in(v) if _is_weight(v) else None
         except (ValueError, RuntimeError) as e: left_out.append((k, f'{kind}, not counted: {one_line(e, 200)}'))
         else:
-            if zeros is None: dense.append((k, f'{v.ndim}-d' if v.is_floating_point() or v.ndim < 2 else f'{v.ndim}-d {_dtype(v)}', v.numel()))
+            what = '' if v.is_floating_point() or v.ndim < 2 else f' {_dtype(v)}'
+            if zeros is None: dense.append((k, f'{v.ndim}-d{what}', v.numel()))
             else: rows.append(Row(f'Tensor {len(rows)}', kind, k, v.numel(), zeros, v.numel(), zeros))
     tied = tuple((v, k) for k,v in first.items() if v != k)
     return Report(tuple(rows), tuple(dense), left_out=tuple(left_out), tied=tied, notes=_computed_note(made))
@@ -368,64 +425,13 @@ def _computed_note(names):
     return (f'A parametrization computes the weights that are used from {_abbreviated(names)}: these are counted as saved. '
             '`torch.ao.pruning` does not save its masks: call `squash_mask()` before saving',)
 
-# %% ../nbs/06_report.ipynb #efa8aa0c
-def _dtype(t): return str(t.dtype).removeprefix('torch.')
-
-def _unrepeated(t):
-    "`t` without the repeats along its axes, and how often each number was repeated"
-    times = 1
-    for axis,(n,s) in enumerate(zip(t.shape, t.stride())):
-        if n > 1 and s == 0: t, times = t.narrow(axis, 0, 1), times * n
-    return t, times
-
-def _has_own_memory(t):
-    "Is `t` dense, with a place in memory for each of its numbers? A view can have more numbers than its storage"
-    if t.is_nested or t.layout != torch.strided: return False
-    return not (extent := _extent(t)) or t.numel() * t.element_size() <= extent[2] - extent[1]
-
-def _zero_codes(t):
-    "Which numbers of a quantized tensor stand for zero"
-    zeros = t.q_zero_point() if t.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric) else None
-    if zeros is None and t.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
-        zeros = t.q_per_channel_zero_points().reshape([-1 if i == t.q_per_channel_axis() else 1 for i in range(t.ndim)])
-    if zeros is None or t.dtype not in (torch.qint8, torch.quint8, torch.qint32): raise ValueError(f'{_dtype(t)} packs several numbers into one')
-    return t.int_repr() == zeros
-
-def _stored(t):
-    "The numbers that a sparse tensor holds; the others are zero"
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # torch says that some layouts are new
-        if t.layout == torch.sparse_coo:
-            return torch.sparse_coo_tensor(t._indices(), t._values(), t.shape, check_invariants=True).coalesce().values()
-        rows = t.layout in (torch.sparse_csr, torch.sparse_bsr)
-        at   = (t.crow_indices(), t.col_indices()) if rows else (t.ccol_indices(), t.row_indices())
-        return torch.sparse_compressed_tensor(*at, t.values(), t.shape, layout=t.layout, check_invariants=True).values()
-
-# %% ../nbs/06_report.ipynb #814d490d
-_sparse = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-
-@torch.no_grad()
-def zeros_in(
-    t: torch.Tensor  # of any layout and dtype
-) -> int:
-    "Count the numbers of `t` that are exactly zero"
-    if t.is_nested: raise ValueError('a nested tensor has no shape of its own')
-    if t.layout in _sparse:
-        stored = _stored(t)
-        return t.numel() - (stored.numel() - zeros_in(stored))
-    if t.layout != torch.strided: t = t.to_dense()
-    if t.is_quantized: return int(_zero_codes(t).count_nonzero())
-    t, times = _unrepeated(t)
-    if not _has_own_memory(t): raise ValueError('its numbers overlap in memory')
-    if t.dtype.itemsize > 1 or not t.is_floating_point(): return (t.numel() - int(t.count_nonzero())) * times
-    if 'x2' in _dtype(t): raise ValueError(f'{_dtype(t)} packs several numbers into one')
-    return sum(int((part.float() == 0).count_nonzero()) for part in t.flatten().split(2**20)) * times  # 8 bits
-
 # %% ../nbs/06_report.ipynb #2651a9e2
+_zip_errors = zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, EOFError, struct.error, UnicodeError, OverflowError
+
 def _check_entry(info, place):
     "Refuse an entry of an archive that is not stored as it is"
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise ValueError(f'{place} is compressed: `torch.save` stores entries as they are. Unpack the file, and pack it without compression')
+        raise ValueError(f'{place} is compressed, and `torch.save` compresses nothing: unpack the file, and pack it without compression')
 
 def check_archive(
     file,     # open for reading, in binary mode
@@ -442,11 +448,11 @@ def check_archive(
             for i in infos: _check_entry(i, f'{name}, entry {shortened(i.filename)},')
             first = min((i.header_offset for i in infos), default=None)
             if first != start or z.comment or sum(i.file_size for i in infos) > size or len({i.filename for i in infos}) < len(infos):
-                raise ValueError(f'{name} is not an archive that `torch.save` wrote: its entries overlap, are there twice or begin elsewhere')
+                raise ValueError(f'{name} is not as `torch.save` writes it: entries overlap, are there twice or begin elsewhere')
             unsigned = all(i.CRC == 0 for i in infos if i.filename.endswith('/data.pkl'))  # `set_crc32_options(False)`
             for i in infos:
                 if i.CRC or not unsigned: _check_sum(z, i)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, EOFError, struct.error, UnicodeError, OverflowError) as e:
+    except _zip_errors as e:
         raise ValueError(f'{name} is damaged: {one_line(e, 200)}') from None
     finally: file.seek(start)
     return True

@@ -1,5 +1,5 @@
 "Checkpoints, schedules and weights that others wrote, or that a disk has damaged: read as they are, or refused by name"
-import copy, io, itertools, pickle, random, re, resource, time, warnings, zipfile
+import copy, io, pickle, random, re, resource, time, warnings, zipfile
 from functools import cache
 from pathlib import Path
 
@@ -194,7 +194,7 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 def test_compressed_entries(saved, tmp_path):
     "Ours, those of torch and those inside of ours: a file of 1 MB is never 1 GB in memory"
-    before, zeros = peak(), bytes(2**28)
+    before, zeros = peak(), bytes(2**27)
     packed = [rezip(saved['sparsify'], tmp_path/f'{m}.pth', m) for m in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)]
     def one(part, name, data): return zeros if name.endswith(part) else data
     with zipfile.ZipFile(saved['sparsify']) as z: inner = z.read(next(n for n in z.namelist() if n.endswith(_ENTRY)))
@@ -237,12 +237,12 @@ def test_without_checksums(tmp_path):
 def test_a_checkpoint_that_is_replaced_while_it_is_read(saved, tmp_path, monkeypatch):
     "State and weights are of one file"
     from fasterai_clone.sparse import state
-    file, other, load = tmp_path/'x.pth', tmp_path/'y.pth', state._load
+    file, other, before = tmp_path/'x.pth', tmp_path/'y.pth', state._load
     file.write_bytes(saved['sparsify'].read_bytes())
     learn = learner(tmp_path)
     with torch.no_grad(): learn.model[0].weight.fill_(7)
-    learn.save(other)
-    monkeypatch.setattr(state, '_load', lambda self, *args, **kwargs: (other.replace(file), load(self, *args, **kwargs)))
+    learn.save(other.with_suffix(''))
+    monkeypatch.setattr(state, '_load', lambda self, *args, **kwargs: (other.replace(file), before(self, *args, **kwargs)))
     load(learn, file)
     assert len(learn._sparse_states) and not (learn.model[0].weight == 7).any()
 
@@ -335,7 +335,7 @@ def test_yaml_with_aliases_is_read(tmp_path):
 eye = torch.eye(4)
 kinds = dict(dense=eye, half=eye.half(), bfloat=eye.bfloat16(), double=eye.double(), complex=eye.to(torch.complex64), conjugate=eye.to(torch.complex64).conj(),
              sparse=eye.to_sparse(), csr=eye.to_sparse_csr(), csc=eye.to_sparse_csc(), bsr=eye.to_sparse_bsr((2, 2)), transposed=eye.T, parameter=nn.Parameter(eye),
-             twice=torch.sparse_coo_tensor([[0, 0, 1, 2, 3], [1, 1, 0, 2, 3]], [1., -1, 1, 1, 1], (4, 4)), repeated=torch.tensor([[0.], [0], [0], [1]]).expand(4, 4),
+             twice=torch.sparse_coo_tensor([[0, 0, 0, 1, 2, 3], [1, 1, 0, 0, 2, 3]], [1., -1, 1, 1, 1, 1], (4, 4)), repeated=torch.tensor([[0.], [0], [0], [1]]).expand(4, 4),
              int8=torch.quantize_per_tensor(eye, 0.1, 3, torch.qint8), uint8=torch.quantize_per_tensor(eye, 0.1, 0, torch.quint8),
              channels=torch.quantize_per_channel(eye, torch.ones(4), torch.arange(4), 1, torch.qint8), negative=torch.where(eye > 0, 1., -0.),
              **{str(d)[6:]: eye.to(d) for d in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)})
@@ -372,19 +372,19 @@ def test_views_that_are_larger_than_their_memory(tmp_path):
 def test_many_views_of_one_tensor(tmp_path):
     "Equal ones are one weight; ones that overlap in a thousand ways are refused at once"
     flat = torch.arange(2000.)
-    torch.save({f'v{i}': flat[:1000].view(10, 100) for i in range(3000)}, tmp_path/'same.pth')
+    torch.save({f'v{i}': flat[:1000].view(10, 100) for i in range(1000)}, tmp_path/'same.pth')
     start = time.process_time()
     assert report_tensors(load_tensors(tmp_path/'same.pth')).params == 1000
     torch.save({f'v{i}': flat[i:i+1000].view(10, 100) for i in range(1000)}, tmp_path/'over.pth')
     with pytest.raises(SystemExit, match='over.pth: Too many tensors share memory'): report(tmp_path/'over.pth')
-    torch.save({f'x{"o"*5}parametrizations.weight.{k}': torch.ones(2, 2) for k in ('original', *(f'{i}.mask' for i in range(3000)))}, tmp_path/'masks.pth')
+    torch.save({f'x.parametrizations.weight.{k}': torch.ones(2, 2) for k in ('original', *(f'{i}.mask' for i in range(1000)))}, tmp_path/'masks.pth')
     assert report_tensors(load_tensors(tmp_path/'masks.pth')).params == 4
     assert time.process_time() - start < 5
 
 @pytest.mark.parametrize('state, rows', [
-    ({0: eye, 1: eye}, ['0', '1']), ({('a', 1): eye, 'b': eye}, ["('a', 1)", 'b']), ([eye, torch.ones(3)], ['0']), ({'models': [{'w': eye}, {'w': eye}]}, ['w']),
-    ({None: eye, 2.5: eye}, ['None', '2.5']), ({'a': {'b': {'c': {'w': eye}}}}, ['w']), ({'': {'w': eye}}, ['w']), ({'': {'': {'': {'': {'': {}}}}}}, None), ({'a': 1}, None), ([1], None),
-    ({0: eye, '0': eye}, None), (eye, None), ('text', None), (None, None), ({}, None), ({'w': None, 'b': eye[0]}, [])], ids=str)
+    ({0: eye, 1: eye + 0}, ['0', '1']), ({('a', 1): eye, 'b': eye + 0}, ["('a', 1)", 'b']), ([eye, torch.ones(3)], ['0']), ({'models': [{'w': eye}, {'w': eye}]}, ['w']),
+    ({None: eye, 2.5: eye + 0}, ['None', '2.5']), ({'a': {'b': {'c': {'w': eye}}}}, ['w']), ({'': {'w': eye}}, ['w']), ({'': {'': {'': {'': {'': {}}}}}}, None), ({'a': 1}, None), ([1], None),
+    ({0: eye, '0': eye}, None), (eye, None), ('text', None), (None, None), ({}, None), ({'w': None, 'b': eye[0]}, [])], ids=shortened)
 def test_odd_dicts(state, rows, tmp_path):
     torch.save(state, tmp_path/'x.pth')
     if rows is None:
@@ -517,6 +517,5 @@ def test_damaged_weights(suffix, tmp_path, capsys):
     for _ in range(300):
         file.write_bytes(damaged(data, rng))
         bounds(read, lambda out: suffix != '.pth' or out.strip() == want, file.name)
-        assert capsys.readouterr().out.isascii() or True
     bounds.end()
     assert bounds.refused > 50

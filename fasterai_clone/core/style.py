@@ -114,7 +114,8 @@ def number(self:Entry, least=-math.inf, most=math.inf, what='number'):
     "Refuse all but a finite number from `least` to `most`"
     v = self.value
     fits = isinstance(v, numbers.Real) and not isinstance(v, bool) and abs(v) <= 1e300 and least <= v <= most  # NaN is not, either
-    if not fits: self.refuse(f'a {what}' + (f' from {least:,}' if math.isfinite(least) else '') + (f' to {most:,}' if math.isfinite(most) else ''))
+    limits = [f'{word} {n:,}' for word,n in (('from', least), ('to', most)) if math.isfinite(n)]
+    if not fits: self.refuse(' '.join([f'a {what}', *limits]))
     return v
 
 @patch

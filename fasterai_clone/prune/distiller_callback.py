@@ -92,7 +92,7 @@ def _sectioned(found, ignore):
     for k,v in found.items():
         if k not in legal: raise ValueError(_unknown('section', k, legal))
         if k in _sections and v and k not in ignore:
-            what = shortened(list(v) if isinstance(v, dict) else v)
+            what = ', '.join(_cut(_as_name(o)) for o in [*v][:5]) if isinstance(v, dict) else shortened(v)
             raise ValueError(f'`{k}` ({what}): {_sections[k]}. To leave it out, pass `ignore={k!r}`')
     pruners, policies = found.get('pruners') or {}, found.get('policies') or []
     if not isinstance(pruners, dict) or not all(isinstance(p, dict) for p in pruners.values()) or not pruners:
@@ -110,7 +110,9 @@ def _of_pruner(policy, ignored):
     "The part of `policy` that is about a pruner; None if it is about what is ignored"
     kind = next((k for k in policy if k in _kinds), None)
     if kind and _kinds[kind] in ignored: return None
-    if kind: raise ValueError(f'A policy for {shortened(policy[kind])}: {_sections[_kinds[kind]]}. To leave it out, pass `ignore={_kinds[kind]!r}`')
+    if kind:
+        raise ValueError(f'A policy for {shortened(policy[kind])}: {_sections[_kinds[kind]]}. '
+                         f'To leave it out, pass `ignore={_kinds[kind]!r}`')
     legal = ('pruner', *_times)
     if (stray := [k for k in policy if k not in legal]): raise ValueError(_unknown('key in a policy', stray[0], legal))
     return policy['pruner'] if isinstance(policy.get('pruner'), dict) else {}
@@ -123,10 +125,12 @@ def _policies(policies, pruners, ignored):
         name = _as_name(own.get('instance_name'))
         if name not in pruners: raise ValueError(_unknown('`instance_name` in a policy', name, pruners))
         args = own.get('args') or {}
-        if not isinstance(args, dict): raise ValueError(f'The policy of `{_cut(name)}`: `args` must have names and values, got {shortened(args)}')
+        if not isinstance(args, dict):
+            raise ValueError(f'The policy of `{_cut(name)}`: `args` must have names and values, got {shortened(args)}')
         for k,v in args.items():
             if v and k != 'keep_mask':
-                raise ValueError(f'The policy of `{_cut(name)}` has {_cut(k)}={shortened(v)}: here masks follow from the weights as they are, and stay')
+                raise ValueError(f'The policy of `{_cut(name)}` has {_cut(k)}={shortened(v)}: '
+                                 'here masks follow from the weights as they are, and stay')
         if name in found: raise ValueError(f'`{_cut(name)}` has two policies: expected one. Make two pruners of it')
         found[name] = p
     idle = next((k for k in pruners if k not in found), None)
@@ -138,13 +142,15 @@ def _whole(name, policy, key, least, most=1_000_000):
     "A whole number from `policy`"
     v = policy.get(key)
     if isinstance(v, bool) or not isinstance(v, int) or not least <= v <= most:
-        raise ValueError(f'The policy of `{_cut(name)}`: `{key}` must be a whole number from {least} to {most:,}, got {shortened(v)}')
+        limit = f' to {most:,}' if type(v) is int and v > most else ''
+        raise ValueError(f'The policy of `{_cut(name)}`: `{key}` must be a whole number from {least}{limit}, got {shortened(v)}')
     return v
 
 def _updates(name, policy, gradual, first_epoch):
     "The first epoch in which `name` updates its masks, how many updates there are, and how far apart"
     if policy.get('epochs'):
-        if gradual: raise ValueError(f'The policy of `{_cut(name)}` has `epochs`: AGP needs `starting_epoch`, `ending_epoch` and `frequency`')
+        if gradual:
+            raise ValueError(f'The policy of `{_cut(name)}` has `epochs`: AGP needs `starting_epoch`, `ending_epoch` and `frequency`')
         epochs = policy['epochs'] if isinstance(policy['epochs'], list) else [policy['epochs']]
         start, n, every = min(_whole(name, dict(epochs=e), 'epochs', 0) for e in epochs), 1, 1
     else:
@@ -161,7 +167,8 @@ def _named(model, name, pruner):
     "The parameter of `model` that Distiller calls `name`, and the layer that has it"
     params = dict(model.named_parameters(remove_duplicate=False))
     plain  = name if name in params else '.'.join(k for k in _as_name(name).split('.') if k != 'module')
-    if plain not in params: raise ValueError(f'`{_cut(pruner)}`: ' + _unknown('weights', plain, [k for k,p in params.items() if p.ndim > 1]))
+    if plain not in params:
+        raise ValueError(f'`{_cut(pruner)}`: ' + _unknown('weights', plain, [k for k,p in params.items() if p.ndim > 1]))
     return plain, model.get_submodule(plain.rpartition('.')[0])
 
 # %% ../../nbs/23_prune.distiller_callback.ipynb #6f87745a

@@ -1260,7 +1260,8 @@ def _check_kind(self:Sparsifier, state):
     if missing: raise ValueError(f'Not the state of a `Sparsifier`: it has no {", ".join(sorted(missing))}')
     for k in ('granularity', 'reference', 'context'):
         mine = getattr(self, k)
-        if type(state[k]) is not type(mine) or state[k] != mine: raise ValueError(f'The state is of another kind of `Sparsifier`: {k} {shortened(state[k])}, here {mine!r}')
+        if type(state[k]) is type(mine) and state[k] == mine: continue
+        raise ValueError(f'The state is of another kind of `Sparsifier`: {k} {shortened(state[k])}, here {mine!r}')
     names = {e.text() for e in Entry(state['names'], 'state["names"]').each()}
     if stray := sorted(names ^ set(self._params())):
         raise ValueError('The state is of a `Sparsifier` of other layers: '

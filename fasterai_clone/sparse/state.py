@@ -155,7 +155,8 @@ def check_sparsify_state(
     entry: Entry  # from `SparsifyCallback.state_dict()`
 ) -> None:
     "Refuse the state of a `SparsifyCallback` that fits no learner"
-    entry.fields(('sparsifier', 'asked', 'epoch', 'midway', 'led', 'floor', 'last', 'history', 'rewind_to', 'scaler', 'random'), ('logged',))
+    entry.fields(('sparsifier', 'asked', 'epoch', 'midway', 'led', 'floor', 'last', 'history', 'rewind_to', 'scaler', 'random'),
+                 optional=('logged',))
     check_progress(entry, ('asked', 'sparsity'))
     for row in entry['logged'].each() if 'logged' in entry.value else ():
         for k,e in row.named():
@@ -281,7 +282,8 @@ def _read_open(f, name):
     place = f'{name}, entry {_ENTRY}'
     check_archive(data, place)
     try: states = torch.load(data, weights_only=True, map_location=None if torch.cuda.is_available() else 'cpu')
-    except Exception as e: raise ValueError(f'{place} is damaged: {type(e).__name__}: {one_line(e, 200)}') from None  # whatever torch raises
+    except Exception as e:  # whatever torch raises for what it cannot read
+        raise ValueError(f'{place} is damaged: {type(e).__name__}: {one_line(e, 200)}') from None
     return [_as_saved(state, size) for state in Entry(states, place).each()]
 
 def _as_saved(entry, size):
