@@ -6,15 +6,15 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/cli.html.md"""
 
 # %% ../nbs/95_cli.ipynb #c3e05b2a
 from __future__ import annotations
-import csv, os, pickle, time, warnings
+import csv, os, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from fastcore.script import call_parse, store_true
 from .core.granularity import _unknown
 from .core.schedule import Schedule, as_schedule
-from .core.style import _styled, colors
-from .report import Report, report_tensors, weights_in, print_text
+from .core.style import _styled, colors, one_line
+from .report import Report, check_archive, report_tensors, weights_in, print_text
 from .sparse.sparsifier import Sparsifier
 
 # %% auto #0
@@ -188,32 +188,50 @@ def sparsify_demo(
 # %% ../nbs/95_cli.ipynb #758801d9
 def _load(file):
     "What is in `file`, read without running code from it"
+    if not os.path.isfile(file): raise ValueError(f'There is no file {one_line(file)}')
+    if file.suffix == '.safetensors': return _load_safetensors(file)
+    with open(file, 'rb') as f:
+        check_archive(f, one_line(file))
+        try: return _load_torch(f)
+        except Exception as e: raise ValueError(  # whatever torch raises for what it cannot read
+            f'{one_line(file)} is not a file of weights: expected a `state_dict` saved with `torch.save`, or safetensors. Whole '
+            f'modules and exported learners would have to run code to be read, and are refused ({type(e).__name__})') from None
+
+def _load_torch(f):
+    "What is in the open file `f`, as tensors, lists, dicts, strings and numbers"
     import numpy as np
     from fastcore.foundation import L
-    from safetensors.torch import load_file
-    if not file.is_file(): raise ValueError(f'There is no file {file}')
-    try:
-        if file.suffix == '.safetensors': return load_file(file)
-        # what fastai's optimizers keep beside their tensors: lists and numbers
-        scalar = np.float64(0).__reduce__()[0]  # numpy 1 and 2 keep it in different modules
-        plain  = [L, np.dtype, scalar, *(getattr(np.dtypes, k) for k in np.dtypes.__all__)]
-        with torch.serialization.safe_globals(plain): return torch.load(file, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as e: raise ValueError(
-        f'{file} is not a file of weights: expected a `state_dict` saved with `torch.save`, or safetensors. Whole modules and '
-        f'exported learners would have to run code to be read, and are refused ({type(e).__name__})') from None
-    except Exception as e:
-        if type(e).__name__ != 'SafetensorError': raise
-        raise ValueError(f'{file} is not a safetensors file ({e})') from None
+    # what fastai's optimizers keep beside their tensors: lists and numbers
+    scalar = np.float64(0).__reduce__()[0]  # numpy 1 and 2 keep it in different modules
+    plain  = [L, np.dtype, scalar, *(getattr(np.dtypes, k) for k in np.dtypes.__all__)]
+    with torch.serialization.safe_globals(plain), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch says that some kinds of tensors are new
+        return torch.load(f, map_location='cpu', weights_only=True)
 
+def _load_safetensors(file):
+    "The tensors in `file`, which safetensors opens more than once: read again if it was replaced in between"
+    from safetensors.torch import load_file
+    def version(): return (s := file.stat()).st_ino, s.st_size, s.st_mtime_ns
+    for _ in range(20):
+        before = version()
+        try: tensors, error = load_file(file), None
+        except Exception as e: error = f'{type(e).__name__}: {one_line(e, 200)}'  # whatever safetensors raises
+        if version() != before: continue
+        if error: raise ValueError(f'{one_line(file)} is not a safetensors file ({error})')
+        return tensors
+    raise ValueError(f'{one_line(file)} is replaced again and again while it is read')
+
+# %% ../nbs/95_cli.ipynb #3e1f0a02
 def load_weights(
     file: str|Path,         # a `state_dict` saved with `torch.save`, a checkpoint that has one, or safetensors
     entry: str|None = None  # where in a checkpoint the weights are, as `'ema'` or `'ema.module'`; None: the most usual place
 ) -> tuple[dict[str, torch.Tensor], str, list[str]]:  # the tensors, where they were, and the other places with weights
     "Read the tensors in `file` without running code from it"
     state = _load(file := Path(file))
-    found = weights_in(state)
-    if not found: raise ValueError(f'{file} holds no tensors by name: expected a `state_dict`, got {type(state).__name__}')
-    if entry is not None and entry not in found: raise ValueError(_unknown(f'place of weights in {file.name}', entry, found))
+    try: found = weights_in(state)
+    except ValueError as e: raise ValueError(f'{one_line(file)}: {e}') from None
+    if not found: raise ValueError(f'{one_line(file)} holds no tensors by name: expected a `state_dict`, got {type(state).__name__}')
+    if entry is not None and entry not in found: raise ValueError(_unknown(f'place of weights in {one_line(file.name)}', entry, found))
     taken = next(iter(found)) if entry is None else entry
     return found[taken], taken, [k for k in found if k != taken]
 
@@ -224,10 +242,17 @@ def load_tensors(
     "Read the tensors in `file` without running code from it"
     tensors, taken, others = load_weights(file, entry)
     if others and entry is None:
-        warnings.warn(f'Read: {taken}. {Path(file).name} has weights in {", ".join(others)} too: choose with `entry`', stacklevel=2)
+        places = ', '.join(one_line(k, 100) for k in others[:20])
+        also   = f'{one_line(Path(file).name)} has weights in {places} too: choose with `entry`'
+        warnings.warn(f'Read: {one_line(taken, 100)}. {also}', stacklevel=2)
     return tensors
 
 # %% ../nbs/95_cli.ipynb #fc5ac7ba
+def _report(file, tensors):
+    "The report of the `tensors` of a `file`, which refusals name"
+    try: return report_tensors(tensors)
+    except ValueError as e: raise ValueError(f'{one_line(file)}: {e}') from None
+
 @call_parse
 def sparsity_report(
     file: str,         # A state_dict saved with torch.save, a checkpoint that has one, or a safetensors file
@@ -236,7 +261,9 @@ def sparsity_report(
     "Count the zeros in a checkpoint, tensor by tensor"
     try:
         tensors, taken, others = load_weights(file, entry)
-        report = report_tensors(tensors)
-    except ValueError as e: raise SystemExit(f'sparsity-report: {e}')
-    if others: print_text(f'Counted: {taken or "the tensors at the top"}. The file also has {", ".join(others)}: choose with `--entry`\n')
+        report = _report(file, tensors)
+    except (OSError, ValueError) as e: raise SystemExit(f'sparsity-report: {one_line(e)}')
+    if others:
+        places = ', '.join(one_line(k, 100) for k in others[:20])
+        print_text(f'Counted: {one_line(taken, 100) or "the tensors at the top"}. The file also has {places}: choose with `--entry`\n')
     print_text(str(report))

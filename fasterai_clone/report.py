@@ -6,16 +6,18 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/report.html.md"""
 
 # %% ../nbs/07_report.ipynb #dd495678
 from __future__ import annotations
-import re, warnings, sys
+import re, struct, warnings, sys, zipfile
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 import torch, torch.nn as nn
 from fastcore.basics import patch
 from .core.granularity import check_loaded
-from .core.style import _styled, colors
+from .core.style import _styled, colors, one_line, shortened
 
 # %% auto #0
-__all__ = ['Row', 'Report', 'shared_weights', 'as_mask_of', 'used_weights', 'weights_in', 'report_tensors', 'print_text']
+__all__ = ['Row', 'Report', 'shared_weights', 'as_mask_of', 'zeros_in', 'used_weights', 'weights_in', 'report_tensors',
+           'check_archive', 'print_text']
 
 # %% ../nbs/07_report.ipynb #0b2b017d
 @dataclass(frozen=True)
@@ -83,8 +85,12 @@ def _covers(self):
     else: lead = ''
     return lead + f'Covers {self.params:,} of {self.total:,} parameters ({self.coverage:.2f}%)' + ('; left dense:' if self.dense else '')
 
+def _shown(name):
+    "A name as the report shows it: one short line, without spaces that could move what follows to the next one"
+    return one_line(re.sub(r' {2,}', ' ', one_line(name, 200)))
+
 def _abbreviated(names, most=4):
-    return ', '.join(names if len(names) <= most else [*names[:most-1], '…', names[-1]])
+    return ', '.join(map(_shown, names if len(names) <= most else [*names[:most-1], '…', names[-1]]))
 
 def _by_type(params):
     "A line for each type of layer"
@@ -104,21 +110,21 @@ def _dense_lines(self):
     if self.held:     lines += [f'Dropped together with whole {self.granularity}s:', *_by_type(self.held)]
     if self.why_not:  lines += ['Dropped filters may still put out a constant:', *_by_reason(self.why_not)]
     if self.left_out: lines += ['Left out:', *_by_reason(self.left_out)]
-    if self.tied:     lines += ['One weight, counted once:', *(f'  {name} is also {other}' for name,other in self.tied)]
-    return lines + list(self.notes)
+    if self.tied:     lines += ['One weight, counted once:', *(f'  {_shown(name)} is also {_shown(other)}' for name,other in self.tied)]
+    return [one_line(line) for line in [*lines, *self.notes]]
 
 # %% ../nbs/07_report.ipynb #baeda36b
 @patch
 def __str__(self:Report):
     differs, rule = _differs(self), '-' * 80
-    width, types = max(16, len(self.granularity) + 1), max([15, *(len(r.type) for r in self.rows)])
+    width, types = max(16, len(self.granularity) + 1), max([15, *(len(_shown(r.type)) for r in self.rows)])
     def line(layer, kind, params, zeros, pct, groups, name):
         cells = f'{layer:<20} {kind:<{types}} {params:<10} {zeros:<10} {pct:>9}' + (f' {groups:>{width}}' if differs else '')
-        return cells + f'  {name}'.rstrip()
+        return cells + f'  {_shown(name)}'.rstrip()
     def nums(r, g, n): return f'{r.params:,}', f'{r.zeros:,}', f'{r.sparsity:.2f}%', f'{g:,} of {n:,}' if n else ''
     head = f'{"Layer":<20} {"Type":<{types}} {"Params":<10} {"Zeros":<10} {"Sparsity":<9}'
     if differs: head += f' {f"{self.granularity}s":>{width}}'
-    rows = [line(r.layer, r.type, *nums(r, r.zero_groups, r.groups), r.name) for r in self.rows]
+    rows = [line(_shown(r.layer), _shown(r.type), *nums(r, r.zero_groups, r.groups), r.name) for r in self.rows]
     last = line('Overall', 'all', *nums(self, self._sum('zero_groups'), self._sum('groups')), '')
     return '\n'.join(['Sparsity Report:', rule, head.rstrip(), rule, *rows, rule, last, _covers(self), *_dense_lines(self)])
 
@@ -149,7 +155,7 @@ def _repr_html_(self:Report):
         groups = f'<td style="text-align:right">{f"{g:,} of {n:,}" if n else ""}</td>' if differs else ''
         return f'<tr>{tds}{_bar(pct)}{groups}</tr>'
     heads = ['Layer', 'Type', 'Name', 'Params', 'Zeros', 'Sparsity'] + [f'{self.granularity.capitalize()}s'] * differs
-    rows  = [tr((r.layer, r.type, r.name, r.params, r.zeros), r.sparsity, r.zero_groups, r.groups) for r in self.rows]
+    rows  = [tr((*map(_shown, (r.layer, r.type, r.name)), r.params, r.zeros), r.sparsity, r.zero_groups, r.groups) for r in self.rows]
     rows += [tr(('Overall', 'all', '', self.params, self.zeros), self.sparsity, self._sum('zero_groups'), self._sum('groups'))]
     foot  = '<br>'.join(map(escape, [_covers(self), *_dense_lines(self)]))
     head  = ''.join(f'<th style="text-align:{"left" if i<3 else "right"}">{h}</th>' for i,h in enumerate(heads))
@@ -161,7 +167,7 @@ def plot(self:Report,
     ax = None  # matplotlib axes to draw on
 ):
     "Weights and zeros of each layer as bars; returns the axes"
-    names, y = [f'{r.layer}: {r.name}' if r.name else r.layer for r in self.rows], range(len(self.rows))
+    names, y = [_shown(f'{r.layer}: {r.name}' if r.name else r.layer) for r in self.rows], range(len(self.rows))
     zeros, kept = [r.zeros for r in self.rows], [r.params - r.zeros for r in self.rows]
     with _styled() as plt:
         if ax is None: ax = plt.subplots(figsize=(7, 0.9 + 0.24*len(self.rows)), layout='constrained')[1]
@@ -169,7 +175,7 @@ def plot(self:Report,
         ax.barh(y, kept, left=zeros, color=colors['grey'], alpha=0.45, label='kept')
         for i,r in enumerate(self.rows):
             ax.annotate(f'{r.sparsity:.1f}%', (r.params, i), (4, 0), textcoords='offset points', va='center', fontsize=8)
-        ax.set_yticks(y, names, fontsize=8)
+        ax.set_yticks(y, names, fontsize=8, parse_math=False)
         ax.invert_yaxis()
         ax.margins(x=0.12)
         ax.xaxis.set_major_formatter('{x:,.0f}')
@@ -192,32 +198,51 @@ def _element_order(t):
     for i,(n,s) in enumerate(zip(t.shape, t.stride())): at = at.unsqueeze(-1) + torch.arange(n) * s
     return at.flatten() * t.element_size()
 
+def _places_of(t, start, end):
+    "Which elements of its storage from `start` to `end` the tensor `t` has"
+    places = torch.zeros((end - start) // t.element_size(), dtype=torch.bool)
+    shape  = [n if s else 1 for n,s in zip(t.shape, t.stride())]  # what repeats has one place
+    places.as_strided(shape, t.stride(), t.storage_offset() - start // t.element_size()).fill_(True)
+    return places
+
 def _meet(a, b):
     "How `a` and `b`, of one storage, share memory: `'all'`, `'some'` or None"
     if a.dtype != b.dtype: return 'some'  # their ranges meet
     (_, *x), (_, *y) = _extent(a), _extent(b)
     if all(t.numel() * t.element_size() == end - start for t,(start,end) in ((a, x), (b, y))): return 'all' if x == y else 'some'
-    at, bt = _element_order(a).unique(), _element_order(b).unique()
+    start, end = min(x[0], y[0]), max(x[1], y[1])
+    at, bt = _places_of(a, start, end), _places_of(b, start, end)
     if torch.equal(at, bt): return 'all'
-    return 'some' if torch.isin(at, bt).any() else None
+    return 'some' if at.logical_and_(bt).any() else None
 
 # %% ../nbs/07_report.ipynb #340cbd43
 def shared_weights(
     tensors: Mapping[str, torch.Tensor]         # by name, under each name that they have
 ) -> tuple[dict[str, str], dict[str, str]]:  # name → first name with the same elements; name → another one with some of them
     "Find tensors that lie in the same memory"
-    first, partly, ids, placed = {}, {}, {}, {}
+    first, partly, same, placed = {}, {}, {}, {}
+    order = {k: i for i,k in enumerate(tensors)}
     for k,t in tensors.items():
-        first[k] = ids.setdefault(id(t), k)
-        if first[k] == k and (extent := _extent(t)): placed.setdefault(extent[0], []).append((*extent[1:], k))
+        extent   = _extent(t)
+        first[k] = same.setdefault((*extent, t.dtype, t.shape, t.stride()) if extent else id(t), k)
+        if first[k] == k and extent: placed.setdefault(extent[0], []).append((*extent[1:], k))
+    pairs = 0
     for spans in placed.values():
         open_spans = []
         for start,end,k in sorted(spans, key=lambda o: o[0]):
             open_spans = [o for o in open_spans if o[1] > start]
-            for _,_,other in open_spans: _note_shared(tensors, k, other, first, partly)
+            pairs += len(open_spans)
+            if pairs > 20_000: raise ValueError(f'Too many tensors share memory in part: {shortened(k)} and {pairs:,} others')
+            for _,_,other in open_spans: _note_shared(tensors, k, other, first, partly, order)
             open_spans.append((start, end, k))
-    return {k: first[v] for k,v in first.items()}, partly
+    return {k: _first_of(first, k) for k in first}, partly
 
+def _first_of(first, k):
+    "The name that stands for `k` and all that have the same elements"
+    while first[k] != k: k = first[k]
+    return k
+
+# %% ../nbs/07_report.ipynb #3e1f0a01
 def as_mask_of(
     mask: torch.Tensor,    # of `tensor`, True = kept
     tensor: torch.Tensor,  # what `mask` is of
@@ -229,27 +254,89 @@ def as_mask_of(
     out[_element_order(other).argsort().to(mask.device)] = mask.flatten()[_element_order(tensor).argsort().to(mask.device)]
     return out.reshape(other.shape)
 
-def _note_shared(tensors, k, other, first, partly):
+def _note_shared(tensors, k, other, first, partly, order):
     "Note how the tensors `k` and `other` share memory"
     how = _meet(tensors[k], tensors[other])
     if how == 'some': partly[k], partly[other] = other, k
     if how != 'all': return
-    names = list(tensors)
-    a, b  = sorted((first[k], first[other]), key=names.index)
-    for name,v in first.items():
-        if v == b: first[name] = a
+    a, b = sorted((_first_of(first, k), _first_of(first, other)), key=order.get)
+    first[b] = a
+
+# %% ../nbs/07_report.ipynb #efa8aa0c
+def _dtype(t): return str(t.dtype).removeprefix('torch.')
+
+def _unrepeated(t):
+    "`t` without the repeats along its axes, and how often each number was repeated"
+    times = 1
+    for axis,(n,s) in enumerate(zip(t.shape, t.stride())):
+        if n > 1 and s == 0: t, times = t.narrow(axis, 0, 1), times * n
+    return t, times
+
+def _has_own_memory(t):
+    "Is `t` dense, with a place in memory for each of its numbers? A view can have more numbers than its storage"
+    if t.is_nested or t.layout != torch.strided: return False
+    return not (extent := _extent(t)) or t.numel() * t.element_size() <= extent[2] - extent[1]
+
+def _zero_codes(t):
+    "Which numbers of a quantized tensor stand for zero"
+    zeros = t.q_zero_point() if t.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric) else None
+    if zeros is None and t.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
+        zeros = t.q_per_channel_zero_points().reshape([-1 if i == t.q_per_channel_axis() else 1 for i in range(t.ndim)])
+    if zeros is None or t.dtype not in (torch.qint8, torch.quint8, torch.qint32):
+        raise ValueError(f'{_dtype(t)} packs several numbers into one')
+    return t.int_repr() == zeros
+
+def _stored(t):
+    "The numbers that a sparse tensor holds; the others are zero"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch says that some layouts are new
+        if t.layout == torch.sparse_coo:
+            return torch.sparse_coo_tensor(t._indices(), t._values(), t.shape, check_invariants=True).coalesce().values()
+        rows = t.layout in (torch.sparse_csr, torch.sparse_bsr)
+        at   = (t.crow_indices(), t.col_indices()) if rows else (t.ccol_indices(), t.row_indices())
+        return torch.sparse_compressed_tensor(*at, t.values(), t.shape, layout=t.layout, check_invariants=True).values()
+
+# %% ../nbs/07_report.ipynb #814d490d
+_sparse = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+@torch.no_grad()
+def zeros_in(
+    t: torch.Tensor  # of any layout and dtype
+) -> int:
+    "Count the numbers of `t` that are exactly zero"
+    if t.is_nested: raise ValueError('a nested tensor has no shape of its own')
+    if t.layout in _sparse:
+        stored = _stored(t)
+        return t.numel() - (stored.numel() - zeros_in(stored))
+    if t.layout != torch.strided: t = t.to_dense()
+    if t.is_quantized: return int(_zero_codes(t).count_nonzero())
+    t, times = _unrepeated(t)
+    if not _has_own_memory(t): raise ValueError('its numbers overlap in memory')
+    if t.dtype.itemsize > 1 or not t.is_floating_point(): return (t.numel() - int(t.count_nonzero())) * times
+    if 'x2' in _dtype(t): raise ValueError(f'{_dtype(t)} packs several numbers into one')
+    return sum(int((part.float() == 0).count_nonzero()) for part in t.flatten().split(2**20)) * times  # 8 bits
 
 # %% ../nbs/07_report.ipynb #0bd3c146
 _ao_weight = re.compile(r'(?:(.*)\.)?parametrizations\.(\w+)\.original')
 
 def _masked_pairs(tensors):
     "(name of the weight, name of what it is made of, names of its masks) as `torch.nn.utils.prune` and `torch.ao.pruning` save them"
+    of_ao = {}
+    for k in tensors:
+        if (m := re.fullmatch(r'(.*\.)\d+\.mask', k)): of_ao.setdefault(m[1], []).append(k)
     for k in tensors:
         if k.endswith('_orig') and (mask := f'{k[:-5]}_mask') in tensors: yield k[:-5], k, [mask]
-        elif (m := _ao_weight.fullmatch(k)):
-            before = k.removesuffix('original')
-            masks  = [o for o in tensors if re.fullmatch(re.escape(before) + r'\d+\.mask', o)]
-            if masks: yield '.'.join(filter(None, m.groups())), k, masks
+        elif (m := _ao_weight.fullmatch(k)) and (masks := of_ao.get(k.removesuffix('original'))):
+            yield '.'.join(filter(None, m.groups())), k, masks
+
+def _masked(name, t, masks):
+    "The weight `t` times its masks"
+    for mask in masks:
+        if not (_has_own_memory(t) and _has_own_memory(mask)):
+            raise ValueError(f'{shortened(name)} and its mask cannot be multiplied: expected dense tensors')
+        try: t = t * mask.to(t.device)
+        except RuntimeError as e: raise ValueError(f'{shortened(name)} and its mask cannot be multiplied: {one_line(e, 200)}') from None
+    return t
 
 def used_weights(
     tensors: Mapping[str, torch.Tensor]  # a state dict
@@ -261,31 +348,40 @@ def used_weights(
     for k,t in tensors.items():
         if k in hidden: continue
         name, masks = pairs.get(k, (k, []))
-        for m in masks: t = t * tensors[m].to(t.device)
-        used[name] = t
+        used[name] = _masked(name, t, [tensors[m] for m in masks])
     return used
 
 # %% ../nbs/07_report.ipynb #2799eb34
 _no_weights  = re.compile(r'opts?$|optim|\w*optimizer|\w*sched|\w*scaler|callbacks|loops|\w*rng|masks', re.I)
 _usual_names = ('model_state_dict', 'state_dict', 'model', 'net', 'network', 'module', 'weights', 'params')
 
-def _is_weights(o):
-    "Is `o` a dict with weights by name?"
-    return any(isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim > 1 for k,v in o.items())
+def _is_weight(v): return isinstance(v, torch.Tensor) and v.ndim > 1 and (v.is_floating_point() or v.is_complex() or v.is_quantized)
+
+def _by_name(o):
+    "The tensors of a dict or list, with strings as names"
+    pairs = [(k, v) for k,v in (o.items() if isinstance(o, Mapping) else enumerate(o)) if isinstance(v, torch.Tensor)]
+    named = {k if isinstance(k, str) else shortened(k): v for k,v in pairs}
+    if len(named) < len(pairs): raise ValueError('Two tensors have names that read the same: use strings that differ')
+    return named
+
+def _dicts_in(o, path):
+    "(path, dict or list) of what may have weights in the dict or list `o`"
+    pairs = o.items() if isinstance(o, Mapping) else ((str(i), v) for i,v in enumerate(o))
+    return [(f'{path}.{k}' if path else k, v) for k,v in pairs
+            if isinstance(k, str) and isinstance(v, (Mapping, list, tuple)) and not _no_weights.match(k)]
 
 def weights_in(
     state  # what `torch.load` gives: a state dict, or dicts that have some among other things
 ) -> dict[str, dict[str, torch.Tensor]]:  # where they are ('' for `state` itself) → the tensors by name; the most usual place first
     "Find the state dicts in a checkpoint"
-    found, left = {}, [('', state)]
-    while left:
-        path, o = left.pop(0)
-        if not isinstance(o, Mapping) or path.count('.') > 3: continue
-        if _is_weights(o): found[path] = {k: v for k,v in o.items() if isinstance(v, torch.Tensor)}
-        else: left += [(f'{path}.{k}' if path else k, v) for k,v in o.items() if isinstance(k, str) and not _no_weights.match(k)]
-    if not found and isinstance(state, Mapping):
-        tensors = {k: v for k,v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-        if tensors: found[''] = tensors
+    found, left, seen = {}, deque([('', state, 0)] if isinstance(state, (Mapping, list, tuple)) else []), set()
+    while left and len(found) < 1000:
+        path, o, depth = left.popleft()
+        if isinstance(o, Mapping) and any(map(_is_weight, o.values())): found[path] = _by_name(o)
+        elif depth < 4 and id(o) not in seen:  # a container that is in several places, or in itself, is read once
+            seen.add(id(o))
+            left += [(p, v, depth+1) for p,v in _dicts_in(o, path)]
+    if not found and isinstance(state, (Mapping, list, tuple)) and (tensors := _by_name(state)): found[''] = tensors
     def rank(path):
         names = [_usual_names.index(k) if k in _usual_names else len(_usual_names) for k in path.split('.')] if path else [-1]
         return max(names), len(names)
@@ -297,32 +393,74 @@ def _one_state(tensors):
     found = weights_in(tensors)
     if len(found) > 1:
         taken, *others = found
-        warnings.warn(f'Counted: {taken}. There are weights in {", ".join(others)} too: pass one of these to count it', stacklevel=3)
-    return next(iter(found.values()), {k: v for k,v in tensors.items() if isinstance(v, torch.Tensor)})
+        also = f'There are weights in {_abbreviated(others)} too: pass one of these to count it'
+        warnings.warn(f'Counted: {_shown(taken)}. {also}', stacklevel=3)
+    return next(iter(found.values()), {})
 
 def report_tensors(
     tensors: Mapping[str, torch.Tensor]  # a state dict, or a checkpoint that has one
 ) -> Report:
     "Count the zeros in a state dict"
-    tensors = used_weights(_one_state(tensors))
-    check_loaded(tensors.items())
-    first, _ = shared_weights(tensors)
-    made     = [k for k in tensors if re.search(r'(^|\.)parametrizations\.\w+\.original\d*$', k)]
-    rows, dense = [], []
-    for k,v in tensors.items():
-        if first[k] != k: continue
-        if v.is_floating_point() and v.ndim > 1:
-            v = v if v.layout == torch.strided else v.to_dense()
-            kind, zeros = '×'.join(map(str, v.shape)), v.numel() - int(v.count_nonzero())
-            rows.append(Row(f'Tensor {len(rows)}', kind, k, v.numel(), zeros, v.numel(), zeros))
-        else: dense.append((k, f'{v.ndim}-d', v.numel()))
-    return Report(tuple(rows), tuple(dense), tied=tuple((v, k) for k,v in first.items() if v != k), notes=_computed_note(made))
+    state = _one_state(tensors)
+    check_loaded(state.items())
+    used     = used_weights(state)
+    first, _ = shared_weights({k: v for k,v in used.items() if _has_own_memory(v)})
+    made     = [k for k in used if re.search(r'(^|\.)parametrizations\.\w+\.original\d*$', k)]
+    rows, dense, left_out = [], [], []
+    for k,v in used.items():
+        if first.get(k, k) != k: continue
+        kind = '×'.join(map(str, v.shape))
+        try: zeros = zeros_in(v) if _is_weight(v) else None
+        except (ValueError, RuntimeError) as e: left_out.append((k, f'{kind}, not counted: {one_line(e, 200)}'))
+        else:
+            what = '' if v.is_floating_point() or v.ndim < 2 else f' {_dtype(v)}'
+            if zeros is None: dense.append((k, f'{v.ndim}-d{what}', v.numel()))
+            else: rows.append(Row(f'Tensor {len(rows)}', kind, k, v.numel(), zeros, v.numel(), zeros))
+    tied = tuple((v, k) for k,v in first.items() if v != k)
+    return Report(tuple(rows), tuple(dense), left_out=tuple(left_out), tied=tied, notes=_computed_note(made))
 
 def _computed_note(names):
     "What to say of tensors that a parametrization makes weights of"
     if not names: return ()
     return (f'A parametrization computes the weights that are used from {_abbreviated(names)}: these are counted as saved. '
             '`torch.ao.pruning` does not save its masks: call `squash_mask()` before saving',)
+
+# %% ../nbs/07_report.ipynb #2651a9e2
+_zip_errors = zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, EOFError, struct.error, UnicodeError, OverflowError
+
+def _check_entry(info, place):
+    "Refuse an entry of an archive that is not stored as it is"
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f'{place} is compressed, and `torch.save` compresses nothing: unpack the file, and pack it without compression')
+
+def check_archive(
+    file,     # open for reading, in binary mode
+    name: str # how messages call it
+) -> bool:    # False: not an archive, as files of torch before 1.6
+    "Raise `ValueError` if `file` is an archive that is damaged or that `torch.save` would not write"
+    start = file.tell()
+    magic, size = file.read(4), file.seek(0, 2) - start
+    try:
+        if not (is_archive := zipfile.is_zipfile(file)) and magic != b'PK\3\4': return False
+        if not is_archive: raise ValueError(f'{name} is incomplete: the end of the archive is missing')
+        with zipfile.ZipFile(file) as z:
+            infos = z.infolist()
+            for i in infos: _check_entry(i, f'{name}, entry {shortened(i.filename)},')
+            first = min((i.header_offset for i in infos), default=None)
+            if first != start or z.comment or sum(i.file_size for i in infos) > size or len({i.filename for i in infos}) < len(infos):
+                raise ValueError(f'{name} is not as `torch.save` writes it: entries overlap, are there twice or begin elsewhere')
+            unsigned = all(i.CRC == 0 for i in infos if i.filename.endswith('/data.pkl'))  # `set_crc32_options(False)`
+            for i in infos:
+                if i.CRC or not unsigned: _check_sum(z, i)
+    except _zip_errors as e:
+        raise ValueError(f'{name} is damaged: {one_line(e, 200)}') from None
+    finally: file.seek(start)
+    return True
+
+def _check_sum(z, info):
+    "Read an entry once, so that its checksum is compared"
+    with z.open(info) as entry:
+        while entry.read(2**20): pass
 
 # %% ../nbs/07_report.ipynb #31ed561a
 _plainer = str.maketrans({'→': '->', '…': '...', '–': '-', '×': 'x', '÷': '/', '≤': '<='})
@@ -331,8 +469,8 @@ def print_text(
     text: object,        # what to print: a string, or anything with a text form
     flush: bool = False  # write it at once
 ) -> None:
-    "Print `text` on any output: what its encoding lacks is replaced, never an error"
-    text, encoding = str(text), getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    "Print `text` on any output: what its encoding lacks is replaced, escape codes are spelled out, and nothing is an error"
+    text, encoding = '\n'.join(map(one_line, str(text).split('\n'))), getattr(sys.stdout, 'encoding', None) or 'utf-8'
     try: text.encode(encoding)
     except UnicodeEncodeError: text = text.translate(_plainer).encode(encoding, 'replace').decode(encoding)
     print(text, flush=flush)

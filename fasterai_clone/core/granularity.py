@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 import torch, torch.nn as nn
 from fastcore.basics import patch
-from .style import _styled, colors
+from .style import _styled, colors, one_line, shortened
 
 # %% auto #0
 __all__ = ['Groups', 'check_loaded', 'Granularities', 'plot_granularity', 'plot_granularities']
@@ -66,11 +66,11 @@ _matrix_dims = dict(weight=(), column=(0,), row=(1,), layer=(0, 1))
 # %% ../../nbs/01_core.granularity.ipynb #158c624a
 def _unknown(what, got, legal):
     "The sentence for a name that is not legal: what came, the nearest, all of them"
-    near = get_close_matches(str(got), list(map(str, legal)), n=1, cutoff=0.5)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    legal = list(map(str, legal))
+    legal = [one_line(k, 100) for k in legal]
+    near  = get_close_matches(got if isinstance(got, str) and len(got) < 200 else shortened(got), legal[:5000], n=1, cutoff=0.5)
+    hint  = f' Did you mean {near[0]!r}?' if near else ''
     if len(legal) > 40: legal = [*legal[:20], f'… ({len(legal)-21} more)', legal[-1]]
-    return f'Unknown {what} {got!r}.{hint} Legal: {", ".join(legal)}'
+    return f'Unknown {what} {shortened(got)}.{hint} Legal: {", ".join(legal)}'
 
 # %% ../../nbs/01_core.granularity.ipynb #16779aa5
 def check_loaded(
@@ -80,7 +80,7 @@ def check_loaded(
     missing = [k for k,t in tensors if t.is_meta]
     if not missing: return
     also = f' (and {len(missing)-1} more)' if len(missing) > 1 else ''
-    raise ValueError(f'{missing[0]}{also} is on the device "meta" and has no numbers. Load the weights first: '
+    raise ValueError(f'{one_line(missing[0], 200)}{also} is on the device "meta" and has no numbers. Load the weights first: '
                      '`load_state_dict(..., assign=True)`, or `from_pretrained` without offloading. If accelerate has offloaded the '
                      'model, take it back with `accelerate.hooks.remove_hook_from_module(model, recurse=True)`')
 

@@ -8,11 +8,11 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.distiller_callback.h
 from __future__ import annotations
 import math, os
 from functools import partial
-from pathlib import Path
 import torch.nn as nn
 from ..core.criteria import large_final, ln_norm, random
 from ..core.granularity import _unknown
 from ..core.schedule import Schedule
+from ..core.style import one_line, shortened
 from ..sparse.sparsify_callback import SparsifyCallback, _check_whole
 from ..sparse.targets import unwrapped
 
@@ -27,24 +27,60 @@ def _sched_updates(start, end, pos, updates, frequency, first):
     left = (1 - epoch//frequency/(updates - 1))**3 if updates > 1 else 0.
     return end + (first - 1) * left * (end - start)
 
+# %% ../../nbs/77_prune.distiller_callback.ipynb #36fd6f16
+def _cut(name): return one_line(name, 100)
+
+def _too_large(events):
+    "Why YAML is too deep or too large once its aliases are written out, or None"
+    sizes, open_nodes = {}, []  # anchor → items in its node; (anchor, items so far) of each node that has not ended
+    for i,e in enumerate(events):
+        kind, anchor, n = type(e).__name__, getattr(e, 'anchor', None), 0
+        if kind in ('SequenceStartEvent', 'MappingStartEvent'):
+            open_nodes.append([anchor, 1])
+            sizes.pop(anchor, None)
+        elif kind in ('SequenceEndEvent', 'MappingEndEvent'): anchor, n = open_nodes.pop()
+        elif kind == 'ScalarEvent': n = 1
+        elif kind == 'AliasEvent':
+            if anchor not in sizes: return f'*{_cut(anchor)} refers to itself, or to nothing'
+            anchor, n = None, sizes[anchor]
+        if anchor and n: sizes[anchor] = n
+        if n and open_nodes: open_nodes[-1][1] += n
+        if n > _max_items or i > 2*_max_items: return f'it stands for more than {_max_items:,} items'
+        if len(open_nodes) > _max_depth: return f'it has more than {_max_depth} levels'
+
+
 # %% ../../nbs/77_prune.distiller_callback.ipynb #5fe421c1
 _sections = dict(lr_schedulers = 'fastai has its own: `fit_one_cycle`, or `ParamScheduler` for a curve of yours',
                  extensions    = 'thinning comes after training: `thin(model, example_inputs=x)`',
                  regularizers  = 'a penalty belongs to the loss',
                  quantizers    = 'quantize the model after pruning, with `torch.ao.quantization`')
 
-def _read(schedule):
-    "The contents of a YAML file, or of a text"
-    import yaml  # comes with fastai
+_max_bytes, _max_items, _max_depth = 64_000, 5_000, 20  # of a schedule: a hundred times what one with ten pruners has
+
+def _yaml_of(schedule):
+    "(name for messages, bytes) of YAML, or of a file with it"
     is_text = isinstance(schedule, str) and '\n' in schedule
     if not isinstance(schedule, (str, os.PathLike)):
         raise TypeError(f'Expected YAML or the path of a file with it, got {type(schedule).__name__}')
-    if not is_text and not Path(schedule).is_file():
-        raise FileNotFoundError(f'There is no file {str(schedule)!r}, and as YAML it is too short')
-    try: found = yaml.safe_load(schedule if is_text else Path(schedule).read_text(encoding='utf-8'))
-    except yaml.YAMLError as e: raise ValueError(f'Not YAML: {e}') from e
+    if not is_text and not os.path.isfile(schedule):
+        raise FileNotFoundError(f'There is no file {shortened(str(schedule))}, and as YAML it is too short')
+    if is_text: name, data = 'the schedule', schedule.encode('utf-8', 'replace')
+    else:
+        name = one_line(schedule, 200)
+        with open(schedule, 'rb') as f: data = f.read(_max_bytes + 1)
+    if len(data) > _max_bytes: raise ValueError(f'Too long: {name} has more than {_max_bytes:,} bytes, which no schedule needs')
+    return name, data
+
+def _read(schedule):
+    "The contents of a YAML file, or of a text"
+    import yaml  # comes with fastai
+    name, data = _yaml_of(schedule)
+    odd = yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError  # of scalars, from PyYAML
+    try: found = None if (why := _too_large(yaml.parse(data, yaml.SafeLoader))) else yaml.safe_load(data)
+    except odd as e: raise ValueError(f'Not YAML: {name}: {one_line(e, 300)}') from None
+    if why: raise ValueError(f'Not a schedule of Distiller: {name}: {why}')
     if not isinstance(found, dict):
-        raise ValueError(f'Not a schedule of Distiller: expected `pruners` and `policies`, got {type(found).__name__}')
+        raise ValueError(f'Not a schedule of Distiller: expected `pruners` and `policies` in {name}, got {type(found).__name__}')
     return found
 
 # %% ../../nbs/77_prune.distiller_callback.ipynb #30adee3d
@@ -56,13 +92,15 @@ def _sectioned(found, ignore):
     for k,v in found.items():
         if k not in legal: raise ValueError(_unknown('section', k, legal))
         if k in _sections and v and k not in ignore:
-            what = ', '.join(map(str, v)) if isinstance(v, dict) else v
+            what = ', '.join(_cut(_as_name(o)) for o in [*v][:5]) if isinstance(v, dict) else shortened(v)
             raise ValueError(f'`{k}` ({what}): {_sections[k]}. To leave it out, pass `ignore={k!r}`')
     pruners, policies = found.get('pruners') or {}, found.get('policies') or []
     if not isinstance(pruners, dict) or not all(isinstance(p, dict) for p in pruners.values()) or not pruners:
         raise ValueError('`pruners` must have a name and a `class` for each pruner')
     if not isinstance(policies, list) or not all(isinstance(p, dict) for p in policies): raise ValueError('`policies` must be a list')
-    return {str(k): p for k,p in pruners.items()}, policies
+    return {_as_name(k): p for k,p in pruners.items()}, policies
+
+def _as_name(k): return k if isinstance(k, str) else shortened(k)
 
 # %% ../../nbs/77_prune.distiller_callback.ipynb #548a6dfc
 _kinds = dict(lr_scheduler='lr_schedulers', extension='extensions', regularizer='regularizers', quantizer='quantizers')
@@ -72,7 +110,9 @@ def _of_pruner(policy, ignored):
     "The part of `policy` that is about a pruner; None if it is about what is ignored"
     kind = next((k for k in policy if k in _kinds), None)
     if kind and _kinds[kind] in ignored: return None
-    if kind: raise ValueError(f'A policy for {policy[kind]}: {_sections[_kinds[kind]]}. To leave it out, pass `ignore={_kinds[kind]!r}`')
+    if kind:
+        raise ValueError(f'A policy for {shortened(policy[kind])}: {_sections[_kinds[kind]]}. '
+                         f'To leave it out, pass `ignore={_kinds[kind]!r}`')
     legal = ('pruner', *_times)
     if (stray := [k for k in policy if k not in legal]): raise ValueError(_unknown('key in a policy', stray[0], legal))
     return policy['pruner'] if isinstance(policy.get('pruner'), dict) else {}
@@ -82,69 +122,75 @@ def _policies(policies, pruners, ignored):
     found = {}
     for p in policies:
         if (own := _of_pruner(p, ignored)) is None: continue
-        name = str(own.get('instance_name'))
+        name = _as_name(own.get('instance_name'))
         if name not in pruners: raise ValueError(_unknown('`instance_name` in a policy', name, pruners))
         args = own.get('args') or {}
-        if not isinstance(args, dict): raise ValueError(f'The policy of `{name}`: `args` must have names and values, got {args!r}')
+        if not isinstance(args, dict):
+            raise ValueError(f'The policy of `{_cut(name)}`: `args` must have names and values, got {shortened(args)}')
         for k,v in args.items():
             if v and k != 'keep_mask':
-                raise ValueError(f'The policy of `{name}` has {k}={v!r}: here masks follow from the weights as they are, and stay')
-        if name in found: raise ValueError(f'`{name}` has two policies: expected one. Make two pruners of it')
+                raise ValueError(f'The policy of `{_cut(name)}` has {_cut(k)}={shortened(v)}: '
+                                 'here masks follow from the weights as they are, and stay')
+        if name in found: raise ValueError(f'`{_cut(name)}` has two policies: expected one. Make two pruners of it')
         found[name] = p
     idle = next((k for k in pruners if k not in found), None)
-    if idle: raise ValueError(f'`{idle}` has no policy, so it would never prune: add one, or leave the pruner out')
+    if idle: raise ValueError(f'`{_cut(idle)}` has no policy, so it would never prune: add one, or leave the pruner out')
     return found
 
 # %% ../../nbs/77_prune.distiller_callback.ipynb #6ba5543b
-def _whole(name, policy, key, least):
+def _whole(name, policy, key, least, most=1_000_000):
     "A whole number from `policy`"
     v = policy.get(key)
-    if isinstance(v, bool) or not isinstance(v, int) or v < least:
-        raise ValueError(f'The policy of `{name}`: `{key}` must be a whole number from {least}, got {v!r}')
+    if isinstance(v, bool) or not isinstance(v, int) or not least <= v <= most:
+        limit = f' to {most:,}' if type(v) is int and v > most else ''
+        raise ValueError(f'The policy of `{_cut(name)}`: `{key}` must be a whole number from {least}{limit}, got {shortened(v)}')
     return v
 
 def _updates(name, policy, gradual, first_epoch):
     "The first epoch in which `name` updates its masks, how many updates there are, and how far apart"
     if policy.get('epochs'):
-        if gradual: raise ValueError(f'The policy of `{name}` has `epochs`: AGP needs `starting_epoch`, `ending_epoch` and `frequency`')
+        if gradual:
+            raise ValueError(f'The policy of `{_cut(name)}` has `epochs`: AGP needs `starting_epoch`, `ending_epoch` and `frequency`')
         epochs = policy['epochs'] if isinstance(policy['epochs'], list) else [policy['epochs']]
         start, n, every = min(_whole(name, dict(epochs=e), 'epochs', 0) for e in epochs), 1, 1
     else:
         start, every = _whole(name, policy, 'starting_epoch', 0), _whole(name, policy, 'frequency', 1)
         n = len(range(start, _whole(name, policy, 'ending_epoch', 1), every)) if gradual else 1
     if gradual and n < 2:
-        raise ValueError(f'The policy of `{name}` leaves {n} update{"s"*(n != 1)}: AGP needs 2 or more, '
+        raise ValueError(f'The policy of `{_cut(name)}` leaves {n} update{"s"*(n != 1)}: AGP needs 2 or more, '
                          'between `starting_epoch` and `ending_epoch`')
-    if start < first_epoch: raise ValueError(f'`{name}` starts in epoch {start}, before `first_epoch` {first_epoch}')
+    if start < first_epoch: raise ValueError(f'`{_cut(name)}` starts in epoch {start}, before `first_epoch` {first_epoch}')
     return start - first_epoch, n, every
 
 # %% ../../nbs/77_prune.distiller_callback.ipynb #5956345c
 def _named(model, name, pruner):
     "The parameter of `model` that Distiller calls `name`, and the layer that has it"
     params = dict(model.named_parameters(remove_duplicate=False))
-    plain  = name if name in params else '.'.join(k for k in str(name).split('.') if k != 'module')
-    if plain not in params: raise ValueError(f'`{pruner}`: ' + _unknown('weights', plain, [k for k,p in params.items() if p.ndim > 1]))
+    plain  = name if name in params else '.'.join(k for k in _as_name(name).split('.') if k != 'module')
+    if plain not in params:
+        raise ValueError(f'`{_cut(pruner)}`: ' + _unknown('weights', plain, [k for k,p in params.items() if p.ndim > 1]))
     return plain, model.get_submodule(plain.rpartition('.')[0])
 
 # %% ../../nbs/77_prune.distiller_callback.ipynb #6f87745a
 def _blocks(pruner, kwargs):
     "Our name for the blocks in `kwargs`"
     shape = kwargs.get('block_shape') if isinstance(kwargs, dict) else None
-    if not (isinstance(shape, list) and len(shape) == 4 and [*shape[:1], *shape[2:]] == [1, 1, 1] and type(shape[1]) is int):
-        raise ValueError(f'`{pruner}`: `block_shape` must be [1, d, 1, 1], got {shape!r}')
+    ones  = isinstance(shape, list) and len(shape) == 4 and [*shape[:1], *shape[2:]] == [1, 1, 1]
+    if not (ones and type(shape[1]) is int and 0 < shape[1] < 10**9):
+        raise ValueError(f'`{_cut(pruner)}`: `block_shape` must be [1, d, 1, 1], got {shortened(shape)}')
     return f'block_1x{shape[1]}x1x1'
 
 def _granularity(pruner, spec, weight, layer):
     "What a group of `weight` is"
     kind, conv, linear = spec.get('group_type'), isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)), isinstance(layer, nn.Linear)
     legal = ('Filters', '3D', 'Channels', 'Rows', 'Blocks')
-    if kind not in legal: raise ValueError(f'`{pruner}`: ' + _unknown('group type', kind, legal))
+    if kind not in legal: raise ValueError(f'`{_cut(pruner)}`: ' + _unknown('group type', kind, legal))
     if kind in ('Filters', '3D') and conv:                          return 'filter'
     if kind == 'Channels' and conv and layer.groups == 1:           return 'shared_kernel'
     if kind in ('Channels', 'Rows') and linear:                     return 'column'
     if kind == 'Blocks' and isinstance(layer, nn.Conv2d):           return _blocks(pruner, spec.get('kwargs'))
     what = f'{type(layer).__name__} with {layer.groups} groups' if conv and layer.groups > 1 else type(layer).__name__
-    raise ValueError(f'`{pruner}`: {kind} of {weight}, a {what}, are not defined in Distiller. '
+    raise ValueError(f'`{_cut(pruner)}`: {kind} of {weight}, a {what}, are not defined in Distiller. '
                      '`SparsifyCallback` takes other granularities')
 
 # %% ../../nbs/77_prune.distiller_callback.ipynb #20cc1a27
@@ -177,22 +223,22 @@ _instead = dict(
 # %% ../../nbs/77_prune.distiller_callback.ipynb #dff22a81
 def _class_of(name, spec):
     "What the class of the pruner `name` stands for, if all it is given can be honoured"
-    kind = str(spec.get('class'))
+    kind = _as_name(spec.get('class'))
     if (other := _instead.get(kind.removesuffix('_AGP')) or _instead.get(kind)):
-        raise ValueError(f'`{name}`: {kind} cannot be honoured. Use {other}')
-    if kind not in _classes: raise ValueError(f'`{name}`: ' + _unknown('class', kind, _classes))
+        raise ValueError(f'`{_cut(name)}`: {kind} cannot be honoured. Use {other}')
+    if kind not in _classes: raise ValueError(f'`{_cut(name)}`: ' + _unknown('class', kind, _classes))
     rank, groups, gradual = _classes[kind]
     legal = ['class'] + (['initial_sparsity', 'final_sparsity'] if gradual else ['desired_sparsity'] if groups else ['levels'])
     legal += ['weights'] * (groups or gradual) + ['group_type', 'group_dependency', 'kwargs'] * groups
     for k,v in spec.items():
         if groups and (k, v) in (('noise', 0), ('group_size', 1)): continue  # as by default
-        if k not in legal: raise ValueError(f'`{name}`: ' + _unknown(f'key of {kind}', k, legal))
+        if k not in legal: raise ValueError(f'`{_cut(name)}`: ' + _unknown(f'key of {kind}', k, legal))
     return rank, groups, gradual
 
 def _percent(name, key, v):
     "A fraction as a percentage"
     if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= 1:
-        raise ValueError(f'`{name}`: `{key}` must be a fraction from 0 to 1, as in Distiller, got {v!r}')
+        raise ValueError(f'`{_cut(name)}`: `{key}` must be a fraction from 0 to 1, as in Distiller, got {shortened(v)}')
     return round(100*v, 9)
 
 # %% ../../nbs/77_prune.distiller_callback.ipynb #4d179c7f
@@ -201,16 +247,16 @@ def _asked(name, spec, gradual):
     if 'levels' in spec or 'weights' not in spec:
         levels = spec.get('levels')
         if not isinstance(levels, dict) or not levels:
-            raise ValueError(f'`{name}`: expected `{"weights" if gradual else "levels"}`, got {levels!r}')
-        if '*' in levels: raise ValueError(f"`{name}`: '*' in `levels` means every parameter, biases and norms too: name the weights")
-        return {k: _percent(name, f'levels[{k!r}]', v) for k,v in levels.items()}, 1.
+            raise ValueError(f'`{_cut(name)}`: expected `{"weights" if gradual else "levels"}`, got {shortened(levels)}')
+        if '*' in levels: raise ValueError(f"`{_cut(name)}`: '*' in `levels` means every parameter, biases and norms too: name the weights")
+        return {k: _percent(name, f'levels[{shortened(k)}]', v) for k,v in levels.items()}, 1.
     weights = [spec['weights']] if isinstance(spec['weights'], str) else spec['weights']
     if not isinstance(weights, list) or not weights or not all(isinstance(k, str) for k in weights):
-        raise ValueError(f'`{name}`: `weights` must be a list of names, got {weights!r}')
+        raise ValueError(f'`{_cut(name)}`: `weights` must be a list of names, got {shortened(weights)}')
     if not gradual: return dict.fromkeys(weights, _percent(name, 'desired_sparsity', spec.get('desired_sparsity'))), 1.
     first, last = (_percent(name, k, spec.get(k)) for k in ('initial_sparsity', 'final_sparsity'))
     if first >= last:
-        raise ValueError(f'`{name}`: `final_sparsity` must be more than `initial_sparsity`, got {last/100:g} and {first/100:g}')
+        raise ValueError(f'`{_cut(name)}`: `final_sparsity` must be more than `initial_sparsity`, got {last/100:g} and {first/100:g}')
     return dict.fromkeys(weights, last), first/last
 
 # %% ../../nbs/77_prune.distiller_callback.ipynb #f6dbe953
@@ -218,7 +264,7 @@ def _dependency(name, spec, lead):
     "Arguments for what `group_dependency` asks for"
     kind = spec.get('group_dependency')
     if kind is None: return {}
-    if kind != 'Leader': raise ValueError(f'`{name}`: ' + _unknown('group_dependency', kind, ['Leader']))
+    if kind != 'Leader': raise ValueError(f'`{_cut(name)}`: ' + _unknown('group_dependency', kind, ['Leader']))
     return dict(coupled=[lead])  # the first of the weights
 
 def _callbacks(name, spec, policy, model, first_epoch, kwargs):

@@ -21,6 +21,7 @@ from ..model.preserve import copied
 from ..core.granularity import _unknown
 from ..core.measure import as_batch, as_criteria
 from ..core.schedule import Schedule, agp, as_schedule
+from ..core.style import Entry
 from ..core.selection import n_dropped
 from ..core.masks import Masks
 from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _shrink,
@@ -30,11 +31,11 @@ from ..report import print_text
 from ..sparse.compact import _like, stepping_optimizer, why_not_passed_on
 from ..sparse.sparsifier import Sparsifier, _check_flags, _check_tools, _rounded, _check_arguments
 from ..sparse.sparsify_callback import SparsifyCallback, _check_sparsities, _check_whole, _Lean
-from ..sparse.state import _States, random_state, set_random_state
+from ..sparse.state import _States, check_progress, check_random_state, check_refs, random_state, set_random_state
 from ..sparse.targets import _plainly, _processes, _rank, unwrapped
 
 # %% auto #0
-__all__ = ['PruneCallback']
+__all__ = ['PruneCallback', 'check_prune_state']
 
 # %% ../../nbs/75_prune.prune_callback.ipynb #cc08532a
 def _cut(t, axes):
@@ -378,6 +379,50 @@ def table(self:PruneCallback) -> str:
     lines = [f'{"Group":<{width}}  Channels  Left', '-'*(width + 16)]
     return '\n'.join(lines + [f'{k:<{width}}  {n:>8,}  {left[k]:>4,}' for k,n in self.sizes.items()])
 
+# %% ../../nbs/75_prune.prune_callback.ipynb #8e006d57
+_needed = ('sizes', 'channels', 'left', 'at_first', 'ratio', 'goal', 'asked', 'epoch', 'history', 'refs', 'used', 'random')
+
+def _check_sizes(entry):
+    "Refuse what is not a description of sizes, as `sizes_of` gives it"
+    entry.fields(('tensors', 'modules', 'heads'))
+    for part in ('tensors', 'heads'):
+        for _,e in entry[part].named('list'):
+            for n in e.each(): n.whole(0, 2**40)
+    for _,e in entry['modules'].named('dict'):
+        for _,n in e.named(): n.whole(0, 2**40)
+
+def check_prune_state(
+    entry: Entry  # from `PruneCallback.state_dict()`, or only the sizes of it
+) -> None:
+    "Refuse the state of a `PruneCallback` that fits no learner"
+    if set(entry.value) == {'sizes'}: return _check_sizes(entry['sizes'])
+    entry.fields(_needed, ('midway', 'scaler'))
+    _check_sizes(entry['sizes'])
+    check_progress(entry, ('params', 'channels', 'macs'))
+    entry['ratio'].text(), check_random_state(entry['random'])
+    for e in entry['at_first'].fields(('params', 'channels', 'macs')).named(): e[1].whole()
+    channels = entry['channels'].value
+    if not channels: entry['channels'].refuse('a dict with one number for each group')
+    for k,e in entry['channels'].named('number'): e.whole(1)
+    for part in ('left', 'goal'): entry[part].fields(list(channels))
+    for k,n in channels.items(): entry['left'][k].whole(1, n), entry['goal'][k].number(0, 100)
+    for e in entry['used'].each(): e.text()
+    for _,e in entry['refs'].named('tensor'): e.tensor()
+
+def _check_saved(state, model):
+    "Refuse a state that came with a checkpoint and does not fit it"
+    check_prune_state(entry := Entry(state, state.place))
+    tensors, own, known = entry['sizes']['tensors'], model.state_dict(keep_vars=True), set()
+    new = [(k, e) for k,e in tensors.named() if k in own and list(own[k].shape) != e.value]
+    new = [(k, e) for k,e in new if id(own[k]) not in known and not known.add(id(own[k]))]
+    if (n := sum(math.prod(e.value) for _,e in new)) > state.n_bytes:
+        tensors.refuse(f'sizes of at most {state.n_bytes:,} numbers, as many as the file has bytes (these are {n:,})')
+
+def _reshape(model, sizes, place):
+    "Give `model` the `sizes` that a file has at `place`"
+    try: reshape_to(model, sizes)
+    except (ValueError, RuntimeError, KeyError, ZeroDivisionError) as e: raise ValueError(f'{place}: {e}') from None
+
 # %% ../../nbs/75_prune.prune_callback.ipynb #e2de4282
 @patch
 def _sizes_to_save(self:Learner):
@@ -389,7 +434,9 @@ def _sizes_to_save(self:Learner):
 def _resized(self:Learner, states):
     "The model and the optimizer at the sizes in `states`; as they were, if the checkpoint cannot be loaded"
     model, opt = unwrapped(self.model), self.opt
-    sizes = next((s['sizes'] for s in states if 'sizes' in s), None)
+    state = next((s for s in states if 'sizes' in s), None)
+    if state is not None: _check_saved(state, model)
+    sizes = None if state is None else state['sizes']
     with _plainly(model): new = sizes is not None and sizes['tensors'] != sizes_of(model)['tensors']
     if not (new or self.__dict__.get('_smaller')):
         yield
@@ -397,7 +444,7 @@ def _resized(self:Learner, states):
     before = dict(model.named_parameters())
     with _all_or_nothing(model, opt, _tensors_of(model).values()):  # torch copies what fits before it refuses the rest
         if new:
-            with _plainly(model): reshape_to(model, sizes)
+            with _plainly(model): _reshape(model, sizes, f"{state.place}['sizes']")
         after = dict(model.named_parameters())
         if opt is not None: _carry_over(opt, [(p, after[k], None) for k,p in before.items() if p is not after[k]])
         yield
@@ -431,8 +478,9 @@ def load_state_dict(self:PruneCallback,
     state: dict  # from `state_dict`
 ) -> None:
     "Go on from `state` in the next `fit`, of a model that has its sizes: see `reshape_to`"
-    missing = {'sizes', 'channels', 'left', 'at_first', 'ratio', 'goal', 'asked', 'epoch', 'history', 'refs', 'used', 'random'} - set(state)
-    if missing: raise ValueError(f'Not the state of a `PruneCallback`: it has no {", ".join(sorted(missing))}')
+    if not isinstance(state, dict): raise TypeError(f'`state` must be a dict, as `state_dict` gives it, got {type(state).__name__}')
+    if missing := set(_needed) - set(state): raise ValueError(f'Not the state of a `PruneCallback`: it has no {", ".join(sorted(missing))}')
+    check_prune_state(Entry(state, getattr(state, 'place', 'state')))
     self._loaded = state
 
 @patch
@@ -446,17 +494,20 @@ def _claim(self:PruneCallback, first):
     "The state that `learn.load` found, if this fit begins with a later epoch"
     states = self.learn.__dict__.get('_pruned_states') or []
     if not first: states.clear()
-    return next((s for s in states if 'epoch' in s), None)
+    state = next((s for s in states if 'epoch' in s), None)
+    if state is not None: check_prune_state(Entry(state, state.place))
+    return state
 
 @patch
 def _take_over(self:PruneCallback, state):
     "Sizes at first, target and references of `state`"
-    model = unwrapped(self.learn.model)
+    model, entry = unwrapped(self.learn.model), Entry(state, getattr(state, 'place', 'state'))
     with _plainly(model): same = sizes_of(model)['tensors'] == state['sizes']['tensors']
     if not same:
         raise ValueError('The model has other sizes than the state: load its checkpoint with `learn.load`, or `reshape_to(model, '
                          'state["sizes"])` and load its weights')
     sp = _with_groups(self._new_sparsifier(), state['left']) if max(state['left'].values()) > 1 else self._nothing_left()
+    self._check_fits(entry, sp)
     if state['ratio'] == repr(self.pruning_ratio): goal = dict(state['goal'])
     elif isinstance(self.pruning_ratio, (Mapping, list, tuple)):
         goal = {**dict.fromkeys(state['channels'], 0.), **dict(zip((t.name for t in sp.targets), sp.sparsities(self.pruning_ratio)))}
@@ -470,6 +521,19 @@ def _take_over(self:PruneCallback, state):
 def _nothing_left(self:PruneCallback):
     "Who chooses in a model of which each group has one channel"
     return self._no_sparsifier(Sparsifier(self.learn.model, 'filter', layer_type=nn.Module))
+
+# %% ../../nbs/75_prune.prune_callback.ipynb #5cbfce44
+@patch
+def _check_fits(self:PruneCallback, entry, sp):
+    "Refuse a state that does not fit the model, of which `sp` sees the groups; nothing is changed yet"
+    params, now = dict(sp.model.named_parameters()), {t.name: t.groups.n for t in sp.targets}
+    for k,n in entry['left'].value.items():
+        if n > 1 and now.get(k) != n: entry['left'][k].refuse(f'the {now[k]} channels that the model has' if k in now else
+                                                              '1: this callback has no group of that name to choose from')
+        if k not in params: entry['left'].refuse('a dict with names of parameters of the model')
+    check_refs(entry['refs'], params, [p.name for p in sp._parts()] if sp.reference in ('init', 'update') else None)
+    for e in entry['used'].each(): e.text(params)
+    check_random_state(entry['random'], self.dls.loaders)
 
 # %% ../../nbs/75_prune.prune_callback.ipynb #b038083a
 @patch

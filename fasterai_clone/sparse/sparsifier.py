@@ -27,6 +27,7 @@ from ..core.measure import accumulated, arguments, as_criteria, batches, passes_
 from ..core.schedule import Schedule, as_schedule
 from ..core.selection import (LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped,
                                            restore)
+from ..core.style import Entry, shortened
 from ..prune.coupling import coupled_groups
 from ..prune.thin import sampled, unremovable
 from ..report import Report, Row, print_text, shared_weights
@@ -1326,21 +1327,36 @@ def load_state_dict(self:Sparsifier,
     state: dict  # from `state_dict`
 ) -> None:
     "Take over masks and references, and apply the masks"
+    self._check_kind(state)
+    weights, entry = self._params(), Entry(state, 'state')
+    for k in ('masks', 'refs'):
+        if stray := [n for n,_ in entry[k].named('tensor') if n not in weights]: entry[k].refuse(f'a dict without {shortened(stray[0])}')
+    masks = {k: e.tensor(self.masks.shapes[k], torch.bool).to(weights[k].device) for k,e in entry['masks'].named()}
+    refs  = {k: e.tensor().to(weights[k].device, copy=True) for k,e in entry['refs'].named()}
+    used  = {e.text(weights) for e in entry['used'].each()}
+    self.masks.clear()
+    self.masks.update(masks)
+    self.refs, self.used = refs, used
+    self.rule.load_state_dict(self._rule_in(state)['state'].value)
+    self.updates += 1
+    self.apply_masks()
+
+@patch
+def _check_kind(self:Sparsifier, state):
+    "Refuse the state of a `Sparsifier` of other layers, or one that chooses otherwise"
     missing = {'masks', 'refs', 'used', 'reference', 'granularity', 'context', 'names'} - set(state)
     if missing: raise ValueError(f'Not the state of a `Sparsifier`: it has no {", ".join(sorted(missing))}')
     for k,mine in dict(granularity=self.granularity, reference=self.reference, context=self.context.name).items():
-        if state[k] != mine: raise ValueError(f'The state is of another kind of `Sparsifier`: {k} {state[k]!r}, here {mine!r}')
-    rule = state.get('rule', dict(kind='Prune', state={}))
-    if rule['kind'] != (mine := type(self.rule).__name__):
-        raise ValueError(f'The state is of a `Sparsifier` with the rule {rule["kind"]}, here {mine}')
-    weights = self._params()
-    if stray := sorted(set(state['names']) ^ set(weights)):
+        if type(state[k]) is type(mine) and state[k] == mine: continue
+        raise ValueError(f'The state is of another kind of `Sparsifier`: {k} {shortened(state[k])}, here {mine!r}')
+    rule, mine = self._rule_in(state)['kind'].text(), type(self.rule).__name__
+    if rule != mine: raise ValueError(f'The state is of a `Sparsifier` with the rule {shortened(rule)}, here {mine}')
+    names = {e.text() for e in Entry(state['names'], 'state["names"]').each()}
+    if stray := sorted(names ^ set(self._params())):
         raise ValueError('The state is of a `Sparsifier` of other layers: '
-                         f'{", ".join(map(repr, stray[:5]))} {"is" if len(stray) == 1 else "are"} in one of them only')
-    masks = Masks({k: v.to(weights[k].device) if k in weights else v for k,v in state['masks'].items()}, shapes=self.masks.shapes)
-    self.masks.clear()
-    self.masks.update(masks)
-    self.refs, self.used = {k: v.clone() for k,v in state['refs'].items()}, set(state['used'])
-    self.rule.load_state_dict(rule['state'])
-    self.updates += 1
-    self.apply_masks()
+                         f'{", ".join(map(shortened, stray[:5]))} {"is" if len(stray) == 1 else "are"} in one of them only')
+
+@patch
+def _rule_in(self:Sparsifier, state):
+    "What `state` says of the rule; earlier versions knew `Prune` only"
+    return Entry(state.get('rule', dict(kind='Prune', state={})), 'state["rule"]').fields(['kind', 'state'])

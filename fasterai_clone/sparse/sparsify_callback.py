@@ -21,12 +21,13 @@ from ..core.measure import Labels, _running, arguments, as_batch, as_criteria, b
 from ..core.schedule import Schedule, agp, as_schedule
 from ..core.selection import check_sparsity
 from .rule import Rule, as_rule
-from ..core.style import _styled, colors
+from ..core.style import _styled, colors, Entry
 from ..report import print_text
 from .compact import why_not_compact
 from .sparsifier import Sparsifier, _check_flags, _check_tools, _own_loader, _check_arguments
 from .ticket_files import _restore, _snapshot, save_ticket
-from .state import optimizer_state, random_state, set_optimizer_state, set_random_state
+from .state import (check_optimizer_state, check_random_state, check_refs, check_sparsify_state, check_tensors,
+                                         optimizer_state, random_state, set_optimizer_state, set_random_state)
 from .targets import _plainly, _processes, _rank, unwrapped
 
 # %% auto #0
@@ -494,8 +495,10 @@ def load_state_dict(self:SparsifyCallback,
     state: dict  # from `state_dict`
 ) -> None:
     "Go on from `state` in the next `fit`"
+    if not isinstance(state, dict): raise TypeError(f'`state` must be a dict, as `state_dict` gives it, got {type(state).__name__}')
     missing = {'sparsifier', 'asked', 'epoch', 'midway', 'led', 'floor', 'last', 'history', 'rewind_to', 'scaler', 'random'} - set(state)
     if missing: raise ValueError(f'Not the state of a `SparsifyCallback`: it has no {", ".join(sorted(missing))}')
+    check_sparsify_state(Entry(state, getattr(state, 'place', 'state')))
     self._loaded = state
 
 @patch
@@ -516,11 +519,14 @@ def _claim(self:SparsifyCallback, first):
     states = self.learn.__dict__.get('_sparse_states') or []
     if not first: states.clear()
     i = [cb for cb in self.learn.cbs if isinstance(cb, SparsifyCallback)].index(self)  # in the order in which they were saved
-    return states[i] if i < len(states) else None
+    state = states[i] if i < len(states) else None
+    if state is not None and 'sparsifier' not in state: Entry(state, state.place).refuse('the state of a `SparsifyCallback`')
+    return state
 
 @patch
 def _resume(self:SparsifyCallback, first, state):
     "Go on from the state that was loaded, if there is one"
+    if state is not None: self._check_state(Entry(state, getattr(state, 'place', 'state')))
     self._loaded = self._random = None
     if state is None and first and not self._rewind_to and self.sparsifier.updates == 0:
         self._say(f'No state was loaded: this fit begins anew at epoch {first}, from the weights as they are')
@@ -538,6 +544,36 @@ def _resume(self:SparsifyCallback, first, state):
     same = len(state['asked']) == len(self._asked) and all(abs(a - b) < 1e-6 for a,b in zip(self._asked, state['asked']))
     if same: self._led, self._floor, self._last = state['led'], state['floor'], state['last']
     self._say(f'Resuming at epoch {first}{midway}' + ('' if same else ', with another target, schedule or number of epochs'))
+
+# %% ../../nbs/53_sparse.sparsify_callback.ipynb #19f5a602
+@patch
+def _check_state(self:SparsifyCallback, entry):
+    "Refuse a state that does not fit the learner; nothing is changed yet"
+    sp = self.sparsifier
+    own, shapes, saved = sp._params(), sp.masks.shapes, entry['sparsifier']
+    try: sp._check_kind(saved.value)
+    except ValueError as e: raise ValueError(f'{saved.place}: {e}') from None
+    for k,e in saved['masks'].named():
+        if list(e.value[0]) != list(shapes[k]): e[0].refuse(f'the shape {shapes[k]} of the weight')
+    names = {p.name for p in sp._parts()}
+    check_refs(saved['refs'], own, names if sp.reference in ('init', 'update') else None)
+    most = [sp._prices()] if sp.costs else sp.sizes
+    for k in ('led', 'floor', 'last'):
+        for e,n in zip(entry[k].each(len(most)), most): e.number(0, n * (1 + 1e-9))
+    for row in entry['history'].each():
+        if set(row['layers'].value) != names: row['layers'].refuse('a dict with a number for each layer of this callback')
+    if entry['rewind_to'].value is not None: self._check_rewind(entry['rewind_to'])
+    check_random_state(entry['random'], self.dls.loaders)
+
+@patch
+def _check_rewind(self:SparsifyCallback, entry):
+    "Refuse weights or an optimizer's state that could not be rewound to"
+    entry.fields(('model', 'optimizer'))
+    model = self.sparsifier.model
+    with _plainly(model):
+        params, buffers = (dict(f(remove_duplicate=False)) for f in (model.named_parameters, model.named_buffers))
+    check_tensors(entry['model'], params | buffers, params)
+    check_optimizer_state(entry['optimizer'], self.opt)
 
 # %% ../../nbs/53_sparse.sparsify_callback.ipynb #5898fe42
 @patch

@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.state.html.md"""
 
 # %% ../../nbs/51_sparse.state.ipynb #9b4ee4f8
 from __future__ import annotations
-import io, random, zipfile
+import io, math, random, zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -17,9 +17,14 @@ from fastai.torch_core import distrib_barrier, rank_distrib
 from fastcore.basics import patch_to
 from fastcore.foundation import L
 from ..core.masks import _whole_file
+from ..core.style import Entry, one_line, shortened
+from ..report import check_archive
+from .compact import stepping_optimizer
 
 # %% auto #0
-__all__ = ['optimizer_state', 'set_optimizer_state', 'random_state', 'set_random_state', 'read_state']
+__all__ = ['optimizer_state', 'set_optimizer_state', 'random_state', 'set_random_state', 'check_random_state', 'check_progress',
+           'check_scaler', 'check_sparsify_state', 'check_tensors', 'check_refs', 'check_optimizer_state', 'SavedState',
+           'read_state']
 
 # %% ../../nbs/51_sparse.state.ipynb #1095fe14
 def _plain(x):
@@ -80,6 +85,168 @@ def set_random_state(
         else:
             for g,own in zip(_generators(dl), s): g.set_state(own)
 
+# %% ../../nbs/51_sparse.state.ipynb #23edb634
+def _check_python(entry):
+    "Refuse all but what `random.getstate` gives"
+    version, numbers, gauss = entry.each(3)
+    version.whole(3, 3)
+    for n in numbers.each(625): n.whole(0, 2**32 - 1)
+    if gauss.value is not None: gauss.number()
+    numbers[624].whole(0, 624)  # the position among them
+
+def _check_numpy(entry):
+    "Refuse all but what `numpy.random.get_state` gives"
+    name, keys, position, has_gauss, gauss = entry.each(5)
+    name.text(['MT19937'])
+    for n in keys.each(624): n.whole(0, 2**32 - 1)
+    position.whole(0, 624), has_gauss.whole(0, 1), gauss.number()
+
+def _check_generator(entry, device='cpu'):
+    "Refuse all but a state that a generator of torch takes"
+    state = entry.tensor(dtype=torch.uint8)
+    if state.ndim != 1 or not 16 <= len(state) <= 10_000: entry.refuse('the state of a generator')
+    if torch.device(device).type == 'cuda' and not torch.cuda.is_available(): return
+    try: torch.Generator(device).set_state(state)
+    except (RuntimeError, TypeError): entry.refuse(f'a state that the generators of {device} take')
+
+def check_random_state(
+    entry: Entry,           # from `random_state`
+    loaders: Iterable = ()  # the loaders it is for; none: any
+) -> None:
+    "Refuse random numbers that could not be set"
+    entry.fields(('python', 'numpy', 'torch', 'cuda', 'loaders'))
+    _check_python(entry['python']), _check_numpy(entry['numpy']), _check_generator(entry['torch'])
+    for e in entry['cuda'].each(): _check_generator(e, 'cuda')
+    loaders, saved = list(_loaders(loaders)), entry['loaders'].each()
+    if loaders and saved and len(loaders) != len(saved): entry['loaders'].refuse(f'a list of length {len(loaders)}, one for each loader')
+    for i,e in enumerate(saved):
+        own = loaders[i] if loaders else None
+        ours = isinstance(getattr(own, 'rng', None), random.Random) if loaders else isinstance(e.value, tuple)
+        if ours: _check_python(e)
+        else:
+            for s in e.each(len(list(_generators(own))) if loaders else None): _check_generator(s)
+
+# %% ../../nbs/51_sparse.state.ipynb #1be1262c
+def check_progress(
+    entry: Entry,        # a state, of a `SparsifyCallback` or a `PruneCallback`
+    columns: tuple = ()  # of its history, besides `epoch`: numbers from 0
+) -> None:
+    "Refuse a number of epochs, a history or a scaler that no training run could have"
+    epoch, past = entry['epoch'].whole(0, 10**7), -1
+    entry['midway'].flag() if 'midway' in entry.value else None
+    for n in entry['asked'].each(): n.number()
+    for row in entry['history'].each():
+        row.fields(('epoch', *columns), ('layers',))
+        past = row['epoch'].whole(past + 1, max(epoch, 1) - 1)
+        for k in columns: row[k].number(0)
+        for _,e in row['layers'].named() if 'layers' in row.value else (): e.number(0, 100)
+    if 'scaler' in entry.value: check_scaler(entry['scaler'])
+
+def check_scaler(
+    entry: Entry  # from `GradScaler.state_dict()`, or empty
+) -> None:
+    "Refuse settings that no `GradScaler` could have"
+    if not list(entry.named()): return
+    entry.fields(('scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'))
+    for k in ('scale', 'backoff_factor'): entry[k].number(1e-300)
+    entry['growth_factor'].number(1, 1e30), entry['growth_interval'].whole(1), entry['_growth_tracker'].whole(0)
+
+def check_sparsify_state(
+    entry: Entry  # from `SparsifyCallback.state_dict()`
+) -> None:
+    "Refuse the state of a `SparsifyCallback` that fits no learner"
+    entry.fields(('sparsifier', 'asked', 'epoch', 'midway', 'led', 'floor', 'last', 'history', 'rewind_to', 'scaler', 'random'),
+                 optional=('logged',))
+    check_progress(entry, ('asked', 'sparsity'))
+    for row in entry['logged'].each() if 'logged' in entry.value else ():
+        for k,e in row.named():
+            if k == 'epoch': e.whole()
+            elif type(e.value) is not float: e.refuse('a number')  # a loss may be NaN
+    for k in ('led', 'floor', 'last'):
+        for n in entry[k].each(): n.number(0)
+    _check_masks(entry['sparsifier'])
+    check_random_state(entry['random'])
+
+# %% ../../nbs/51_sparse.state.ipynb #8d1c645d
+def _check_masks(entry):
+    "Refuse masks and references of a `Sparsifier` that fit no model"
+    entry.fields(('masks', 'refs', 'used', 'reference', 'granularity', 'context', 'names'))
+    if entry['reference'].value is not None: entry['reference'].text()
+    if not isinstance(entry['granularity'].value, str): [e.whole(-9, 9) for e in entry['granularity'].each()]
+    entry['context'].text()
+    names = {e.text() for e in entry['names'].each()}
+    for e in entry['used'].each(): e.text(names)
+    for k,e in entry['masks'].named('mask'):
+        if k not in names: entry['masks'].refuse('a dict with masks of `names` only')
+        shape, bits = e.each(2)
+        n = math.prod(d.whole(0, 2**40) for d in shape.each())
+        last = bits.tensor((-(-n // 8),), torch.uint8)[-1:]
+        if int(last.sum()) % (1 << -n % 8): bits.refuse(f'the bits of {n} weights, with zeros after them')
+    for k,e in entry['refs'].named('tensor'):
+        if k not in names: entry['refs'].refuse('a dict with tensors of `names` only')
+        if not e.tensor().is_floating_point(): e.refuse('a tensor of floating-point numbers')
+
+def check_tensors(
+    entry: Entry,  # tensors by name
+    wanted: dict,  # name → the tensor that one of them is for
+    needed = ()    # names that must be there
+) -> None:
+    "Refuse tensors that are not of the names, shapes and dtypes of `wanted`"
+    for k,e in entry.named('tensor'):
+        if k not in wanted: entry.refuse(f'a dict without {shortened(k)}, which the model does not have')
+        e.tensor(wanted[k].shape, wanted[k].dtype)
+    missing = [k for k in needed if k not in entry.value]
+    if missing: entry.refuse(f'a dict with {shortened(missing[0])}')
+
+def check_refs(
+    entry: Entry,  # what a criterion compares weights with, by name
+    params: dict,  # name → weight
+    copied=None    # names of weights of which a copy must be there; None: what is there has to broadcast to its weight
+) -> None:
+    "Refuse what a criterion cannot compare `params` with"
+    if copied is not None: return check_tensors(entry, params, copied)
+    for k,e in entry.named('tensor'):
+        if k not in params: entry.refuse(f'a dict without {shortened(k)}, which the model does not have')
+        try: fits = torch.broadcast_shapes(e.tensor().shape, params[k].shape) == params[k].shape
+        except RuntimeError: fits = False
+        if not fits or not e.value.is_floating_point(): e.refuse(f'a tensor of floating-point numbers and shape {tuple(params[k].shape)}')
+
+# %% ../../nbs/51_sparse.state.ipynb #182b6640
+def _own_kind(opt):
+    "Is `opt` one of those of torch and fastai that keep a number for each weight, or one in all?"
+    return type(opt).__module__.startswith(('torch.optim', 'fastai.')) and type(opt).__name__ not in ('LBFGS', 'Adafactor', 'Muon')
+
+def _check_of_param(entry, p, now, strict):
+    "Refuse what an optimizer cannot know of the parameter `p`, of which it knows `now`"
+    def told(state): return {k for k,v in state.items() if not isinstance(v, bool)}  # fastai keeps flags, too
+    for k,e in entry.named():
+        v = e.value
+        if isinstance(v, torch.Tensor):
+            plain = v.layout == torch.strided and not v.is_meta and not v.is_quantized
+            if not plain or strict and v.numel() > 1 and (v.shape != p.shape or not v.dtype.is_floating_point and not v.is_complex()):
+                e.refuse(f'a number, or a tensor of floating-point numbers and shape {tuple(p.shape)}')
+        elif not isinstance(v, (bool, int, float, list, type(None))): e.refuse('a number or a tensor')
+    if told(entry.value) and told(now) and told(entry.value) != told(now):
+        entry.refuse(f'a dict with {", ".join(sorted(map(str, told(now))))}')
+
+def check_optimizer_state(
+    entry: Entry,  # from `optimizer_state`
+    optimizer      # of torch or fastai, that is to take it
+) -> None:
+    "Refuse what `optimizer` could not go on with"
+    known = optimizer.state_dict()
+    entry.fields([k for k in known if k not in ('hypers', 'param_groups')])
+    opt    = stepping_optimizer(optimizer)
+    lists  = opt.param_lists if hasattr(opt, 'param_lists') else [g['params'] for g in opt.param_groups]
+    params = [p for ps in lists for p in ps]
+    if isinstance(known['state'], Mapping):
+        if not isinstance(entry['state'].value, dict): entry['state'].refuse('a dict')
+        saved = {k: entry['state'][k] for k in entry['state'].value}
+        wrong = [k for k in saved if type(k) is not int or not 0 <= k < len(params)]
+        if wrong: entry['state'].refuse(f'a dict with numbers of parameters, up to {len(params) - 1}')
+    else: saved = dict(enumerate(entry['state'].each(len(params))))
+    for i,e in saved.items(): _check_of_param(e, params[i], opt.state.get(params[i], {}), _own_kind(opt))
+
 # %% ../../nbs/51_sparse.state.ipynb #5578958d
 _ENTRY = 'fasterai_clone.pt'
 
@@ -90,15 +257,42 @@ def _add_state(file, state):
     with zipfile.ZipFile(file, 'a', zipfile.ZIP_STORED) as z:  # torch wants everything to be in one folder
         z.writestr(f'{z.namelist()[0].split("/")[0]}/{_ENTRY}', data.getvalue())
 
+class SavedState(dict):
+    "The state of one callback, from the `place` that messages name"
+    place, n_bytes = 'state', None  # `n_bytes`: of the whole file
+
 def read_state(
-    file: str|Path  # a checkpoint
+    file: str|Path  # a checkpoint, or one that is open for reading in binary mode
 ) -> list|None:     # the states, or None if there is none
     "What the callbacks of this library have saved in a checkpoint"
-    if isinstance(file, (str, Path)) and not Path(file).exists(): raise FileNotFoundError(f'There is no checkpoint {file}')
-    if not zipfile.is_zipfile(file): return None
-    with zipfile.ZipFile(file) as z:
-        entry = next((n for n in z.namelist() if n.endswith(f'/{_ENTRY}')), None)
-        return None if entry is None else torch.load(io.BytesIO(z.read(entry)), weights_only=True)
+    if not isinstance(file, (str, Path)): return _read_open(file, one_line(getattr(file, 'name', 'The checkpoint'), 300))
+    if not Path(file).exists(): raise FileNotFoundError(f'There is no checkpoint {one_line(file)}')
+    with open(file, 'rb') as f: return _read_open(f, one_line(file, 300))
+
+def _read_open(f, name):
+    "The states in the open checkpoint `f`, which stays where it is"
+    start, size = f.tell(), f.seek(0, 2)
+    f.seek(start)
+    if not check_archive(f, name): return None
+    with zipfile.ZipFile(f) as z:
+        found = [n for n in z.namelist() if n.endswith(f'/{_ENTRY}')]
+        data  = io.BytesIO(z.read(found[0])) if found else None
+    f.seek(start)
+    if data is None: return None
+    place = f'{name}, entry {_ENTRY}'
+    check_archive(data, place)
+    try: states = torch.load(data, weights_only=True, map_location=None if torch.cuda.is_available() else 'cpu')
+    except Exception as e:  # whatever torch raises for what it cannot read
+        raise ValueError(f'{place} is damaged: {type(e).__name__}: {one_line(e, 200)}') from None
+    return [_as_saved(state, size) for state in Entry(states, place).each()]
+
+def _as_saved(entry, size):
+    "A state, checked as far as that is possible without the learner"
+    for _ in entry.named(): pass
+    state = SavedState(entry.value)
+    state.place, state.n_bytes = entry.place, size
+    if 'sparsifier' in state: check_sparsify_state(entry)
+    return state
 
 # %% ../../nbs/51_sparse.state.ipynb #0586103f
 _save = getattr(Learner.save, '__wrapped__', Learner.save)  # fastai's own, also if this module is loaded twice
@@ -132,12 +326,16 @@ class _States(list):
 @patch_to(Learner)
 @wraps(_load)
 def load(self, file, device=None, **kwargs):
-    named  = isinstance(file, (str, Path))
-    start  = None if named else file.tell()
     distrib_barrier()
-    states = read_state(join_path_file(file, self.path/self.model_dir, ext='.pth') if named else file) or []
-    if not named: file.seek(start)
-    with self._resized(states): _load(self, file, device, **kwargs)
+    if not isinstance(file, (str, Path)): return _load_open(self, file, device, kwargs)
+    file = join_path_file(file, self.path/self.model_dir, ext='.pth')
+    if not file.exists(): raise FileNotFoundError(f'There is no checkpoint {one_line(file)}')
+    with open(file, 'rb') as f: return _load_open(self, f, device, kwargs, file if kwargs.get('mmap') else None)
+
+def _load_open(self, f, device, kwargs, path=None):
+    "Load state and weights from one open file: it can be replaced while it is read. `path`: read the weights from there, as `mmap` must"
+    states = read_state(f) or []
+    with self._resized(states): _load(self, f if path is None else path, device, **kwargs)
     if hasattr(self, 'lr_finder'): return self  # that one loads what it began with
     self._sparse_states = _States(s for s in states if 'sizes' not in s)
     self._pruned_states = _States(s for s in states if 'sizes' in s)
