@@ -170,7 +170,7 @@ def check_sparsify_state(
 # %% ../../nbs/51_sparse.state.ipynb #8d1c645d
 def _check_masks(entry):
     "Refuse masks and references of a `Sparsifier` that fit no model"
-    entry.fields(('masks', 'refs', 'used', 'reference', 'granularity', 'context', 'names'))
+    entry.fields(('masks', 'refs', 'used', 'reference', 'granularity', 'context', 'names'), ('rule',))
     if entry['reference'].value is not None: entry['reference'].text()
     if not isinstance(entry['granularity'].value, str): [e.whole(-9, 9) for e in entry['granularity'].each()]
     entry['context'].text()
