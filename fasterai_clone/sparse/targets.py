@@ -18,13 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from ..core.flow import Flow, tensors_in
-from ..core.granularity import Granularities, Groups, _unknown, check_loaded
+from ..core.granularity import Granularities, Groups, _unknown, check_loaded, why_not_writable
 from ..core.measure import untouched
 from ..core.selection import Piece, check_sparsity
 from ..report import shared_weights
 
 # %% auto #0
-__all__ = ['Part', 'Target', 'unwrapped', 'Targets', 'find_targets', 'output_channels', 'hold_with', 'layer_sparsities']
+__all__ = ['Part', 'Target', 'unwrapped', 'check_maskable', 'Targets', 'find_targets', 'output_channels', 'hold_with',
+           'layer_sparsities']
 
 # %% ../../nbs/11_sparse.targets.ipynb #cb62e245
 @dataclass(frozen=True)
@@ -161,6 +162,29 @@ def _layer_params(m, wanted=None):
     if not wanted: return [k for k in names if 'bias' not in k]
     return [k for k in names if any(fnmatchcase(n, p) for p in wanted for n in ([k, f'{k}_raw'] if k in made else [k]))]
 
+# %% ../../nbs/11_sparse.targets.ipynb #d912717e
+_ranked = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+def _why_not_ranked(w):
+    "Why the elements of `w` cannot be ranked and masked, or None"
+    if not _is_sharded(w) and (why := why_not_writable(w)): return why
+    if not w.is_floating_point(): return f'is {w.dtype}: only real floating-point weights can be sparsified'
+    if w.dtype not in _ranked: return f'is {w.dtype}: only weights in float16, bfloat16, float32 and float64 can be sparsified'
+    if not w.numel(): return f'has no elements: its shape is {tuple(w.shape)}'
+
+def check_maskable(
+    scored: Iterable[Part],    # parameters whose groups are scored
+    held: Iterable[Part] = ()  # what is dropped with those
+) -> None:
+    "Raise `ValueError` that names the first of the parameters that cannot be masked as it is now"
+    scored, held = [*scored], [*held]
+    check_loaded((p.name, p.whole) for p in scored + held)
+    for p in scored:
+        if (why := _why_not_ranked(p.whole)): raise ValueError(f'{p.name} {why}')
+    for p in held:
+        if not _is_sharded(p.whole) and (why := why_not_writable(p.whole)):
+            raise ValueError(f'{p.name}, which is dropped with groups of a weight, {why}')
+
 # %% ../../nbs/11_sparse.targets.ipynb #3e3e32d9
 def _parents(model):
     "id of a module → (name, module) that has it as a child"
@@ -200,8 +224,7 @@ def _check(layer, m, k, home, strict=True):
         return why
     if is_lazy(w): raise ValueError(f'{where} has no shape yet: run one batch through the model first')
     check_loaded([(where, w)])
-    if not w.is_floating_point():
-        why = f'is {w.dtype}: only real floating-point weights can be sparsified'
+    if (why := _why_not_ranked(w)):
         if strict: raise ValueError(f'{where} {why}')
         return why
     if not _finite(w): raise ValueError(f'{where} holds NaN or infinite numbers')
