@@ -19,7 +19,8 @@ from fastcore.foundation import L
 from ..core.masks import _whole_file
 
 # %% auto #0
-__all__ = ['optimizer_state', 'set_optimizer_state', 'random_state', 'set_random_state', 'read_state']
+__all__ = ['optimizer_state', 'set_optimizer_state', 'random_state', 'set_random_state', 'enter_fit', 'leave_fit', 'forget_batch',
+           'read_state']
 
 # %% ../../nbs/15_sparse.state.ipynb #1095fe14
 def _plain(x):
@@ -80,6 +81,47 @@ def set_random_state(
         else:
             for g,own in zip(_generators(dl), s): g.set_state(own)
 
+# %% ../../nbs/15_sparse.state.ipynb #db895cfb
+def _autocast_state():
+    "How deep autocast is nested, and what it is set to"
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    devices = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ('cpu', 'cuda')}
+    return depth, devices, torch.is_autocast_cache_enabled()
+
+def enter_fit(
+    learn: Learner
+) -> None:
+    "Remember the autocast around a fit that begins, and take back what a stopped batch has left"
+    forget_batch(learn)
+    learn.__dict__['_around_fit'] = _autocast_state()
+
+def leave_fit(
+    learn: Learner
+) -> None:
+    "Set autocast to what it was around the fit that has ended or was stopped, if one has"
+    if (around := learn.__dict__.pop('_around_fit', None)) is None or around == _autocast_state(): return
+    depth, devices, cached = around
+    for _ in range(_autocast_state()[0] - depth): torch.autocast_decrement_nesting()
+    for d,(on,dtype) in devices.items():
+        torch.set_autocast_enabled(d, on)
+        torch.set_autocast_dtype(d, dtype)
+    torch.set_autocast_cache_enabled(cached)
+    torch.clear_autocast_cache()
+
+# %% ../../nbs/15_sparse.state.ipynb #ab6154c3
+@torch.no_grad()
+def forget_batch(
+    learn: Learner
+) -> None:
+    "Take back what a stopped batch has left: gradients, counts of `GradientAccumulation`, an autocast that is still on"
+    leave_fit(learn)
+    if learn.opt is not None: learn.opt.zero_grad()
+    for p in learn.model.parameters():  # also those that the optimizer does not have
+        if p.grad is not None: p.grad.zero_()
+    for cb in learn.cbs:
+        if {'n_acc', 'count'} <= vars(cb).keys(): cb.count = 0
+
 # %% ../../nbs/15_sparse.state.ipynb #5578958d
 _ENTRY = 'fasterai_clone.pt'
 
@@ -138,6 +180,7 @@ def load(self, file, device=None, **kwargs):
     states = read_state(join_path_file(file, self.path/self.model_dir, ext='.pth') if named else file) or []
     if not named: file.seek(start)
     with self._resized(states): _load(self, file, device, **kwargs)
+    forget_batch(self)
     if hasattr(self, 'lr_finder'): return self  # that one loads what it began with
     self._sparse_states = _States(s for s in states if 'sizes' not in s)
     self._pruned_states = _States(s for s in states if 'sizes' in s)

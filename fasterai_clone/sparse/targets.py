@@ -24,8 +24,8 @@ from ..core.selection import Piece, check_sparsity
 from ..report import shared_weights
 
 # %% auto #0
-__all__ = ['Part', 'Target', 'unwrapped', 'check_maskable', 'Targets', 'find_targets', 'output_channels', 'hold_with',
-           'layer_sparsities']
+__all__ = ['Part', 'Target', 'unwrapped', 'check_maskable', 'not_finite', 'Targets', 'find_targets', 'output_channels',
+           'hold_with', 'layer_sparsities']
 
 # %% ../../nbs/11_sparse.targets.ipynb #cb62e245
 @dataclass(frozen=True)
@@ -184,6 +184,18 @@ def check_maskable(
     for p in held:
         if not _is_sharded(p.whole) and (why := why_not_writable(p.whole)):
             raise ValueError(f'{p.name}, which is dropped with groups of a weight, {why}')
+
+# %% ../../nbs/11_sparse.targets.ipynb #07e8999b
+@torch.no_grad()
+def not_finite(
+    model: nn.Module
+) -> list[str]:
+    "Name the parameters of `model` that hold NaN or infinite numbers"
+    def is_bad(p):
+        t = p.to_local() if _is_sharded(p) else p
+        if t.is_meta or t.is_nested or t.layout is not torch.strided or t.dtype not in _ranked: return False
+        return not (t.sum().isfinite() or t.isfinite().all())  # the sum is quicker, and can be infinite for finite numbers
+    return [_plain_name(k) for k,p in model.named_parameters() if not is_lazy(p) and is_bad(p)]
 
 # %% ../../nbs/11_sparse.targets.ipynb #3e3e32d9
 def _parents(model):
