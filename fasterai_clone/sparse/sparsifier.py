@@ -911,6 +911,7 @@ def _new_masks(self:Sparsifier, counts, pools, round_to):
 @patch
 def _update(self:Sparsifier, counts, pools, round_to):
     "Choose once"
+    if self.masks and not self.plain: self._clear_dropped()  # what is chosen again would come back; by magnitude alone it is noticed
     try: new = self._new_masks(counts, pools, round_to)
     except ValueError:
         if not self._clear_dropped(): raise
@@ -926,8 +927,9 @@ def _clear_dropped(self:Sparsifier):
     n = 0
     for p in self._parts():
         if (mask := self.masks.get(p.name)) is None: continue
-        held = p.tensor, self.refs.get(p.name), p.whole.grad if self.mesh is None else None
-        n += sum(clear_dropped(t.detach(), mask) for t in held if t is not None and t.shape == mask.shape and not t.is_sparse)
+        held = [p.tensor] + [self.refs.get(p.name), p.whole.grad if self.mesh is None else None] * (self.reference != 'measure')
+        fits = [t.detach() for t in held if t is not None and t.shape == mask.shape and not t.is_sparse]
+        n += sum(clear_dropped(t, mask) for t in fits if not t.sum().isfinite())  # the sum is quicker
     return n if self.mesh is None else int(_summed(torch.tensor([n], device=self.targets[0].weight.device), self.mesh))
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #46187dd4
