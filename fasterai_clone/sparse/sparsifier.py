@@ -870,6 +870,18 @@ def update(self:Sparsifier,
     self.seen = []
 
 @patch
+def _rounds(self:Sparsifier, counts, pools):
+    "`counts`, and those to go through on the way if the criterion is to measure anew in between"
+    rate = None if isinstance(self.criteria, dict) else self.criteria.rate
+    if not rate or pools is not self.pools: return [counts]
+    total = [self._prices()] if self.costs else self.sizes
+    left  = [(max(n - d, 1), max(n - k, 1)) for n,d,k in zip(total, self.dropped(), counts)]  # now, then
+    steps = max(1, math.ceil(max(math.log(a/b) for a,b in left) / -math.log(1 - rate)))
+    return [[n - a * (b/a)**(i/steps) if self.costs else n - round(a * (b/a)**(i/steps)) for n,(a,b) in zip(total, left)]
+            for i in range(1, steps)] + [counts]
+
+# %% ../../nbs/14_sparse.sparsifier.ipynb #374bec2f
+@patch
 @contextmanager
 def _whole_or_not_at_all(self:Sparsifier, n_rounds):
     "Take back the first of several rounds of choosing if a later one fails; a single one takes back its own"
@@ -883,17 +895,6 @@ def _whole_or_not_at_all(self:Sparsifier, n_rounds):
             self.masks.update(masks)
             self.updates = updates
         raise
-
-@patch
-def _rounds(self:Sparsifier, counts, pools):
-    "`counts`, and those to go through on the way if the criterion is to measure anew in between"
-    rate = None if isinstance(self.criteria, dict) else self.criteria.rate
-    if not rate or pools is not self.pools: return [counts]
-    total = [self._prices()] if self.costs else self.sizes
-    left  = [(max(n - d, 1), max(n - k, 1)) for n,d,k in zip(total, self.dropped(), counts)]  # now, then
-    steps = max(1, math.ceil(max(math.log(a/b) for a,b in left) / -math.log(1 - rate)))
-    return [[n - a * (b/a)**(i/steps) if self.costs else n - round(a * (b/a)**(i/steps)) for n,(a,b) in zip(total, left)]
-            for i in range(1, steps)] + [counts]
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #ee3eb4a8
 @patch

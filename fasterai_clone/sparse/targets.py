@@ -185,18 +185,6 @@ def check_maskable(
         if not _is_sharded(p.whole) and (why := why_not_writable(p.whole)):
             raise ValueError(f'{p.name}, which is dropped with groups of a weight, {why}')
 
-# %% ../../nbs/11_sparse.targets.ipynb #07e8999b
-@torch.no_grad()
-def not_finite(
-    model: nn.Module
-) -> list[str]:
-    "Name the parameters of `model` that hold NaN or infinite numbers"
-    def is_bad(p):
-        t = p.to_local() if _is_sharded(p) else p
-        if t.is_meta or t.is_nested or t.layout is not torch.strided or t.dtype not in _ranked: return False
-        return not (t.sum().isfinite() or t.isfinite().all())  # the sum is quicker, and can be infinite for finite numbers
-    return [_plain_name(k) for k,p in model.named_parameters() if not is_lazy(p) and is_bad(p)]
-
 # %% ../../nbs/11_sparse.targets.ipynb #3e3e32d9
 def _parents(model):
     "id of a module → (name, module) that has it as a child"
@@ -309,6 +297,18 @@ def _split(layer, m, granularity, names, strict, parents):
     if refused and not found and not layer: raise refused
     if refused and not found: raise ValueError(f'{refused}. Or leave {layer} out, with `exclude` or `layer_type`') from refused
     return found
+
+# %% ../../nbs/11_sparse.targets.ipynb #07e8999b
+@torch.no_grad()
+def not_finite(
+    model: nn.Module
+) -> list[str]:
+    "Name the parameters of `model` that hold NaN or infinite numbers"
+    def is_bad(p):
+        t = p.to_local() if _is_sharded(p) else p
+        if t.is_meta or t.is_nested or t.layout is not torch.strided or t.dtype not in _ranked: return False
+        return not (t.sum().isfinite() or t.isfinite().all())  # the sum is quicker, and can be infinite for finite numbers
+    return [_plain_name(k) for k,p in model.named_parameters() if not is_lazy(p) and is_bad(p)]
 
 # %% ../../nbs/11_sparse.targets.ipynb #probe002
 _weight_operation = re.compile(r'conv|linear|matmul|mm|einsum|embedding|lstm|gru|rnn|bilinear|attention|tensordot|mv$|dot$')
