@@ -186,7 +186,7 @@ def plot(self:Report,
 # %% ../nbs/07_report.ipynb #2d458a19
 def _extent(t):
     "(address of the storage, first byte, end) of a dense tensor, or None"
-    if t.is_meta or t.layout != torch.strided or hasattr(t, 'placements') or not t.numel(): return None
+    if t.is_meta or t.is_nested or t.layout != torch.strided or hasattr(t, 'placements') or not t.numel(): return None
     try: address = t.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError): return None  # a subclass without memory of its own
     last = sum((n-1) * s for n,s in zip(t.shape, t.stride()))

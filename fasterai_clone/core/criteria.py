@@ -17,9 +17,10 @@ from .granularity import Groups, _unknown
 __all__ = ['random', 'large_final', 'small_final', 'squared_final', 'large_init', 'small_init', 'large_init_large_final',
            'small_init_small_final', 'magnitude_increase', 'movement', 'movmag', 'updating_magnitude_increase',
            'updating_movement', 'updating_movmag', 'gradient', 'grad_crit', 'fisher', 'sanh_movement', 'fpgm',
-           'Reducer', 'LnNorm', 'Normalizer', 'taylor', 'Criteria', 'group_scores', 'magnitude', 'neg_magnitude',
-           'square', 'identity', 'uniform', 'smaller', 'neg_larger', 'increase', 'distance', 'distance_times_magnitude',
-           'squared_gradient', 'away_from_zero', 'half_square_times', 'scaled', 'ln_norm', 'distances']
+           'Reducer', 'LnNorm', 'Normalizer', 'taylor', 'Criteria', 'is_ours', 'unwritten', 'group_scores', 'magnitude',
+           'neg_magnitude', 'square', 'identity', 'uniform', 'smaller', 'neg_larger', 'increase', 'distance',
+           'distance_times_magnitude', 'squared_gradient', 'away_from_zero', 'half_square_times', 'scaled', 'ln_norm',
+           'distances']
 
 # %% ../../nbs/02_core.criteria.ipynb #d7f96261
 class Reducer:
@@ -108,6 +109,30 @@ class Criteria:
         "What the weights are compared with: `'init'`, `'update'`, `'grad'`, `'measure'` or nothing"
         return 'measure' if self.measure else next((k for k in ('init', 'update', 'grad') if getattr(self, f'needs_{k}')), None)
 
+# %% ../../nbs/02_core.criteria.ipynb #e2d51e0a
+def is_ours(
+    f: Callable|None  # a function, a `partial` of one, or None
+) -> bool:
+    "Is `f` of this library? Such functions write to none of their arguments"
+    return f is None or str(getattr(getattr(f, 'func', f), '__module__', '')).startswith('fasterai_clone.')
+
+def _n_written(t): return 0 if t.is_inference() else t._version
+
+def unwritten(
+    f: Callable,       # it must not change its arguments
+    *tensors,
+    ours: bool=False   # can it get the tensors themselves?
+) -> torch.Tensor:
+    "Return `f` of the tensors in fp32, or fp64 if they are that; raise `ValueError` if `f` writes to them"
+    def up(t): return t.detach().to(torch.float64 if t.dtype == torch.float64 else torch.float32, copy=not ours)
+    given = [*map(up, tensors)]
+    if ours: return f(*given)
+    before = [*map(_n_written, given)]
+    out = f(*given)
+    if [*map(_n_written, given)] != before:
+        raise ValueError('it changes the weights that it is given. Return a new tensor instead: `w.abs()`, not `w.abs_()`')
+    return out
+
 # %% ../../nbs/02_core.criteria.ipynb #a3c77105
 @patch
 def _inputs(self:Criteria, w, reference):
@@ -127,13 +152,26 @@ def __call__(self:Criteria,
 ) -> torch.Tensor:                      # scores, of the same shape
     "A score for each weight"
     if self.reference and reference is None: raise ValueError(f'This criterion needs its reference ({self.reference!r})')
-    up  = lambda t: t.detach() if t.dtype == torch.float64 else t.detach().float()
-    scores = self._score(*map(up, self._inputs(w, reference)))
+    scores = unwritten(self._score, *self._inputs(w, reference), ours=is_ours(self.f) and is_ours(self.output_fn))
     if self.return_init: scores = scores.expand_as(w)  # one score for a channel is one for each of its weights
     if not isinstance(scores, torch.Tensor) or scores.shape != w.shape:
         raise ValueError(f'Expected scores of the shape {tuple(w.shape)} of the weights, got '
                          f'{tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__}')
+    if scores.is_complex(): raise ValueError(f'Expected real scores, got {scores.dtype}')
     return scores
+
+@patch
+@torch.no_grad()
+def of_step(self:Criteria,
+    w: torch.Tensor,    # weights, any shape
+    grad: torch.Tensor  # ∂L/∂`w`, of the same shape
+) -> torch.Tensor:      # of that shape, which shares no memory with them
+    "Return what one step adds to the reference of a criterion with `needs_grad`"
+    out = unwritten(self.step_fn, w, grad, ours=is_ours(self.step_fn))
+    if not isinstance(out, torch.Tensor) or out.shape != w.shape:
+        raise ValueError(f'`step_fn`: expected a tensor of the shape {tuple(w.shape)} of the weights, got '
+                         f'{tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}')
+    return out
 
 # %% ../../nbs/02_core.criteria.ipynb #e5095ea7
 @torch.no_grad()
@@ -151,8 +189,12 @@ def group_scores(
         rows   = torch.cat([g.rows(criteria(p, ref)) for p,g,ref in ((w, groups, reference), *others)], 1)
         scores = criteria.group_fn(rows) if criteria.group_fn else criteria.reducer(rows, (1,))
         scores = scores.reshape(groups.score_shape)
-    else: scores = groups.reduce(criteria(w, reference), criteria.reducer)
+    else:
+        scores = criteria(w, reference)
+        if not (is_ours(criteria.reducer) and is_ours(criteria.normalizer)): scores = scores.clone()  # `identity` gives the weights
+        scores = groups.reduce(scores, criteria.reducer)
     if criteria.normalizer: scores = criteria.normalizer(scores)
+    if scores.is_complex(): raise ValueError(f'Expected real scores, got {scores.dtype}')
     return scores if scores.is_floating_point() else scores.float()
 
 # %% ../../nbs/02_core.criteria.ipynb #b70d6a7d

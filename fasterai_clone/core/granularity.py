@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .style import _styled, colors, one_line, shortened
 
 # %% auto #0
-__all__ = ['Groups', 'check_loaded', 'Granularities', 'plot_granularity', 'plot_granularities']
+__all__ = ['Groups', 'check_loaded', 'why_not_writable', 'Granularities', 'plot_granularity', 'plot_granularities']
 
 # %% ../../nbs/01_core.granularity.ipynb #e9f638d1
 @dataclass(frozen=True)
@@ -83,6 +83,30 @@ def check_loaded(
     raise ValueError(f'{one_line(missing[0], 200)}{also} is on the device "meta" and has no numbers. Load the weights first: '
                      '`load_state_dict(..., assign=True)`, or `from_pretrained` without offloading. If accelerate has offloaded the '
                      'model, take it back with `accelerate.hooks.remove_hook_from_module(model, recurse=True)`')
+
+# %% ../../nbs/01_core.granularity.ipynb #ded7233a
+def _overlaps(t):
+    "Do several elements of `t` lie in the same place in memory?"
+    if t.is_contiguous(): return False
+    axes, reach = sorted((s, n) for n,s in zip(t.shape, t.stride()) if n > 1), 0
+    for s,n in axes:
+        if s <= reach: break
+        reach += s * (n-1)
+    else: return False  # each axis steps over all that the ones before it reach
+    at = sum(torch.arange(n).mul(s).reshape([-1] + [1]*i) for i,(s,n) in enumerate(axes))
+    return at.unique().numel() < at.numel()
+
+def why_not_writable(
+    t: torch.Tensor
+) -> str|None:
+    "Return why zeros cannot be written to single elements of `t`, as the rest of a sentence about it, or None"
+    if t.is_nested: return 'is a nested tensor: only dense tensors can be masked'
+    if t.layout is not torch.strided: return f'has the layout {t.layout}: only dense tensors can be masked'
+    if any(getattr(t, 'names', ())): return 'has named axes: take the names off with `.rename(None)`'
+    if t.is_neg() or t.is_conj(): return 'is a lazy view: copy it with `.data.resolve_neg().resolve_conj()`'
+    if t.is_inference() and not torch.is_inference_mode_enabled():
+        return 'was made under `torch.inference_mode`, so it cannot be changed: copy it outside with `.clone()`'
+    if _overlaps(t): return 'has elements that share memory, as an expanded view does: copy it with `.data.clone()`'
 
 # %% ../../nbs/01_core.granularity.ipynb #9dedaef0
 def _shape(m, param):

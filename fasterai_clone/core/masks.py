@@ -15,11 +15,11 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 from .files import (FileFormat, existing_file, naming_file, parse_json, read_file, shown, write_file,
                                        pack_bits as _packed, unpack_bits as _unpacked, whole_file as _whole_file)
-from .granularity import _unknown, check_loaded
+from .granularity import _unknown, check_loaded, why_not_writable
 from .style import _styled, colors
 
 # %% auto #0
-__all__ = ['Masks', 'check_stated']
+__all__ = ['Masks', 'zero_dropped', 'clear_dropped', 'check_stated']
 
 # %% ../../nbs/06_core.masks.ipynb #b184e578
 class Masks(dict):
@@ -98,12 +98,41 @@ def _check(self:Masks, params):
             raise ValueError(f'The mask of {k!r} must have shape {tuple(shape)}, got {tuple(mask.shape)}')
 
 # %% ../../nbs/06_core.masks.ipynb #4d940a68
-def _zero(p, mask):
-    "Zero `p` where `mask` is False, in place"
-    if p.is_cpu and p.dtype in (torch.float32, torch.float64) and p.is_contiguous() and mask.is_contiguous():
-        p = p.numpy()
-        np.multiply(p, mask.numpy(), out=p)  # 2–4 times as fast as torch, which converts the mask first
-    else: p.mul_(mask)
+_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
+_plain    = torch.Tensor, nn.Parameter
+
+def zero_dropped(
+    t: torch.Tensor,    # of any type
+    mask: torch.Tensor  # bool, of the same shape, True = kept
+) -> None:
+    "Set `t` to zero where `mask` is False, in place; kept elements keep their bits"
+    t, integer = t.data, _integers.get(t.dtype.itemsize)
+    if type(t) not in _plain or integer is None or t.is_neg() or t.is_conj(): t.masked_fill_(~mask, 0)
+    elif t.is_cpu and t.is_contiguous() and mask.is_contiguous():
+        bits = t.view(integer).numpy()
+        np.multiply(bits, mask.numpy(), out=bits)  # 2–4 times as fast as torch, which converts the mask first
+    else: t.view(integer).mul_(mask)
+
+# %% ../../nbs/06_core.masks.ipynb #79421d05
+@torch.no_grad()
+def clear_dropped(
+    t: torch.Tensor,    # floating point
+    mask: torch.Tensor  # bool, of a shape that broadcasts to that of `t`, True = kept
+) -> int:               # how many elements were cleared
+    "Set NaN and infinite elements of `t` to zero where `mask` is False, in place"
+    bad = ~(torch.isfinite(t) | mask.to(t.device))
+    n   = int(bad.count_nonzero())
+    if n: t.data.masked_fill_(bad, 0)
+    return n
+
+# %% ../../nbs/06_core.masks.ipynb #9d55bbe7
+def _check_writable(masks, params):
+    "Refuse parameters that have a mask and to which no zeros can be written, by name"
+    for k in masks:
+        if (p := params.get(k)) is None: raise ValueError(_unknown('parameter', k, params))
+        if p.is_meta: check_loaded([(k, p)])
+        if type(p) in _plain and p.layout is torch.strided and p.is_contiguous(): continue
+        if (why := why_not_writable(p)): raise ValueError(f'{k} {why}')
 
 @patch
 def apply(self:Masks,
@@ -112,14 +141,13 @@ def apply(self:Masks,
     "Zero what is dropped, in place"
     whole = isinstance(params, nn.Module)
     if whole: self._check(params := _named(params))
+    _check_writable(self, params)
     for k,mask in self.items():
-        if k not in params: raise ValueError(_unknown('parameter', k, params))
         p = params[k].data
-        if p.is_meta: check_loaded([(k, p)])
         if mask.device != p.device:
             mask = mask.to(p.device)
             if not whole: self._own(k, mask)  # a copy of the model may be elsewhere, the parameters of each step are not
-        _zero(p, mask)
+        zero_dropped(p, mask)
 
 # %% ../../nbs/06_core.masks.ipynb #bdbc3355
 def _tiled(t):
@@ -246,5 +274,6 @@ def to_torch_prune(self:Masks,
     for k,mask in self.items():
         for name,p,_ in found[k]:  # modules that share a parameter share its mask
             path, _, param = name.rpartition('.')
+            clear_dropped(p, mask)
             prune.custom_from_mask(model.get_submodule(path), param, mask.to(p.device, copy=True))
     return model

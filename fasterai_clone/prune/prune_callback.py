@@ -31,7 +31,7 @@ from ..report import print_text
 from ..sparse.compact import _like, stepping_optimizer, why_not_passed_on
 from ..sparse.sparsifier import Sparsifier, _check_flags, _check_tools, _rounded, _check_arguments
 from ..sparse.sparsify_callback import SparsifyCallback, _check_sparsities, _check_whole, _Lean
-from ..sparse.state import _States, check_progress, check_random_state, check_refs, random_state, set_random_state
+from ..sparse.state import _States, check_progress, check_random_state, check_refs, random_state, set_random_state, enter_fit, leave_fit
 from ..sparse.targets import _plainly, _processes, _rank, unwrapped
 
 # %% auto #0
@@ -82,6 +82,7 @@ class PruneCallback(_Lean):
     _say, _one_batch, _split   = SparsifyCallback._say, SparsifyCallback._one_batch, SparsifyCallback._split
     _first_epoch               = SparsifyCallback._first_epoch
     _some_inputs, _try_measure = SparsifyCallback._some_inputs, SparsifyCallback._try_measure
+    _warn_if_diverged          = SparsifyCallback._warn_if_diverged
     def __init__(self,
         pruning_ratio: float|list|dict,             # percent of channels: one for all groups, a list, or by layer name or pattern
         schedule: Schedule|str = agp,               # a `Schedule`, its name, a `partial` of one, a fastai annealer or a function
@@ -151,6 +152,8 @@ def before_fit(self:PruneCallback):
     self._at_first = state['at_first'] if state else self._size()
     self._asked    = self._asked_for()
     self._resume(first, state)
+    self._told_diverged = False
+    enter_fit(self.learn)
     asked = list(dict.fromkeys(self._goal.values()))
     self._say(f'Pruning of channels until a ratio of [{", ".join(f"{r:g}" for r in asked)}]%')
     for layer,why in self.sparsifier.left_out.items(): self._say(f'  {layer} keeps all: {why}')
@@ -345,6 +348,7 @@ def after_train(self:PruneCallback):
     "The epoch is trained: take out what the schedule asks for"
     if not self._active: return
     if (self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.n_epoch: self._prune((self.epoch + 1) / self.n_epoch)
+    self._warn_if_diverged()
     self._due, self._done, self._midway = self.epoch, self.epoch + 1, False
 
 # %% ../../nbs/75_prune.prune_callback.ipynb #c1356b8b
@@ -364,6 +368,8 @@ def _record(self:PruneCallback): return dict(epoch=self._due, **self._size())
 def after_fit(self:PruneCallback):
     "What there was, and what is left"
     if not self._active or self.learn.lock.locked(): return
+    leave_fit(self.learn)
+    self._warn_if_diverged()
     if self._known != _shapes(self.sparsifier.model): self._reloaded()
     self.learn.__dict__.pop('_pruned_states', None)  # of a checkpoint that was reloaded at the end
     self.after_epoch()  # if a callback stopped training in its last one

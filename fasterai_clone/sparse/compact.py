@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 import torch, torch.nn as nn
 from fastcore.basics import patch
+from ..core.masks import zero_dropped
 
 # %% auto #0
 __all__ = ['stepping_optimizers', 'stepping_optimizer', 'why_not_passed_on', 'why_not_compact', 'CompactStep']
@@ -102,8 +103,10 @@ class CompactStep:
     ):
         if (why := why_not_compact(optimizer)): raise TypeError(f'Compact steps are not possible: {why}')
         self.opt, self.open, self.slots = stepping_optimizer(optimizer), False, []
+        self.dense = [(params[k], m) for k,m in masks.items() if not params[k].is_contiguous()]  # their steps are on everything
         lists = getattr(self.opt, 'param_lists', None) or [g['params'] for g in self.opt.param_groups]
         masked = {id(params[k]): m for k,m in masks.items()}
+        for k,m in masks.items(): zero_dropped(params[k], m)
         with torch.no_grad():
             for ps in lists:
                 for i,p in enumerate(ps):
@@ -131,7 +134,7 @@ def enter(self:CompactStep) -> None:
     for s in self.slots:
         if s.full.grad is None: continue
         if s.full._version != s.version:  # something else has written to it: a checkpoint, a rewind
-            s.full.data.mul_(s.mask)
+            zero_dropped(s.full, s.mask)
             s.version = s.full._version
         torch.index_select(s.full.data.view(-1), 0, s.index, out=s.kept.data)
         s.kept.grad = s.gather(s.full.grad.to_dense() if s.full.grad.is_sparse else s.full.grad)
@@ -146,6 +149,7 @@ def exit(self:CompactStep) -> None:
         if s.params[s.i] is not s.kept: continue
         s.full.data.view(-1).index_copy_(0, s.index, s.kept.data)
         s.params[s.i], s.state, s.kept.grad = s.full, self.opt.state.pop(s.kept), None
+    for p,mask in self.dense: zero_dropped(p, mask)
     self.open = False  # last: an interrupt may come in between
 
 @patch
@@ -154,7 +158,7 @@ def release(self:CompactStep) -> None:
     "Give the optimizer its full state back; what it knew of dropped weights is zero"
     self.exit()
     for s in self.slots: self.opt.state[s.full] = {k: s.spread(v) if _like(v, s.kept) else v for k,v in s.state.items()}
-    self.slots = []
+    self.slots, self.dense = [], []
 
 @patch(as_prop=True)
 def nbytes(self:CompactStep) -> int:

@@ -15,6 +15,7 @@ from ..core.masks import Masks, _bare, _named
 from ..report import as_mask_of, shared_weights, print_text
 from .sparsifier import Hold, Sparsifier
 from .sparsify_callback import SparsifyCallback, _Lean
+from .state import enter_fit, leave_fit
 from .targets import _full, _matches, _patterns, _plainly
 
 # %% auto #0
@@ -85,6 +86,7 @@ def hold(self:Masks,
 class KeepSparsity(_Lean):
     "Keep zeros at zero during `fit`"
     order = 14  # before `SparsifyCallback` (15)
+    _warn_if_diverged = SparsifyCallback._warn_if_diverged
     def __init__(self,
         masks: dict|None = None,  # what to keep, as from `Masks.load`; None: the zeros the model has when `fit` begins
         include = None,           # only these: names or patterns of layers or parameters, types, functions of (name, module)
@@ -114,8 +116,9 @@ def _join(self:KeepSparsity, learn):
 
 @patch
 def _leave(self:KeepSparsity, learn):
-    "Take it away again"
+    "Take it away again, and what a stopped fit has left"
     self._active = False
+    leave_fit(learn)
     if self._closing in learn.cbs: learn.remove_cb(self._closing)
 
 KeepSparsity.learn = SparsifyCallback.learn  # the `Learner` this callback is attached to, which it joins and leaves
@@ -169,6 +172,8 @@ def before_fit(self:KeepSparsity):
     if not masks.n_dropped: raise ValueError(self._no_zero())
     self._kept, self.masks = _Kept(masks, self.learn.model), masks
     self._kept.apply_masks()
+    self._told_diverged = False
+    enter_fit(self.learn)
     total = sum(p.numel() for p in _chosen(self.learn.model, None, None).values())
     self._say(f'Keeping {masks.n_dropped:,} zeros of {masks.n:,} weights in {len(masks)} parameters '
               f'({100*masks.n/total:.2f}% of the model\'s {total:,})')
@@ -181,12 +186,16 @@ def after_step(self:KeepSparsity):
 @patch
 def after_train(self:KeepSparsity):
     "Whatever has written to the weights, validation sees the zeros"
-    if self._active: self._kept.apply_masks()
+    if not self._active: return
+    self._kept.apply_masks()
+    self._warn_if_diverged()
 
 @patch
 def _finish(self:KeepSparsity):
     "Masks once more"
     self._active = False
+    leave_fit(self.learn)
+    self._warn_if_diverged()
     if back := self._kept.back():
         self._say(f'{back:,} dropped weights had come back at the end of training, as when a less sparse checkpoint is reloaded: '
                   'they are zero again')

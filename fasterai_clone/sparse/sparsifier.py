@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect, math, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace, is_dataclass
 from functools import partial, wraps
 from types import MethodType
@@ -18,11 +19,11 @@ from torch.nn.parameter import is_lazy
 from ..core.budget import affordable, bounded, check_limits, limits
 from ..core.context import (Budget, Context, Layer, as_budget, as_context, available_contexts,
                                          keep_in_outputs, refuse_for_each, refuse_together)
-from ..core.criteria import Criteria, group_scores, identity, large_final, magnitude
+from ..core.criteria import Criteria, group_scores, identity, is_ours, large_final, magnitude
 from ..model.flops import multiply_adds
 from ..model.flow import trace_flow
 from ..core.granularity import Granularities, Groups, _block_sizes, _unknown, check_loaded
-from ..core.masks import Masks
+from ..core.masks import Masks, clear_dropped
 from ..core.measure import accumulated, arguments, as_criteria, batches, passes_signal
 from ..core.schedule import Schedule, as_schedule
 from ..core.selection import (LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped,
@@ -34,7 +35,7 @@ from ..report import Report, Row, print_text, shared_weights
 from .rule import Change, Pool, Prune, Rule, as_rule, check_change
 from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on
 from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name,
-                                           _plainly, _processes, _summed, _types, find_targets, hold_with,
+                                           _plainly, _processes, _summed, _types, check_maskable, find_targets, hold_with,
                                            layer_sparsities, output_channels, unwrapped)
 
 # %% auto #0
@@ -170,6 +171,7 @@ def _find(self:Sparsifier, layer_type, include, exclude, part, params, free):
     self.mesh = _mesh(found)  # the processes that share the weights out among them
     if self.mesh is not None: self._check_sharded(free)
     self.targets = [t if self.mesh is None else _local_target(t) for t in self._with_held(found, exclude)]
+    check_maskable(self._parts(), [p for t in self.targets for p in t.held])
     self._settle(found)
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #c5f54078
@@ -454,6 +456,9 @@ def _check_scores(scores, parts):
     shapes = {p.name: tuple(p.tensor.shape) for p in parts}
     for k,v in scores.items():
         if k not in shapes: raise ValueError(_unknown('parameter in `criteria`', k, shapes))
+        if isinstance(v, torch.Tensor) and (v.is_complex() or v.is_meta or v.is_nested or v.layout is not torch.strided or v.is_quantized):
+            raise ValueError(f'`criteria`: the scores of {k!r} must be a dense tensor of real numbers, got {v.dtype} on {v.device} with '
+                             f'layout {v.layout}')
         if not isinstance(v, torch.Tensor) or tuple(v.shape) != shapes[k]:
             raise ValueError(f'`criteria`: the scores of {k!r} must be a tensor of shape {shapes[k]}, got '
                              f'{tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__}')
@@ -529,19 +534,32 @@ def _try_out(self:Sparsifier):
     if isinstance(self.criteria, dict): _check_scores(self.criteria, self._parts())
     for t in self.targets: self._check_fit(t)
     self.plain, self.lazy = self._plain_magnitude(), self._elementwise()
-    if self.reference in ('grad', 'measure') or self.plain or self.mesh is not None: return
+    if self.plain or self.mesh is not None: return
     with torch.random.fork_rng(devices={t.weight.device for t in self.targets if t.weight.is_cuda}):
-        for t in self.targets: self._try(t)
+        for t in self.targets: (self._try_functions if self.reference in ('grad', 'measure') else self._try)(t)
 
 @patch
-def _try(self:Sparsifier, t):
-    "Score the target `t`; what goes wrong is the fault of the criterion"
-    try:
-        scores = self._scores(t)
-        if self.context.compare: self.context.compare([scores])
+def _try_functions(self:Sparsifier, t):
+    "Call the user's own functions on the weights of `t`, before there is a reference; their numbers do not matter"
+    c = self.criteria
+    if all(map(is_ours, (c.f, c.output_fn, c.step_fn))): return
+    with _blamed_on_criteria(t):
+        for p in t.parts: c(p.tensor, c.of_step(p.tensor, p.tensor) if self.reference == 'grad' else p.tensor)
+
+@contextmanager
+def _blamed_on_criteria(t):
+    "What goes wrong with the target `t` is the fault of the criterion"
+    try: yield
     except Exception as e:
         kind = TypeError if isinstance(e, TypeError) else ValueError
         raise kind(f'`criteria` cannot score {t.name}: {e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"}') from e
+
+@patch
+def _try(self:Sparsifier, t):
+    "Score the target `t`"
+    with _blamed_on_criteria(t):
+        scores = self._scores(t)
+        if self.context.compare: self.context.compare([scores])
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #f9c782d2
 @patch(as_prop=True)
@@ -555,7 +573,7 @@ def accumulate_gradients(self:Sparsifier) -> None:
     "Add the gradients of this step to what the criterion scores by: call it between `backward` and `optimizer.step()` (`hold` does)"
     for p in self._parts():
         w, g = p.tensor, p.grad  # no gradient: the loss does not depend on it
-        now  = torch.zeros_like(w, dtype=torch.float32) if g is None else self.criteria.step_fn(w.float(), g.float())
+        now  = torch.zeros_like(w, dtype=torch.float32) if g is None else self.criteria.of_step(w, g)
         if p.name in self.refs and p.name not in self.used: self.refs[p.name].add_(now)
         else: self.refs[p.name] = now
         self.used.discard(p.name)
@@ -572,7 +590,7 @@ def _reference(self:Sparsifier, p):
             hint = 'run a backward pass first, or give `data` and `loss_func`' if p.whole.requires_grad else \
                    'it is frozen: unfreeze it, then run a backward pass'
             raise ValueError(f'This criterion needs the gradient of {p.name}, which has none: {hint}')
-        return self.criteria.step_fn(w.detach().float(), grad.float())
+        return self.criteria.of_step(w, grad)
     return self.refs[p.name].to(w.device)
 
 @patch
@@ -593,16 +611,27 @@ def observe(self:Sparsifier,
     self.seen.append(batch)
 
 @patch
+def _measured(self:Sparsifier):
+    "What the criterion finds in the whole model, of which it must leave the weights as they are"
+    measure, params = self.criteria.measure, {p.name: p.tensor for p in self._parts()}
+    former = {} if is_ours(measure) else {k: p.detach().clone() for k,p in params.items()}
+    found  = measure(self.model, params, self._data(), self.loss_func)
+    changed = [k for k,was in former.items() if not torch.equal(was, params[k])]
+    for k in changed: params[k].data.copy_(former[k])
+    if changed: raise ValueError(f'`measure` of the criterion changes {", ".join(changed)}: it must leave the weights as they are')
+    return found
+
+@patch
 def _measure(self:Sparsifier):
     "See what the criterion needs to see"
     if self.reference == 'measure':
-        self.refs = self.criteria.measure(self.model, {p.name: p.tensor for p in self._parts()}, self._data(), self.loss_func)
+        self.refs = self._measured()
         return
     if self.reference != 'grad' or self.data is None and not self.seen: return
     if not self.refs.keys() <= self.used: return  # sums of steps go first
     params = {p.name: p.tensor for p in self._parts()}
     if self.seen or all(p.grad is None for p in params.values()):
-        self.refs = accumulated(self.model, params, self.seen or self._own_data(), self.loss_func, self.criteria.step_fn,
+        self.refs = accumulated(self.model, params, self.seen or self._own_data(), self.loss_func, self.criteria.of_step,
                                 training=self.criteria.training)
         self.used.clear()
 
@@ -878,10 +907,11 @@ def update(self:Sparsifier,
 ) -> None:
     "Choose new masks, all of them or none, and apply them"
     pools = self.pools if pools is None else pools
-    check_loaded((p.name, p.whole) for p in self._parts())
+    check_maskable(self._parts(), [p for t in self.targets for p in t.held])
     rounds, names = self._rounds(counts, pools), {t.name for pool in pools for t in pool}
     def choose():
-        for step in rounds: self._update(step, pools, round_to)
+        with self._whole_or_not_at_all(len(rounds)):
+            for step in rounds: self._update(step, pools, round_to)
     if self.processes is None: choose()
     else: self._follow(choose, names)
     if self.coupled: self._warn_of_few()
@@ -898,10 +928,26 @@ def _rounds(self:Sparsifier, counts, pools):
     return [[n - a * (b/a)**(i/steps) if self.costs else n - round(a * (b/a)**(i/steps)) for n,(a,b) in zip(total, left)]
             for i in range(1, steps)] + [counts]
 
+# %% ../../nbs/50_sparse.sparsifier.ipynb #374bec2f
+@patch
+@contextmanager
+def _whole_or_not_at_all(self:Sparsifier, n_rounds):
+    "Take back the first of several rounds of choosing if a later one fails; a single one takes back its own"
+    former = {k: p.detach().clone() for k,p in self._params().items()} if n_rounds > 1 else None
+    masks, updates = former and {k: m.clone() for k,m in self.masks.items()}, self.updates
+    try: yield
+    except BaseException:
+        if former is not None:
+            for k,p in self._params().items(): p.data.copy_(former[k])
+            self.masks.clear()
+            self.masks.update(masks)
+            self.updates = updates
+        raise
+
 # %% ../../nbs/50_sparse.sparsifier.ipynb #ee3eb4a8
 @patch
-def _update(self:Sparsifier, counts, pools, round_to):
-    "Choose once"
+def _new_masks(self:Sparsifier, counts, pools, round_to):
+    "Measure and choose; masks by parameter name that are not updated in place"
     with _plainly(self.model): self._measure()
     chosen, values, journal = [], {}, []
     try:
@@ -909,12 +955,32 @@ def _update(self:Sparsifier, counts, pools, round_to):
             some, new = self._decided(pool, k, journal, round_to)
             chosen += some
             values |= new
-        masks = self._spread(chosen)
+        return self._spread(chosen), values
     except BaseException:
         restore(journal)
         raise
+
+@patch
+def _update(self:Sparsifier, counts, pools, round_to):
+    "Choose once"
+    if self.masks and not self.plain: self._clear_dropped()  # what is chosen again would come back; by magnitude alone it is noticed
+    try: masks, values = self._new_masks(counts, pools, round_to)
+    except ValueError:
+        if not self._clear_dropped(): raise
+        masks, values = self._new_masks(counts, pools, round_to)  # what was not finite had been dropped before
     self._make_true(masks, values)
     self._renew_refs({t.name for pool in pools for t in pool})
+
+@patch
+def _clear_dropped(self:Sparsifier):
+    "Zero what is dropped and not finite, in weights, gradients and references; how many there were"
+    n = 0
+    for p in self._parts():
+        if (mask := self.masks.get(p.name)) is None: continue
+        held = [p.tensor] + [self.refs.get(p.name), p.whole.grad if self.mesh is None else None] * (self.reference != 'measure')
+        fits = [t.detach() for t in held if t is not None and t.shape == mask.shape and not t.is_sparse]
+        n += sum(clear_dropped(t, mask) for t in fits if not t.sum().isfinite())  # the sum is quicker
+    return n if self.mesh is None else int(_summed(torch.tensor([n], device=self.targets[0].weight.device), self.mesh))
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #ea36c9b2
 @patch

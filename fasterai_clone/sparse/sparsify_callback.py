@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsify_callback.h
 
 # %% ../../nbs/53_sparse.sparsify_callback.ipynb #a54e655e
 from __future__ import annotations
-import io, math, numbers, os
+import io, math, numbers, os, warnings
 from collections.abc import Iterator, Mapping
 import torch, torch.nn as nn
 from fastai.callback.core import Callback
@@ -27,8 +27,9 @@ from .compact import why_not_compact
 from .sparsifier import Sparsifier, _check_flags, _check_tools, _own_loader, _check_arguments
 from .ticket_files import _restore, _snapshot, save_ticket
 from .state import (check_optimizer_state, check_random_state, check_refs, check_sparsify_state, check_tensors,
-                                         optimizer_state, random_state, set_optimizer_state, set_random_state)
-from .targets import _plainly, _processes, _rank, unwrapped
+                                         enter_fit, forget_batch, leave_fit, optimizer_state, random_state,
+                                         set_optimizer_state, set_random_state)
+from .targets import _plainly, _processes, _rank, not_finite, unwrapped
 
 # %% auto #0
 __all__ = ['SparsifyCallback', 'SparsifyClosing', 'SaveSparseModelCallback']
@@ -156,8 +157,9 @@ def _join(self:SparsifyCallback, learn):
 
 @patch
 def _leave(self:SparsifyCallback, learn):
-    "Take them away again"
+    "Take them away again, and what a stopped fit has left"
     self._release()
+    leave_fit(learn)
     learn.metrics = [m for m in learn.metrics if getattr(m, 'func', None) != self._measured]
     if self._closing in learn.cbs: learn.remove_cb(self._closing)
 
@@ -180,6 +182,7 @@ def before_fit(self:SparsifyCallback):
     self._release()
     new = self._find_layers()
     sp  = self.sparsifier
+    sp.seen, self._told_diverged = [], False
     self._goal, self._curve = sp.sparsities(self.sparsity), self._fitted_schedule()
     self._done, self._midway, self._told = (first := self._first_epoch()), False, False
     self._asked, state = self._asked_for(), self._loaded or self._claim(first)
@@ -193,6 +196,7 @@ def before_fit(self:SparsifyCallback):
     self._led, self._due, self._stepping, self.report = [0]*len(self._floor), None, False, None
     self.history, self._logged, self._shown = [], [], None
     self._resume(first, state)
+    enter_fit(self.learn)
     frozen = len(self._frozen())
     self._say(f'Pruning of {self.granularity} until a sparsity of [{", ".join(f"{s:g}" for s in self._per_layer(self._goal))}]%' +
               (f' ({frozen} of {len(sp.targets)} layers are frozen in this fit)' if frozen else '') +
@@ -331,6 +335,16 @@ def _keep(self:SparsifyCallback, progress=None):
 
 # %% ../../nbs/53_sparse.sparsify_callback.ipynb #30002161
 @patch
+def _warn_if_diverged(self:SparsifyCallback):
+    "Warn, once in a fit, of weights that are no finite numbers any more"
+    if any(vars(cb).get('_told_diverged') for cb in self.learn.cbs) or not (names := not_finite(self.learn.model)): return
+    self._told_diverged = True
+    few = ', '.join(names[:5]) + (f' and {len(names)-5} more' if len(names) > 5 else '')
+    warnings.warn(f'The training has diverged: {few} {"holds" if len(names) == 1 else "hold"} NaN or infinite numbers (epoch '
+                  f'{self.epoch}). Dropped weights stay zero. Lower the learning rate, or stop such a fit with `TerminateOnNaNCallback`',
+                  stacklevel=2)
+
+@patch
 def before_step(self:SparsifyCallback):
     "A step is to be made"
     self._stepping = self._active
@@ -355,6 +369,7 @@ def after_train(self:SparsifyCallback):
     if not self._active: return
     self._move_to((self.epoch + 1) / self.n_epoch)
     if self._compact: self.sparsifier.apply_masks()  # once an epoch, whatever has written to the weights
+    self._warn_if_diverged()
     self._due, self._done, self._midway = self.epoch, self.epoch + 1, False
     self._asks = self._asked_at(self._done / self.n_epoch)
 
@@ -435,6 +450,7 @@ def _rewind(self:SparsifyCallback):
     _restore(self.sparsifier.model, self._rewind_to['model'])
     set_optimizer_state(self.opt, self._rewind_to['optimizer'])
     self.sparsifier.apply_masks()
+    forget_batch(self.learn)  # gradients that are still being accumulated are those of other weights
     if self.sparsifier.reference == 'update': self.sparsifier._renew_refs(None)  # the way back is no movement
 
 @patch
@@ -713,6 +729,8 @@ def _finish(self:SparsifyCallback):
     "Masks once more, then the report"
     self._print_epoch()  # if the epoch was its last because a callback stopped training
     self._release()
+    leave_fit(self.learn)
+    self._warn_if_diverged()
     sp = self.sparsifier
     back = sum(int(((p.detach() != 0) & ~sp.masks[k]).count_nonzero()) for k,p in sp._params().items() if k in sp.masks)
     if back:

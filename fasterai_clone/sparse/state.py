@@ -22,9 +22,9 @@ from ..report import check_archive
 from .compact import stepping_optimizer
 
 # %% auto #0
-__all__ = ['optimizer_state', 'set_optimizer_state', 'random_state', 'set_random_state', 'check_random_state', 'check_progress',
-           'check_scaler', 'check_sparsify_state', 'check_tensors', 'check_refs', 'check_optimizer_state', 'SavedState',
-           'read_state']
+__all__ = ['optimizer_state', 'set_optimizer_state', 'random_state', 'set_random_state', 'enter_fit', 'leave_fit', 'forget_batch',
+           'check_random_state', 'check_progress', 'check_scaler', 'check_sparsify_state', 'check_tensors',
+           'check_refs', 'check_optimizer_state', 'SavedState', 'read_state']
 
 # %% ../../nbs/51_sparse.state.ipynb #1095fe14
 def _plain(x):
@@ -84,6 +84,47 @@ def set_random_state(
             dl.rng.setstate(s)
         else:
             for g,own in zip(_generators(dl), s): g.set_state(own)
+
+# %% ../../nbs/51_sparse.state.ipynb #db895cfb
+def _autocast_state():
+    "How deep autocast is nested, and what it is set to"
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    devices = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ('cpu', 'cuda')}
+    return depth, devices, torch.is_autocast_cache_enabled()
+
+def enter_fit(
+    learn: Learner
+) -> None:
+    "Remember the autocast around a fit that begins, and take back what a stopped batch has left"
+    forget_batch(learn)
+    learn.__dict__['_around_fit'] = _autocast_state()
+
+def leave_fit(
+    learn: Learner
+) -> None:
+    "Set autocast to what it was around the fit that has ended or was stopped, if one has"
+    if (around := learn.__dict__.pop('_around_fit', None)) is None or around == _autocast_state(): return
+    depth, devices, cached = around
+    for _ in range(_autocast_state()[0] - depth): torch.autocast_decrement_nesting()
+    for d,(on,dtype) in devices.items():
+        torch.set_autocast_enabled(d, on)
+        torch.set_autocast_dtype(d, dtype)
+    torch.set_autocast_cache_enabled(cached)
+    torch.clear_autocast_cache()
+
+# %% ../../nbs/51_sparse.state.ipynb #ab6154c3
+@torch.no_grad()
+def forget_batch(
+    learn: Learner
+) -> None:
+    "Take back what a stopped batch has left: gradients, counts of `GradientAccumulation`, an autocast that is still on"
+    leave_fit(learn)
+    if learn.opt is not None: learn.opt.zero_grad()
+    for p in learn.model.parameters():  # also those that the optimizer does not have
+        if p.grad is not None: p.grad.zero_()
+    for cb in learn.cbs:
+        if {'n_acc', 'count'} <= vars(cb).keys(): cb.count = 0
 
 # %% ../../nbs/51_sparse.state.ipynb #23edb634
 def _check_python(entry):
@@ -336,6 +377,7 @@ def _load_open(self, f, device, kwargs, path=None):
     "Load state and weights from one open file: it can be replaced while it is read. `path`: read the weights from there, as `mmap` must"
     states = read_state(f) or []
     with self._resized(states): _load(self, f if path is None else path, device, **kwargs)
+    forget_batch(self)
     if hasattr(self, 'lr_finder'): return self  # that one loads what it began with
     self._sparse_states = _States(s for s in states if 'sizes' not in s)
     self._pruned_states = _States(s for s in states if 'sizes' in s)

@@ -19,13 +19,14 @@ from ..model.patterns import as_patterns as _patterns, matches as _matches
 from ..model.run import tensors_in
 from ..model.wrappers import (plain_name as _plain_name, process_group as _processes, unwrapped,
                                            without_compile as _plainly)
-from ..core.granularity import Granularities, Groups, _unknown, check_loaded
+from ..core.granularity import Granularities, Groups, _unknown, check_loaded, why_not_writable
 from ..core.measure import untouched
 from ..core.selection import Piece, check_sparsity
 from ..report import shared_weights
 
 # %% auto #0
-__all__ = ['Part', 'Target', 'Targets', 'find_targets', 'output_channels', 'hold_with', 'layer_sparsities']
+__all__ = ['Part', 'Target', 'check_maskable', 'not_finite', 'Targets', 'find_targets', 'output_channels', 'hold_with',
+           'layer_sparsities']
 
 # %% ../../nbs/42_sparse.targets.ipynb #cb62e245
 @dataclass(frozen=True)
@@ -129,6 +130,29 @@ def _layer_params(m, wanted=None):
     if not wanted: return [k for k in names if 'bias' not in k]
     return [k for k in names if any(fnmatchcase(n, p) for p in wanted for n in ([k, f'{k}_raw'] if k in made else [k]))]
 
+# %% ../../nbs/42_sparse.targets.ipynb #d912717e
+_ranked = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+def _why_not_ranked(w):
+    "Why the elements of `w` cannot be ranked and masked, or None"
+    if not _is_sharded(w) and (why := why_not_writable(w)): return why
+    if not w.is_floating_point(): return f'is {w.dtype}: only real floating-point weights can be sparsified'
+    if w.dtype not in _ranked: return f'is {w.dtype}: only weights in float16, bfloat16, float32 and float64 can be sparsified'
+    if not w.numel(): return f'has no elements: its shape is {tuple(w.shape)}'
+
+def check_maskable(
+    scored: Iterable[Part],    # parameters whose groups are scored
+    held: Iterable[Part] = ()  # what is dropped with those
+) -> None:
+    "Raise `ValueError` that names the first of the parameters that cannot be masked as it is now"
+    scored, held = [*scored], [*held]
+    check_loaded((p.name, p.whole) for p in scored + held)
+    for p in scored:
+        if (why := _why_not_ranked(p.whole)): raise ValueError(f'{p.name} {why}')
+    for p in held:
+        if not _is_sharded(p.whole) and (why := why_not_writable(p.whole)):
+            raise ValueError(f'{p.name}, which is dropped with groups of a weight, {why}')
+
 # %% ../../nbs/42_sparse.targets.ipynb #3e3e32d9
 def _parents(model):
     "id of a module → (name, module) that has it as a child"
@@ -168,8 +192,7 @@ def _check(layer, m, k, home, strict=True):
         return why
     if is_lazy(w): raise ValueError(f'{where} has no shape yet: run one batch through the model first')
     check_loaded([(where, w)])
-    if not w.is_floating_point():
-        why = f'is {w.dtype}: only real floating-point weights can be sparsified'
+    if (why := _why_not_ranked(w)):
         if strict: raise ValueError(f'{where} {why}')
         return why
     if not _finite(w): raise ValueError(f'{where} holds NaN or infinite numbers')
@@ -209,6 +232,18 @@ def _split(layer, m, granularity, names, strict, parents):
     if refused and not found and not layer: raise refused
     if refused and not found: raise ValueError(f'{refused}. Or leave {layer} out, with `exclude` or `layer_type`') from refused
     return found
+
+# %% ../../nbs/42_sparse.targets.ipynb #07e8999b
+@torch.no_grad()
+def not_finite(
+    model: nn.Module
+) -> list[str]:
+    "Name the parameters of `model` that hold NaN or infinite numbers"
+    def is_bad(p):
+        t = p.to_local() if _is_sharded(p) else p
+        if t.is_meta or t.is_nested or t.layout is not torch.strided or t.dtype not in _ranked: return False
+        return not (t.sum().isfinite() or t.isfinite().all())  # the sum is quicker, and can be infinite for finite numbers
+    return [_plain_name(k) for k,p in model.named_parameters() if not is_lazy(p) and is_bad(p)]
 
 # %% ../../nbs/42_sparse.targets.ipynb #probe002
 _weight_operation = re.compile(r'conv|linear|matmul|mm|einsum|embedding|lstm|gru|rnn|bilinear|attention|tensordot|mv$|dot$')
