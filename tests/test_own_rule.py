@@ -101,7 +101,7 @@ def test_resumed_bit_for_bit(rule, tmp_path):
 
 def test_state_of_another_rule_is_refused():
     sp, other = (Sparsifier(line(), layer_type=nn.Linear, rule=r) for r in (Regrow(), None))
-    with pytest.raises(ValueError, match='the rule Regrow, here Prune'): other.load_state_dict(sp.state_dict())
+    with pytest.raises(ValueError, match="the rule 'Regrow', here Prune"): other.load_state_dict(sp.state_dict())
 
 class Stop(Rescale):
     "Ctrl-C while the rule decides about the second layer"
