@@ -108,6 +108,8 @@ class CompactStep:
             for ps in lists:
                 for i,p in enumerate(ps):
                     if id(p) in masked and p.is_contiguous(): self.slots.append(self._slot(ps, i, p, masked[id(p)]))
+        inside    = {id(s.full) for s in self.slots}
+        self.rest = [(params[k], m) for k,m in masks.items() if id(params[k]) not in inside]  # masked after each step
 
     def _slot(self, ps, i, p, mask):
         "Take the state of `p` apart"
@@ -146,6 +148,7 @@ def exit(self:CompactStep) -> None:
         if s.params[s.i] is not s.kept: continue
         s.full.data.view(-1).index_copy_(0, s.index, s.kept.data)
         s.params[s.i], s.state, s.kept.grad = s.full, self.opt.state.pop(s.kept), None
+    for p,m in self.rest: p.data.masked_fill_(~m.to(p.device), 0)
     self.open = False  # last: an interrupt may come in between
 
 @patch
@@ -153,7 +156,9 @@ def exit(self:CompactStep) -> None:
 def release(self:CompactStep) -> None:
     "Give the optimizer its full state back; what it knew of dropped weights is zero"
     self.exit()
-    for s in self.slots: self.opt.state[s.full] = {k: s.spread(v) if _like(v, s.kept) else v for k,v in s.state.items()}
+    for s in self.slots:
+        if s.params[s.i] is not s.full: continue  # the optimizer has been given another parameter since
+        self.opt.state[s.full] = {k: s.spread(v) if _like(v, s.kept) else v for k,v in s.state.items()}
     self.slots = []
 
 @patch(as_prop=True)

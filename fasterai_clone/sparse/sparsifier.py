@@ -28,9 +28,9 @@ from ..prune.coupling import coupled_groups
 from ..prune.thin import sampled, unremovable
 from ..report import Report, Row, print_text, shared_weights
 from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on
-from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name,
+from .targets import (cannot_follow, Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name,
                                            _plainly, _processes, _summed, _types, find_targets, hold_with,
-                                           layer_sparsities, output_channels, unwrapped)
+                                           layer_sparsities, output_channels, module_at, unwrapped, Watched)
 
 # %% auto #0
 __all__ = ['available_contexts', 'Sparsifier', 'LayerCollapse', 'Hold']
@@ -127,6 +127,7 @@ def _check_tools(data, loss_func, example_inputs):
 # %% ../../nbs/14_sparse.sparsifier.ipynb #a9c7ae03
 class Sparsifier:
     "Sparsify `model` by `granularity`, inside each layer or over all of them, dropping what has the lowest `criteria`"
+    watched = None  # where the parameters of the targets are
     def __init__(self,
         model: nn.Module,
         granularity: str|tuple = 'weight',       # what one group is, see `Granularities`; a tuple of axes is one's own
@@ -178,10 +179,13 @@ def _find(self:Sparsifier, layer_type, include, exclude, part, params, free):
 @patch
 def _parts(self:Sparsifier, names=None):
     "What is scored, of all targets or of those with one of `names`"
+    self.follow()
     return [*{p.name: p for t in self.targets if names is None or t.name in names for p in t.parts}.values()]
 
 @patch
-def _params(self:Sparsifier): return {p.name: p.tensor for t in self.targets for p in t.parts + t.held}
+def _params(self:Sparsifier):
+    self.follow()
+    return {p.name: p.tensor for t in self.targets for p in t.parts + t.held}
 
 @patch(as_prop=True)
 def sparsity(self:Sparsifier) -> float:
@@ -204,8 +208,54 @@ def _total(self:Sparsifier, parts, numbers):
 
 @patch
 def __repr__(self:Sparsifier):
-    zero = 'sharded' if self.mesh is not None else f'{self.sparsity:.2f}% zero'  # no message for a look
+    try: zero = 'sharded' if self.mesh is not None else f'{self.sparsity:.2f}% zero'  # no message for a look
+    except ValueError: zero = 'the model has changed'
     return f'{type(self).__name__}({len(self.targets)} layers, {self.granularity!r}, {self.context!r}, {zero})'
+
+# %% ../../nbs/14_sparse.sparsifier.ipynb #follow01
+@patch
+def watch(self:Sparsifier) -> None:
+    "Remember where the parameters of the targets are"
+    self.watched = Watched(self.model, {p.name: (p.owner, p.param) for t in self.targets for p in t.parts + t.held})
+
+@patch
+def follow(self:Sparsifier,
+    model: nn.Module|None = None  # in place of the model, wrapped or not; None: the same one
+) -> None:
+    "Go on with layers and parameters that took the place of others; raise `ValueError` where that is not possible"
+    if self.watched is None: return  # nothing is found yet
+    found = self.watched.again(model)
+    if found is self.watched: return
+    moved = set(found.moved(self.watched))
+    for t in self.targets if moved else (): self._check_channels(t, found.model)
+    self.watched, self.model = found, found.model
+    if moved: self._use_new(moved)
+
+@patch
+def _check_channels(self:Sparsifier, t, model):
+    "Refuse a new layer with other parameters for the target `t`, if they are dropped with whole channels"
+    layer = module_at(model, t.layer)
+    if layer is None or layer is t.module or not (self.coupled or output_channels(t)): return
+    has, had = ([k for k,p in m._parameters.items() if p is not None] for m in (layer, t.module))
+    if has != had: cannot_follow(t.name, f'{t.layer} has the parameters {", ".join(has)} now, and had {", ".join(had)}')
+
+@patch
+def _use_new(self:Sparsifier, moved):
+    "Take over the modules that have the parameters `moved` now; what these are compared with begins anew"
+    index, places = {m: i for i,m in enumerate(self.model.modules())}, self.watched.places
+    def again(parts): return tuple(replace(p, owner=places[p.name][0]) for p in parts)
+    def renewed(t):
+        layer = module_at(self.model, t.layer) or t.module
+        return replace(t, index=index.get(layer, t.index), module=layer, parts=again(t.parts), held=again(t.held))
+    new = {id(t): renewed(t) for t in self.targets}
+    self.targets, self.pools = [*new.values()], [[new[id(t)] for t in pool] for pool in self.pools]
+    for p in (p for t in self.targets for p in t.parts if p.name in moved):
+        self.refs.pop(p.name, None)
+        self.used.discard(p.name)
+        if self.reference in ('init', 'update'): self.refs[p.name] = p.tensor.detach().clone()
+    if self.costs and self.budget == 'flops':
+        del self._macs
+        self.costs = [self._cost(t) for t in self.targets]
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #8105312c
 @patch
@@ -376,6 +426,7 @@ def _keep_last(self:Sparsifier):
 @patch
 def _share_out(self:Sparsifier, min_sparsity, max_sparsity):
     "Who competes with whom, and for what"
+    self.watch()
     self.pools  = [self.targets] if self.context in ('global', 'lamp') else [[t] for t in self.targets]
     self.sizes  = [sum(t.groups.n for t in pool) for pool in self.pools]
     self.limits = None
@@ -635,6 +686,7 @@ def sparsities(self:Sparsifier,
     sparsity: float|list|dict  # percent: one for all layers, a list with one for each, or by layer name or pattern
 ) -> list[float]:
     "The sparsity of each layer, in percent"
+    self.follow()
     several = isinstance(sparsity, Iterable) and not isinstance(sparsity, (str, torch.Tensor)) and getattr(sparsity, 'ndim', 1)
     if self.context in ('global', 'lamp', 'erk') and several:
         raise ValueError(f'A sparsity for each layer needs context="local": with {self.context!r} there is one for all, got {sparsity!r}')
@@ -829,6 +881,7 @@ def update(self:Sparsifier,
     round_to: int|None = None               # keep a multiple of this many groups in each layer
 ) -> None:
     "Choose new masks, all of them or none, and apply them"
+    if pools is None: self.follow()
     pools = self.pools if pools is None else pools
     check_loaded((p.name, p.whole) for p in self._parts())
     rounds, names = self._rounds(counts, pools), {t.name for pool in pools for t in pool}
@@ -894,6 +947,7 @@ def sparsify_layer(self:Sparsifier,
     relative: bool = False          # count from what is left
 ) -> None:
     "Make one layer exactly as sparse as asked, whatever the context"
+    self.follow()
     found = [t for t in self.targets if layer is t.module or isinstance(layer, str) and layer in (t.layer, t.name)]
     if not found:
         raise ValueError(_unknown('layer', layer if isinstance(layer, str) else type(layer).__name__, [t.label for t in self.targets]))
@@ -953,6 +1007,7 @@ def is_pruned(self:Sparsifier,
     what: nn.Module|nn.Parameter|str|None = None  # a module, a parameter, or the name of one; None: the model
 ) -> bool:
     "Has anything been dropped in the model, a module, or a single parameter?"
+    self.follow()
     if isinstance(what, str):
         known = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_modules(remove_duplicate=False))}
         known = {k.replace('_orig_mod.', ''): v for k,v in known.items()}
@@ -990,6 +1045,7 @@ def adopt(self:Sparsifier,
     most: list[int]|None = None  # the most groups to adopt of each pool, as from `counts`; one that has more is left alone. None: any
 ) -> int:                        # how many groups were adopted
     "Take over groups that are all zero already as dropped"
+    self.follow()
     found, adopted = [], 0
     if self.nm or self.costs or self.context == 'output': return adopted  # zeros that are there need not fit the pattern
     for i,pool in enumerate(self.pools):
@@ -1047,9 +1103,11 @@ def before(self:Hold, optimizer, *args):
     "Before a step: gradients are complete"
     if self.sp.reference == 'grad' and optimizer is self.stepping[0]: self.sp.accumulate_gradients()
     if not self.compact: return
-    if self.made_for != self.sp.updates:  # the masks are others now
+    self.sp.follow()
+    if self.made_for != (now := (self.sp.updates, self.sp.watched)):  # the masks are others now, or the parameters
         if self.step: self.step.release()
-        self.step, self.made_for = self.sp.compact_step(self.opt), self.sp.updates
+        self.sp.apply_masks()
+        self.step, self.made_for = self.sp.compact_step(self.opt), now
     self.step.enter()
 
 @patch
@@ -1168,14 +1226,26 @@ def report(self:Sparsifier) -> Report:
     granularity = self.granularity if isinstance(self.granularity, str) else 'group'
     zeros = dict(zip((p.name for p in self._parts()), self._zeros(self._parts())))
     held  = {p.name: (p.name, type(p.owner).__name__, p.whole.numel()) for t in self.targets for p in t.held if p.name not in zeros}
-    return Report(self._rows(zeros), self._left_dense(), granularity, tuple(held.values()), tuple(self.why_not.items()),
-                  tuple(self.left_out.items()), self._budget_used(), self._one_weight())
+    named = self._named()
+    return Report(self._rows(zeros), self._left_dense(named), granularity, tuple(held.values()), tuple(self.why_not.items()),
+                  tuple(self.left_out.items()), self._budget_used(), self._one_weight(named))
 
 @patch
-def _one_weight(self:Sparsifier):
-    "(parameter, another name of it) of the weights that have several, and whether that one was chosen"
-    return tuple((name, f'{other} ({kind})' + ('' if chosen else ', which was not chosen'))
-                 for name,others in self.tied.items() for other,kind,chosen in others)
+def _named(self:Sparsifier):
+    "Plain name → (parameter, type of its module, first name of that weight), for each module that has it"
+    owners = [(_plain_name(f'{n}.{k}' if n else k), m, p) for n,m in self.model.named_modules() for k,p in m._parameters.items()]
+    params = {name: (p, type(m).__name__) for name,m,p in owners if p is not None and not is_lazy(p)}
+    first, _ = shared_weights({k: p for k,(p,_) in params.items()})
+    return {k: (p, kind, first[k]) for k,(p,kind) in params.items()}
+
+@patch
+def _one_weight(self:Sparsifier, named):
+    "(parameter, another name of it) of the weights that have several now, and whether that one was chosen"
+    mine   = {id(p.whole): p.name for t in self.targets for p in t.parts}
+    own    = {first: mine[id(p)] for p,_,first in named.values() if id(p) in mine}
+    chosen = {(name, other) for name,others in self.tied.items() for other,_,is_chosen in others if is_chosen}
+    found  = [(own[first], k, kind) for k,(_,kind,first) in named.items() if first in own and k != own[first]]
+    return tuple((name, f'{k} ({kind})' + ('' if (name, k) in chosen else ', which was not chosen')) for name,k,kind in found)
 
 @patch
 def _empty(self:Sparsifier):
@@ -1207,18 +1277,16 @@ def _rows(self:Sparsifier, zeros):
 @patch
 def _row(self:Sparsifier, t, p, zeros):
     "The row of the part `p` of `t`, with no groups yet"
-    index, module = t.index, t.module
-    if p.owner is not module and self.coupled: index, module = [*self.model.modules()].index(p.owner), p.owner
+    module = p.owner if self.coupled else t.module
+    index  = next((i for i,m in enumerate(self.model.modules()) if m is module), t.index)
     return Row(f'Layer {index}', type(module).__name__, p.name, p.whole.numel(), zeros, 0, 0)
 
 @patch
-def _left_dense(self:Sparsifier):
+def _left_dense(self:Sparsifier, named):
     "(name, type of its module, size) of each parameter that no mask is for, one weight once"
-    kinds = {id(p): type(m).__name__ for m in reversed([*self.model.modules()]) for p in m._parameters.values() if p is not None}
-    named = {_plain_name(n): p for n,p in self.model.named_parameters(remove_duplicate=False) if not is_lazy(p)}
-    first, _ = shared_weights(named)
-    covered  = {first.get(p.name) for t in self.targets for p in t.parts + t.held}
-    return tuple((n, kinds[id(p)], p.numel()) for n,p in named.items() if first[n] == n and first[n] not in covered)
+    mine    = {id(p.whole) for t in self.targets for p in t.parts + t.held}
+    covered = {first for p,_,first in named.values() if id(p) in mine}
+    return tuple((n, kind, p.numel()) for n,(p,kind,first) in named.items() if first == n and first not in covered)
 
 @patch
 def print_sparsity(self:Sparsifier) -> None:
