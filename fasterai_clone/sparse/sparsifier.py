@@ -33,7 +33,7 @@ from .targets import (cannot_follow, Part, Target, _local_target, _matches, _mes
                                            layer_sparsities, output_channels, module_at, unwrapped, Watched)
 
 # %% auto #0
-__all__ = ['available_contexts', 'Sparsifier', 'LayerCollapse', 'Hold']
+__all__ = ['available_contexts', 'Sparsifier', 'LayerCollapse', 'warn_of_zeros', 'Hold']
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #3d0656e3
 _contexts = ('local', 'global', 'erk', 'lamp', 'output')
@@ -127,7 +127,7 @@ def _check_tools(data, loss_func, example_inputs):
 # %% ../../nbs/14_sparse.sparsifier.ipynb #a9c7ae03
 class Sparsifier:
     "Sparsify `model` by `granularity`, inside each layer or over all of them, dropping what has the lowest `criteria`"
-    watched = None  # where the parameters of the targets are
+    watched, calls = None, 0  # where the parameters of the targets are; how often it was called to prune
     def __init__(self,
         model: nn.Module,
         granularity: str|tuple = 'weight',       # what one group is, see `Granularities`; a tuple of axes is one's own
@@ -223,7 +223,9 @@ def follow(self:Sparsifier,
     model: nn.Module|None = None  # in place of the model, wrapped or not; None: the same one
 ) -> None:
     "Go on with layers and parameters that took the place of others; raise `ValueError` where that is not possible"
-    if self.watched is None: return  # nothing is found yet
+    if self.watched is None:  # there is nothing to follow
+        if model is not None: self.model = unwrapped(model)
+        return
     found = self.watched.again(model)
     if found is self.watched: return
     moved = set(found.moved(self.watched))
@@ -935,6 +937,7 @@ def sparsify_model(self:Sparsifier,
     wanted = self._wanted(self.pools, sparsity, round_to, n, relative) if schedule is done is None else \
              self._on_the_way(sparsity, round_to, n, relative, schedule, done)
     self.update(wanted, round_to=round_to)
+    self._look_for_zeros()
     if self.example_inputs is not None: self._check_signal()
 
 @patch
@@ -956,6 +959,7 @@ def sparsify_layer(self:Sparsifier,
     if round_to is not None: _check_arguments(self.granularity, 'local', round_to=round_to)
     pools = [[t] for t in found]
     self.update(self._wanted(pools, sparsity, round_to, n, relative), pools)
+    self._look_for_zeros()
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #d65a4bb8
 @patch
@@ -1063,6 +1067,27 @@ def _alive(self:Sparsifier, t):
     "Which groups of `t` have a weight that is not zero"
     alive = [p.groups.reduce(p.tensor.detach() != 0, torch.any).reshape(t.groups.score_shape) for p in t.parts]
     return alive[0] if len(alive) == 1 else torch.stack(alive).any(0)
+
+# %% ../../nbs/14_sparse.sparsifier.ipynb #zeros001
+def warn_of_zeros(
+    sparsifier: Sparsifier
+) -> None:
+    "Warn if more groups are zero than `sparsifier` has dropped, as where another one has pruned the same layers"
+    sp = sparsifier
+    if sp.mesh is not None: return
+    gone, total = sum(sp._gone(sp.targets)), sum(t.groups.n for t in sp.targets)
+    zero = sum(t.groups.n - int((sp._alive(t) if t.groups.dims else t.weight).count_nonzero()) for t in sp.targets)
+    if not gone or zero <= gone: return
+    what = sp.granularity if isinstance(sp.granularity, str) else 'group'
+    warnings.warn(f'{zero:,} of {total:,} {what}s are zero ({100*zero/total:.2f}%), and this sparsifier dropped {gone:,} ({100*gone/total:.2f}%). '
+                  'The others were zero already, as another `Sparsifier`, `KeepSparsity` or an earlier training run leaves them; reports '
+                  'count them all. Call `adopt()` before pruning to take them over, or prune with one sparsifier only', stacklevel=4)
+
+@patch
+def _look_for_zeros(self:Sparsifier):
+    "`warn_of_zeros` in the first call, the second, the fourth and so on: to count takes a fifth of the time of an update"
+    self.calls += 1
+    if not self.calls & (self.calls - 1): warn_of_zeros(self)
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #734afa59
 class _AfterStep:
