@@ -26,7 +26,7 @@ from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lis
 from ..report import print_text
 from ..sparse.compact import _like, stepping_optimizer, stepping_optimizers, why_not_passed_on
 from ..sparse.keep import KeepSparsity
-from ..sparse.sparsifier import Hold, Sparsifier, _check_flags, _check_tools, _rounded, _check_arguments
+from ..sparse.sparsifier import holds_on, Sparsifier, _check_flags, _check_tools, _rounded, _check_arguments
 from ..sparse.sparsify_callback import SparsifyCallback, _check_sparsities, _check_whole, _Lean
 from ..sparse.state import _States, random_state, set_random_state
 from ..sparse.targets import _plainly, _processes, _rank, unwrapped
@@ -41,11 +41,6 @@ def _cut(t, axes):
     return t
 
 _uncuttable = ('LBFGS', 'Adafactor', 'SparseAdam', 'Lookahead')
-
-def _is_held(optimizer):
-    "Does a `hold` apply masks after the steps of `optimizer`?"
-    hooks = [h for o in stepping_optimizers(optimizer) for h in getattr(o, '_optimizer_step_post_hooks', {}).values()]
-    return any(isinstance(getattr(h, '__self__', None), Hold) for h in hooks)
 
 def _why_not_cut(optimizer):
     "Why channels cannot be taken out of what `optimizer` knows, or None"
@@ -126,7 +121,7 @@ def _refuse(self:PruneCallback):
     "Refuse what is wrong in this fit"
     if (other := [cb for cb in self.learn.cbs if isinstance(cb, (SparsifyCallback, PruneCallback)) and cb is not self]):
         raise ValueError(f'{type(other[0]).__name__} is in this fit too, and knows the shapes of now: use one after the other')
-    if _is_held(self.opt):
+    if holds_on(stepping_optimizers(self.opt)):
         raise ValueError('A `hold` applies masks after the steps of this optimizer, which have the current shapes: `release()` it first, and pass '
                          '`KeepSparsity` to `fit`, whose masks are cut along')
     if _processes(self.learn.model) is not None:

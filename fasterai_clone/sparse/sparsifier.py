@@ -33,7 +33,7 @@ from .targets import (cannot_follow, Part, Target, _local_target, _matches, _mes
                                            layer_sparsities, output_channels, module_at, unwrapped, Watched)
 
 # %% auto #0
-__all__ = ['available_contexts', 'Sparsifier', 'LayerCollapse', 'warn_of_zeros', 'Hold']
+__all__ = ['available_contexts', 'Sparsifier', 'LayerCollapse', 'warn_of_zeros', 'Hold', 'holds_on']
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #3d0656e3
 _contexts = ('local', 'global', 'erk', 'lamp', 'output')
@@ -1123,6 +1123,13 @@ class Hold:
         else: self.handles.append(_AfterStep(optimizer, self._after_all))
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #41f632bd
+def holds_on(
+    optimizers: list  # that step, as from `stepping_optimizers`
+) -> list[Hold]:
+    "Return what holds masks after the steps of `optimizers`"
+    hooks = [h for o in optimizers for h in getattr(o, '_optimizer_step_post_hooks', {}).values()]
+    return [*dict.fromkeys(o for h in hooks if isinstance(o := getattr(h, '__self__', None), Hold))]
+
 @patch
 def before(self:Hold, optimizer, *args):
     "Before a step: gradients are complete"
@@ -1137,9 +1144,11 @@ def before(self:Hold, optimizer, *args):
 
 @patch
 def after(self:Hold, *args):
-    "After a step: dropped weights are zero again"
-    if self.step: self.step.exit()
-    else: self.sp.apply_masks()
+    "After a step: dropped weights are zero again, those of others on this optimizer too"
+    holds = holds_on(self.stepping)
+    for h in holds:
+        if h.step: h.step.exit()
+    if self.step is None or len(holds) > 1: self.sp.apply_masks()
 
 @patch
 def _after_all(self:Hold, *args):

@@ -683,11 +683,11 @@ class Watched:
         self.tensors = {k: _tensor_at(m, p) for k,(m,p) in places.items()}
         self.kinds   = {k: self._kind_at(k) for k in places} if kinds is None else kinds
         self.shapes  = [shape for _,shape,_ in self.kinds.values()]
-        self.links   = None
+        self.links   = self._links()
 
     def is_in_place(self) -> bool:
         "Is every tensor where it was, with the shape it had?"
-        if self.links is None: self.links = [(d.get, k, v) for d,k,v in self._links()]
+        if self.links is None: return False  # this is a copy, and has not looked yet
         for get,k,v in self.links:
             if get(k) is not v: return False
         return [t.shape for t in self.tensors.values()] == self.shapes
@@ -698,13 +698,12 @@ class Watched:
         return _kind(m), tuple(self.tensors[name].shape), _walk(self.model, name.rpartition('.')[0])[0] is m
 
     def _links(self):
-        "(dict, key, value) of each module and tensor that must be in its place, once"
-        seen = set()
+        "(look-up, key, what is to be found) for each module and tensor that must be in its place, once"
+        links = {}
         for name,(m,p) in self.places.items():
-            for d,k,v in _walk(self.model, name.rpartition('.')[0])[1]:
-                if (id(d), k) not in seen: yield d, k, v
-                seen.add((id(d), k))
-            yield m._parameters if m._parameters.get(p) is not None else m._buffers, p, self.tensors[name]
+            own = m._parameters if m._parameters.get(p) is not None else m._buffers
+            for d,k,v in [*_walk(self.model, name.rpartition('.')[0])[1], (own, p, self.tensors[name])]: links[id(d), k] = d.get, k, v
+        return [*links.values()]
 
     def __getstate__(self): return {**vars(self), 'links': None}
 
@@ -727,7 +726,9 @@ def again(self:Watched,
     check_loaded(found.tensors.items())
     found._check_ties(self)
     same = model is self.model and all(found.tensors[k] is t for k,t in self.tensors.items()) and not found.moved(self)
-    return self if same else found  # the same inside of a wrapper
+    if not same: return found
+    if self.links is None: self.links = found.links
+    return self
 
 @patch
 def _place(self:Watched, model, name):
