@@ -161,6 +161,7 @@ def release(self:CompactStep) -> None:
         self.opt.state[s.full] = {k: s.spread(v) if _like(v, s.kept) else v for k,v in s.state.items()}
     self.slots = []
 
+# %% ../../nbs/08_sparse.compact.ipynb #compactnb
 @patch(as_prop=True)
 def nbytes(self:CompactStep) -> int:
     "Bytes held: indices, kept values and their state"

@@ -1042,33 +1042,13 @@ def apply_masks(self:Sparsifier) -> None:
     "Zero the dropped weights again: call it after `optimizer.step()` in a loop of your own, or let `hold` do so"
     self.masks.apply(self._params())
 
-# %% ../../nbs/14_sparse.sparsifier.ipynb #6a51e141
-@patch
-@torch.no_grad()
-def adopt(self:Sparsifier,
-    most: list[int]|None = None  # the most groups to adopt of each pool, as from `counts`; one that has more is left alone. None: any
-) -> int:                        # how many groups were adopted
-    "Take over groups that are all zero already as dropped"
-    self.follow()
-    found, adopted = [], 0
-    if self.nm or self.costs or self.context == 'output': return adopted  # zeros that are there need not fit the pattern
-    for i,pool in enumerate(self.pools):
-        alive = [(t, self._alive(t)) for t in pool if t.name not in self.masks]
-        zeros = self._total([t.parts[0] for t,_ in alive], [m.numel() - int(m.count_nonzero()) for _,m in alive])
-        some  = [(pair, n) for pair,n in zip(alive, zeros) if 0 < n < pair[0].groups.n]
-        n     = sum(n for _,n in some)
-        if not n or most is not None and n > most[i]: continue
-        found, adopted = found + [pair for pair,_ in some], adopted + n
-    for k,m in self._spread(found).items(): self.masks._own(k, m)
-    return adopted
-
+# %% ../../nbs/14_sparse.sparsifier.ipynb #zeros001
 @patch
 def _alive(self:Sparsifier, t):
     "Which groups of `t` have a weight that is not zero"
     alive = [p.groups.reduce(p.tensor.detach() != 0, torch.any).reshape(t.groups.score_shape) for p in t.parts]
     return alive[0] if len(alive) == 1 else torch.stack(alive).any(0)
 
-# %% ../../nbs/14_sparse.sparsifier.ipynb #zeros001
 def warn_of_zeros(
     sparsifier: Sparsifier
 ) -> None:
@@ -1088,6 +1068,26 @@ def _look_for_zeros(self:Sparsifier):
     "`warn_of_zeros` in the first call, the second, the fourth and so on: to count takes a fifth of the time of an update"
     self.calls += 1
     if not self.calls & (self.calls - 1): warn_of_zeros(self)
+
+# %% ../../nbs/14_sparse.sparsifier.ipynb #6a51e141
+@patch
+@torch.no_grad()
+def adopt(self:Sparsifier,
+    most: list[int]|None = None  # the most groups to adopt of each pool, as from `counts`; one that has more is left alone. None: any
+) -> int:                        # how many groups were adopted
+    "Take over groups that are all zero already as dropped"
+    self.follow()
+    found, adopted = [], 0
+    if self.nm or self.costs or self.context == 'output': return adopted  # zeros that are there need not fit the pattern
+    for i,pool in enumerate(self.pools):
+        alive = [(t, self._alive(t)) for t in pool if t.name not in self.masks]
+        zeros = self._total([t.parts[0] for t,_ in alive], [m.numel() - int(m.count_nonzero()) for _,m in alive])
+        some  = [(pair, n) for pair,n in zip(alive, zeros) if 0 < n < pair[0].groups.n]
+        n     = sum(n for _,n in some)
+        if not n or most is not None and n > most[i]: continue
+        found, adopted = found + [pair for pair,_ in some], adopted + n
+    for k,m in self._spread(found).items(): self.masks._own(k, m)
+    return adopted
 
 # %% ../../nbs/14_sparse.sparsifier.ipynb #734afa59
 class _AfterStep:
