@@ -28,8 +28,9 @@ from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lis
                                        _tensors_of, _verify, _without, update_config)
 from .thinned_files import reshape_to, sizes_of
 from ..report import print_text
-from ..sparse.compact import _like, stepping_optimizer, why_not_passed_on
-from ..sparse.sparsifier import Sparsifier, _check_flags, _check_tools, _rounded, _check_arguments
+from ..sparse.compact import _like, stepping_optimizer, stepping_optimizers, why_not_passed_on
+from ..sparse.keep import KeepSparsity
+from ..sparse.sparsifier import holds_on, Sparsifier, _check_flags, _check_tools, _rounded, _check_arguments
 from ..sparse.sparsify_callback import SparsifyCallback, _check_sparsities, _check_whole, _Lean
 from ..sparse.state import _States, check_progress, check_random_state, check_refs, random_state, set_random_state, enter_fit, leave_fit
 from ..sparse.targets import _plainly, _processes, _rank, unwrapped
@@ -129,6 +130,9 @@ def _refuse(self:PruneCallback):
     "Refuse what is wrong in this fit"
     if (other := [cb for cb in self.learn.cbs if isinstance(cb, (SparsifyCallback, PruneCallback)) and cb is not self]):
         raise ValueError(f'{type(other[0]).__name__} is in this fit too, and knows the shapes of now: use one after the other')
+    if holds_on(stepping_optimizers(self.opt)):
+        raise ValueError('A `hold` applies masks after the steps of this optimizer, which have the current shapes: `release()` it first, and pass '
+                         '`KeepSparsity` to `fit`, whose masks are cut along')
     if _processes(self.learn.model) is not None:
         raise ValueError('`DistributedDataParallel` knows the shapes of now: prune in one process')
     self._check_optimizer()
@@ -196,6 +200,9 @@ def _shapes(model): return {k: tuple(p.shape) for k,p in model.named_parameters(
 def _knows_model(self:PruneCallback):
     "Is the model that of the last fit? If a checkpoint of it with other sizes was loaded, look at it again"
     if self.sparsifier is None or self.sparsifier.model is not unwrapped(self.learn.model): return False
+    if self._known == _shapes(self.sparsifier.model):
+        try: self.sparsifier.follow()
+        except ValueError: return False  # other layers in the places of those it knows
     if self._known != _shapes(self.sparsifier.model):
         sp = self._new_sparsifier(self.check)
         if not {t.name for t in sp.targets} <= self.sizes.keys(): return False
@@ -289,9 +296,11 @@ def _copied_sparsifier(self:PruneCallback):
 def _take_out(self:PruneCallback, sp, dead):
     "Take the `dead` channels out of model and optimizer; who chooses among those that are left"
     model, groups, inputs = sp.model, sp.channel_groups, self._some_inputs()
+    kept = [(cb, cb.kept()) for cb in self.learn.cbs if isinstance(cb, KeepSparsity)]
     with _plainly(model):
         if self.check: _verify(model, _without(model, groups, dead), groups, dead, inputs)
         keep, before = _kept_positions(groups, dead), dict(model.named_parameters())
+        axes_of = {id(p): keep[k] for k,p in model.named_parameters(remove_duplicate=False) if k in keep}
         shapes = {k: tuple(t.shape) for k,t in _tensors_of(model).items()}
         _shrink(model, groups, dead)
         if any(map(_bare, model.modules())): _measure(model, inputs)
@@ -303,6 +312,8 @@ def _take_out(self:PruneCallback, sp, dead):
     left = {t.name: len(d) - int(d.sum()) for t,d in zip(sp.targets, dead)}
     new  = self._no_sparsifier(sp) if last else _with_groups(self._new_sparsifier(), left)
     new.refs, new.used, self.learn._smaller = refs, sp.used, True
+    for cb,params in kept:  # its masks lose the same channels
+        if params: cb.keep({k: _cut(cb.masks[k], axes_of.get(id(p), {})) for k,p in params.items()})
     for cb in self.learn.cbs:  # what was best so far has other shapes
         if isinstance(cb, SaveModelCallback): cb.best = math.inf if cb.comp == np.less else -math.inf
     return new
@@ -318,7 +329,7 @@ def _with_groups(sp, left):
 def _no_sparsifier(self:PruneCallback, sp):
     "A copy of `sp` that has nothing to choose from"
     sp = copy(sp)
-    sp.targets, sp.pools = [], []
+    sp.targets, sp.pools, sp.watched = [], [], None
     return sp
 
 # %% ../../nbs/75_prune.prune_callback.ipynb #e88dc0e0
@@ -341,12 +352,14 @@ def before_step(self:PruneCallback):
     "Gradients are complete, unscaled and clipped here"
     if not self._active: return
     self._midway = True
+    self.sparsifier.follow(self.learn.model)
     if self.sparsifier.reference == 'grad': self.sparsifier.accumulate_gradients()
 
 @patch
 def after_train(self:PruneCallback):
     "The epoch is trained: take out what the schedule asks for"
     if not self._active: return
+    self.sparsifier.follow(self.learn.model)
     if (self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.n_epoch: self._prune((self.epoch + 1) / self.n_epoch)
     self._warn_if_diverged()
     self._due, self._done, self._midway = self.epoch, self.epoch + 1, False
@@ -356,6 +369,7 @@ def after_train(self:PruneCallback):
 def after_epoch(self:PruneCallback):
     "The line of the epoch, once"
     if not self._active or self._due is None or self.learn.lock.locked(): return
+    if self._known == _shapes(unwrapped(self.learn.model)): self.sparsifier.follow(self.learn.model)
     self.history.append(now := self._record())
     self._say(f'Parameters at the end of epoch {self._due}: {now["params"]:,} ({100*now["params"]/self._at_first["params"]:.2f}%), '
               f'in {now["channels"]:,} channels')
@@ -369,8 +383,9 @@ def after_fit(self:PruneCallback):
     "What there was, and what is left"
     if not self._active or self.learn.lock.locked(): return
     leave_fit(self.learn)
+    if self._known != _shapes(unwrapped(self.learn.model)): self._reloaded()
+    else: self.sparsifier.follow(self.learn.model)
     self._warn_if_diverged()
-    if self._known != _shapes(self.sparsifier.model): self._reloaded()
     self.learn.__dict__.pop('_pruned_states', None)  # of a checkpoint that was reloaded at the end
     self.after_epoch()  # if a callback stopped training in its last one
     self._active = False
@@ -448,12 +463,14 @@ def _resized(self:Learner, states):
         yield
         return
     before = dict(model.named_parameters())
+    kept   = [cb for cb in self.cbs if isinstance(cb, KeepSparsity) and cb.kept()] if new else []
     with _all_or_nothing(model, opt, _tensors_of(model).values()):  # torch copies what fits before it refuses the rest
         if new:
             with _plainly(model): _reshape(model, sizes, f"{state.place}['sizes']")
         after = dict(model.named_parameters())
         if opt is not None: _carry_over(opt, [(p, after[k], None) for k,p in before.items() if p is not after[k]])
         yield
+        for cb in kept: cb.keep(Masks.of(model, cb.include, cb.exclude))  # those of the other sizes are in the weights
     if not new: return
     self._smaller, n = True, [sum(map(torch.numel, ps.values())) for ps in (before, after)]
     _say(f'The checkpoint is of a network with other sizes: the model has {n[1]:,} parameters now, and had {n[0]:,}')

@@ -103,7 +103,6 @@ class CompactStep:
     ):
         if (why := why_not_compact(optimizer)): raise TypeError(f'Compact steps are not possible: {why}')
         self.opt, self.open, self.slots = stepping_optimizer(optimizer), False, []
-        self.dense = [(params[k], m) for k,m in masks.items() if not params[k].is_contiguous()]  # their steps are on everything
         lists = getattr(self.opt, 'param_lists', None) or [g['params'] for g in self.opt.param_groups]
         masked = {id(params[k]): m for k,m in masks.items()}
         for k,m in masks.items(): zero_dropped(params[k], m)
@@ -111,6 +110,8 @@ class CompactStep:
             for ps in lists:
                 for i,p in enumerate(ps):
                     if id(p) in masked and p.is_contiguous(): self.slots.append(self._slot(ps, i, p, masked[id(p)]))
+        inside    = {id(s.full) for s in self.slots}
+        self.rest = [(params[k], m) for k,m in masks.items() if id(params[k]) not in inside]  # masked after each step
 
     def _slot(self, ps, i, p, mask):
         "Take the state of `p` apart"
@@ -149,7 +150,7 @@ def exit(self:CompactStep) -> None:
         if s.params[s.i] is not s.kept: continue
         s.full.data.view(-1).index_copy_(0, s.index, s.kept.data)
         s.params[s.i], s.state, s.kept.grad = s.full, self.opt.state.pop(s.kept), None
-    for p,mask in self.dense: zero_dropped(p, mask)
+    for p,m in self.rest: zero_dropped(p, m)
     self.open = False  # last: an interrupt may come in between
 
 @patch
@@ -157,9 +158,12 @@ def exit(self:CompactStep) -> None:
 def release(self:CompactStep) -> None:
     "Give the optimizer its full state back; what it knew of dropped weights is zero"
     self.exit()
-    for s in self.slots: self.opt.state[s.full] = {k: s.spread(v) if _like(v, s.kept) else v for k,v in s.state.items()}
-    self.slots, self.dense = [], []
+    for s in self.slots:
+        if s.params[s.i] is not s.full: continue  # the optimizer has been given another parameter since
+        self.opt.state[s.full] = {k: s.spread(v) if _like(v, s.kept) else v for k,v in s.state.items()}
+    self.slots = []
 
+# %% ../../nbs/43_sparse.compact.ipynb #compactnb
 @patch(as_prop=True)
 def nbytes(self:CompactStep) -> int:
     "Bytes held: indices, kept values and their state"

@@ -16,7 +16,7 @@ from ..report import as_mask_of, shared_weights, print_text
 from .sparsifier import Hold, Sparsifier
 from .sparsify_callback import SparsifyCallback, _Lean
 from .state import enter_fit, leave_fit
-from .targets import _full, _matches, _patterns, _plainly
+from .targets import _full, _matches, _patterns, _plainly, Watched
 
 # %% auto #0
 __all__ = ['KeepSparsity']
@@ -65,9 +65,15 @@ class _Kept:
     def __init__(self, masks, model):
         masks._check(_named(model))
         owners = {name: (m, k) for _,m,name,k in _places(model)}
-        self.masks, self.owners = masks, {k: owners[k] for k in masks}
+        self.masks, self.watched = masks, Watched(_bare(model), {k: owners[k] for k in masks})
 
-    def _params(self): return {k: m._parameters[p] for k,(m,p) in self.owners.items()}
+    def follow(self, model=None):
+        "Go on with what took the place of a layer, a parameter or the model, or refuse it by name"
+        self.watched = self.watched.again(None if model is None else _bare(model))
+
+    def _params(self):
+        self.follow()
+        return self.watched.tensors
 
     def back(self):
         "How many dropped weights are not zero now"
@@ -121,8 +127,6 @@ def _leave(self:KeepSparsity, learn):
     leave_fit(learn)
     if self._closing in learn.cbs: learn.remove_cb(self._closing)
 
-KeepSparsity.learn = SparsifyCallback.learn  # the `Learner` this callback is attached to, which it joins and leaves
-
 # %% ../../nbs/54_sparse.keep.ipynb #59221b83
 def _add(masks, k, mask):
     "Drop what `mask` drops too"
@@ -140,8 +144,8 @@ def _masks_for(self:KeepSparsity, model):
         return masks
     masks  = Masks.of(model, self.include, self.exclude)
     owners = {name: (m, k) for _,m,name,k in _places(model)}
-    for k,owner in self._kept.owners.items() if self._kept else ():
-        if owners.get(k) == owner: _add(masks, k, self.masks[k])
+    for k,(m,p) in self._kept.watched.places.items() if self._kept else ():
+        if owners.get(k) == (m, p) and self.masks[k].shape == m._parameters[p].shape: _add(masks, k, self.masks[k])
     return masks
 
 # %% ../../nbs/54_sparse.keep.ipynb #65c54ab7
@@ -180,23 +184,51 @@ def before_fit(self:KeepSparsity):
 
 # %% ../../nbs/54_sparse.keep.ipynb #24667eaf
 @patch
+def _apply(self:KeepSparsity):
+    "Zero again what is dropped, in the model that the learner has now"
+    self._kept.follow(self.learn.model)
+    self._kept.apply_masks()
+
+@patch
 def after_step(self:KeepSparsity):
-    if self._active: self._kept.apply_masks()
+    if self._active: self._apply()
 
 @patch
 def after_train(self:KeepSparsity):
     "Whatever has written to the weights, validation sees the zeros"
     if not self._active: return
-    self._kept.apply_masks()
+    self._apply()
     self._warn_if_diverged()
 
 @patch
 def _finish(self:KeepSparsity):
     "Masks once more"
     self._active = False
+    self._kept.follow(self.learn.model)
     leave_fit(self.learn)
     self._warn_if_diverged()
     if back := self._kept.back():
         self._say(f'{back:,} dropped weights had come back at the end of training, as when a less sparse checkpoint is reloaded: '
                   'they are zero again')
         self._kept.apply_masks()
+
+# %% ../../nbs/54_sparse.keep.ipynb #keepcut0
+@patch
+def _held(self:KeepSparsity):
+    "(parameter, its mask or None, whether that may change) of all that this callback keeps at zero"
+    return [(p, self.masks[k], False) for k,p in self._kept._params().items()] if self._active else []
+
+@patch
+def kept(self:KeepSparsity) -> dict[str, nn.Parameter]:
+    "Return the parameters that are kept now, by name"
+    return self._kept._params() if self._active else {}
+
+@patch
+def keep(self:KeepSparsity,
+    masks: dict  # by parameter name, for the sizes that the model has now
+) -> None:
+    "Go on with other masks in this fit, as after channels were removed"
+    masks = Masks(masks)
+    self._kept, self.masks = _Kept(masks, self.learn.model), masks
+    if self._given is not None: self._given = masks
+    self._kept.apply_masks()

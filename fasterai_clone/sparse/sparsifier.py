@@ -34,12 +34,12 @@ from ..prune.thin import sampled, unremovable
 from ..report import Report, Row, print_text, shared_weights
 from .rule import Change, Pool, Prune, Rule, as_rule, check_change
 from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on
-from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name,
+from .targets import (cannot_follow, Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name,
                                            _plainly, _processes, _summed, _types, check_maskable, find_targets, hold_with,
-                                           layer_sparsities, output_channels, unwrapped)
+                                           layer_sparsities, output_channels, module_at, unwrapped, Watched)
 
 # %% auto #0
-__all__ = ['Sparsifier', 'LayerCollapse', 'Hold']
+__all__ = ['Sparsifier', 'LayerCollapse', 'warn_of_zeros', 'Hold', 'holds_on']
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #3d0656e3
 _coupled_roles = dict(filter='producer', unit='producer', channel='consumer')  # granularity → the role of what is scored
@@ -122,6 +122,7 @@ def _check_tools(data, loss_func, example_inputs):
 # %% ../../nbs/50_sparse.sparsifier.ipynb #a9c7ae03
 class Sparsifier:
     "Sparsify `model` by `granularity`, inside each layer or over all of them, dropping what has the lowest `criteria`"
+    watched, calls = None, 0  # where the parameters of the targets are; how often it was called to prune
     def __init__(self,
         model: nn.Module,
         granularity: str|tuple = 'weight',       # what one group is, see `Granularities`; a tuple of axes is one's own
@@ -178,10 +179,13 @@ def _find(self:Sparsifier, layer_type, include, exclude, part, params, free):
 @patch
 def _parts(self:Sparsifier, names=None):
     "What is scored, of all targets or of those with one of `names`"
+    self.follow()
     return [*{p.name: p for t in self.targets if names is None or t.name in names for p in t.parts}.values()]
 
 @patch
-def _params(self:Sparsifier): return {p.name: p.tensor for t in self.targets for p in t.parts + t.held}
+def _params(self:Sparsifier):
+    self.follow()
+    return {p.name: p.tensor for t in self.targets for p in t.parts + t.held}
 
 @patch(as_prop=True)
 def sparsity(self:Sparsifier) -> float:
@@ -204,8 +208,56 @@ def _total(self:Sparsifier, parts, numbers):
 
 @patch
 def __repr__(self:Sparsifier):
-    zero = 'sharded' if self.mesh is not None else f'{self.sparsity:.2f}% zero'  # no message for a look
+    try: zero = 'sharded' if self.mesh is not None else f'{self.sparsity:.2f}% zero'  # no message for a look
+    except ValueError: zero = 'the model has changed'
     return f'{type(self).__name__}({len(self.targets)} layers, {self.granularity!r}, {self.context.name!r}, {zero})'
+
+# %% ../../nbs/50_sparse.sparsifier.ipynb #follow01
+@patch
+def watch(self:Sparsifier) -> None:
+    "Remember where the parameters of the targets are"
+    self.watched = Watched(self.model, {p.name: (p.owner, p.param) for t in self.targets for p in t.parts + t.held})
+
+@patch
+def follow(self:Sparsifier,
+    model: nn.Module|None = None  # in place of the model, wrapped or not; None: the same one
+) -> None:
+    "Go on with layers and parameters that took the place of others; raise `ValueError` where that is not possible"
+    if self.watched is None:  # there is nothing to follow
+        if model is not None: self.model = unwrapped(model)
+        return
+    found = self.watched.again(model)
+    if found is self.watched: return
+    moved = set(found.moved(self.watched))
+    for t in self.targets if moved else (): self._check_channels(t, found.model)
+    self.watched, self.model = found, found.model
+    if moved: self._use_new(moved)
+
+@patch
+def _check_channels(self:Sparsifier, t, model):
+    "Refuse a new layer with other parameters for the target `t`, if they are dropped with whole channels"
+    layer = module_at(model, t.layer)
+    if layer is None or layer is t.module or not (self.coupled or output_channels(t)): return
+    has, had = ([k for k,p in m._parameters.items() if p is not None] for m in (layer, t.module))
+    if has != had: cannot_follow(t.name, f'{t.layer} has the parameters {", ".join(has)} now, and had {", ".join(had)}')
+
+@patch
+def _use_new(self:Sparsifier, moved):
+    "Take over the modules that have the parameters `moved` now; what these are compared with begins anew"
+    index, places = {m: i for i,m in enumerate(self.model.modules())}, self.watched.places
+    def again(parts): return tuple(replace(p, owner=places[p.name][0]) for p in parts)
+    def renewed(t):
+        layer = module_at(self.model, t.layer) or t.module
+        return replace(t, index=index.get(layer, t.index), module=layer, parts=again(t.parts), held=again(t.held))
+    new = {id(t): renewed(t) for t in self.targets}
+    self.targets, self.pools = [*new.values()], [[new[id(t)] for t in pool] for pool in self.pools]
+    for p in (p for t in self.targets for p in t.parts if p.name in moved):
+        self.refs.pop(p.name, None)
+        self.used.discard(p.name)
+        if self.reference in ('init', 'update'): self.refs[p.name] = p.tensor.detach().clone()
+    if self.costs and self.budget.measured:
+        del self._macs
+        self.costs = [self._cost(t) for t in self.targets]
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #8105312c
 @patch
@@ -376,6 +428,7 @@ def _keep_last(self:Sparsifier):
 @patch
 def _share_out(self:Sparsifier, min_sparsity, max_sparsity):
     "Who competes with whom, and for what"
+    self.watch()
     self.layers = [self._layer(t) for t in self.targets]
     self.pools  = self._pools()
     self.sizes  = [sum(t.groups.n for t in pool) for pool in self.pools]
@@ -696,6 +749,7 @@ def sparsities(self:Sparsifier,
     sparsity: float|list|dict  # percent: one for all layers, a list with one for each, or by layer name or pattern
 ) -> list[float]:
     "The sparsity of each layer, in percent"
+    self.follow()
     several = isinstance(sparsity, Iterable) and not isinstance(sparsity, (str, torch.Tensor)) and getattr(sparsity, 'ndim', 1)
     if several: refuse_for_each(self.context, sparsity)
     return layer_sparsities(self.targets, sparsity)
@@ -906,6 +960,7 @@ def update(self:Sparsifier,
     round_to: int|None = None               # keep a multiple of this many groups in each layer
 ) -> None:
     "Choose new masks, all of them or none, and apply them"
+    if pools is None: self.follow()
     pools = self.pools if pools is None else pools
     check_maskable(self._parts(), [p for t in self.targets for p in t.held])
     rounds, names = self._rounds(counts, pools), {t.name for pool in pools for t in pool}
@@ -1031,6 +1086,7 @@ def sparsify_model(self:Sparsifier,
     wanted = self._wanted(self.pools, sparsity, round_to, n, relative) if schedule is done is None else \
              self._on_the_way(sparsity, round_to, n, relative, schedule, done)
     self.update(wanted, round_to=round_to)
+    self._look_for_zeros()
     if self.example_inputs is not None: self._check_signal()
 
 @patch
@@ -1043,6 +1099,7 @@ def sparsify_layer(self:Sparsifier,
     relative: bool = False          # count from what is left
 ) -> None:
     "Make one layer exactly as sparse as asked, whatever the context"
+    self.follow()
     found = [t for t in self.targets if layer is t.module or isinstance(layer, str) and layer in (t.layer, t.name)]
     if not found:
         raise ValueError(_unknown('layer', layer if isinstance(layer, str) else type(layer).__name__, [t.label for t in self.targets]))
@@ -1051,6 +1108,7 @@ def sparsify_layer(self:Sparsifier,
     if round_to is not None: _check_arguments(self.granularity, 'local', round_to=round_to)
     pools = [[t] for t in found]
     self.update(self._wanted(pools, sparsity, round_to, n, relative), pools)
+    self._look_for_zeros()
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #d65a4bb8
 @patch
@@ -1103,6 +1161,7 @@ def is_pruned(self:Sparsifier,
     what: nn.Module|nn.Parameter|str|None = None  # a module, a parameter, or the name of one; None: the model
 ) -> bool:
     "Has anything been dropped in the model, a module, or a single parameter?"
+    self.follow()
     if isinstance(what, str):
         known = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_modules(remove_duplicate=False))}
         known = {k.replace('_orig_mod.', ''): v for k,v in known.items()}
@@ -1133,6 +1192,33 @@ def apply_masks(self:Sparsifier) -> None:
     "Zero the dropped weights again: call it after `optimizer.step()` in a loop of your own, or let `hold` do so"
     self.masks.apply(self._params())
 
+# %% ../../nbs/50_sparse.sparsifier.ipynb #zeros001
+@patch
+def _alive(self:Sparsifier, t):
+    "Which groups of `t` have a weight that is not zero"
+    alive = [p.groups.reduce(p.tensor.detach() != 0, torch.any).reshape(t.groups.score_shape) for p in t.parts]
+    return alive[0] if len(alive) == 1 else torch.stack(alive).any(0)
+
+def warn_of_zeros(
+    sparsifier: Sparsifier
+) -> None:
+    "Warn if more groups are zero than `sparsifier` has dropped, as where another one has pruned the same layers"
+    sp = sparsifier
+    if sp.mesh is not None: return
+    gone, total = sum(sp._gone(sp.targets)), sum(t.groups.n for t in sp.targets)
+    zero = sum(t.groups.n - int((sp._alive(t) if t.groups.dims else t.weight).count_nonzero()) for t in sp.targets)
+    if not gone or zero <= gone: return
+    what = sp.granularity if isinstance(sp.granularity, str) else 'group'
+    warnings.warn(f'{zero:,} of {total:,} {what}s are zero ({100*zero/total:.2f}%), and this sparsifier dropped {gone:,} ({100*gone/total:.2f}%). '
+                  'The others were zero already, as another `Sparsifier`, `KeepSparsity` or an earlier training run leaves them; reports '
+                  'count them all. Call `adopt()` before pruning to take them over, or prune with one sparsifier only', stacklevel=4)
+
+@patch
+def _look_for_zeros(self:Sparsifier):
+    "`warn_of_zeros` in the first call, the second, the fourth and so on: to count takes a fifth of the time of an update"
+    self.calls += 1
+    if not self.calls & (self.calls - 1): warn_of_zeros(self)
+
 # %% ../../nbs/50_sparse.sparsifier.ipynb #6a51e141
 @patch
 @torch.no_grad()
@@ -1140,6 +1226,7 @@ def adopt(self:Sparsifier,
     most: list[int]|None = None  # the most groups to adopt of each pool, as from `counts`; one that has more is left alone. None: any
 ) -> int:                        # how many groups were adopted
     "Take over groups that are all zero already as dropped"
+    self.follow()
     found, adopted = [], 0
     if self.nm or self.costs or 'adopt' in self.context.without: return adopted  # zeros that are there need not fit the pattern
     for i,pool in enumerate(self.pools):
@@ -1151,12 +1238,6 @@ def adopt(self:Sparsifier,
         found, adopted = found + [pair for pair,_ in some], adopted + n
     for k,m in self._spread(found).items(): self.masks._own(k, m)
     return adopted
-
-@patch
-def _alive(self:Sparsifier, t):
-    "Which groups of `t` have a weight that is not zero"
-    alive = [p.groups.reduce(p.tensor.detach() != 0, torch.any).reshape(t.groups.score_shape) for p in t.parts]
-    return alive[0] if len(alive) == 1 else torch.stack(alive).any(0)
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #734afa59
 class _AfterStep:
@@ -1192,21 +1273,32 @@ class Hold:
         else: self.handles.append(_AfterStep(optimizer, self._after_all))
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #41f632bd
+def holds_on(
+    optimizers: list  # that step, as from `stepping_optimizers`
+) -> list[Hold]:
+    "Return what holds masks after the steps of `optimizers`"
+    hooks = [h for o in optimizers for h in getattr(o, '_optimizer_step_post_hooks', {}).values()]
+    return [*dict.fromkeys(o for h in hooks if isinstance(o := getattr(h, '__self__', None), Hold))]
+
 @patch
 def before(self:Hold, optimizer, *args):
     "Before a step: gradients are complete"
     if self.sp.reference == 'grad' and optimizer is self.stepping[0]: self.sp.accumulate_gradients()
     if not self.compact: return
-    if self.made_for != self.sp.updates:  # the masks are others now
+    self.sp.follow()
+    if self.made_for != (now := (self.sp.updates, self.sp.watched)):  # the masks are others now, or the parameters
         if self.step: self.step.release()
-        self.step, self.made_for = self.sp.compact_step(self.opt), self.sp.updates
+        self.sp.apply_masks()
+        self.step, self.made_for = self.sp.compact_step(self.opt), now
     self.step.enter()
 
 @patch
 def after(self:Hold, *args):
-    "After a step: dropped weights are zero again"
-    if self.step: self.step.exit()
-    else: self.sp.apply_masks()
+    "After a step: dropped weights are zero again, those of others on this optimizer too"
+    holds = holds_on(self.stepping)
+    for h in holds:
+        if h.step: h.step.exit()
+    if self.step is None or len(holds) > 1: self.sp.apply_masks()
 
 @patch
 def _after_all(self:Hold, *args):
@@ -1321,14 +1413,26 @@ def report(self:Sparsifier) -> Report:
     granularity = self.granularity if isinstance(self.granularity, str) else 'group'
     zeros = dict(zip((p.name for p in self._parts()), self._zeros(self._parts())))
     held  = {p.name: (p.name, type(p.owner).__name__, p.whole.numel()) for t in self.targets for p in t.held if p.name not in zeros}
-    return Report(self._rows(zeros), self._left_dense(), granularity, tuple(held.values()), tuple(self.why_not.items()),
-                  tuple(self.left_out.items()), self._budget_used(), self._one_weight())
+    named = self._named()
+    return Report(self._rows(zeros), self._left_dense(named), granularity, tuple(held.values()), tuple(self.why_not.items()),
+                  tuple(self.left_out.items()), self._budget_used(), self._one_weight(named))
 
 @patch
-def _one_weight(self:Sparsifier):
-    "(parameter, another name of it) of the weights that have several, and whether that one was chosen"
-    return tuple((name, f'{other} ({kind})' + ('' if chosen else ', which was not chosen'))
-                 for name,others in self.tied.items() for other,kind,chosen in others)
+def _named(self:Sparsifier):
+    "Plain name → (parameter, type of its module, first name of that weight), for each module that has it"
+    owners = [(_plain_name(f'{n}.{k}' if n else k), m, p) for n,m in self.model.named_modules() for k,p in m._parameters.items()]
+    params = {name: (p, type(m).__name__) for name,m,p in owners if p is not None and not is_lazy(p)}
+    first, _ = shared_weights({k: p for k,(p,_) in params.items()})
+    return {k: (p, kind, first[k]) for k,(p,kind) in params.items()}
+
+@patch
+def _one_weight(self:Sparsifier, named):
+    "(parameter, another name of it) of the weights that have several now, and whether that one was chosen"
+    mine   = {id(p.whole): p.name for t in self.targets for p in t.parts}
+    own    = {first: mine[id(p)] for p,_,first in named.values() if id(p) in mine}
+    chosen = {(name, other) for name,others in self.tied.items() for other,_,is_chosen in others if is_chosen}
+    found  = [(own[first], k, kind) for k,(_,kind,first) in named.items() if first in own and k != own[first]]
+    return tuple((name, f'{k} ({kind})' + ('' if (name, k) in chosen else ', which was not chosen')) for name,k,kind in found)
 
 @patch
 def _empty(self:Sparsifier):
@@ -1360,18 +1464,16 @@ def _rows(self:Sparsifier, zeros):
 @patch
 def _row(self:Sparsifier, t, p, zeros):
     "The row of the part `p` of `t`, with no groups yet"
-    index, module = t.index, t.module
-    if p.owner is not module and self.coupled: index, module = [*self.model.modules()].index(p.owner), p.owner
+    module = p.owner if self.coupled else t.module
+    index  = next((i for i,m in enumerate(self.model.modules()) if m is module), t.index)
     return Row(f'Layer {index}', type(module).__name__, p.name, p.whole.numel(), zeros, 0, 0)
 
 @patch
-def _left_dense(self:Sparsifier):
+def _left_dense(self:Sparsifier, named):
     "(name, type of its module, size) of each parameter that no mask is for, one weight once"
-    kinds = {id(p): type(m).__name__ for m in reversed([*self.model.modules()]) for p in m._parameters.values() if p is not None}
-    named = {_plain_name(n): p for n,p in self.model.named_parameters(remove_duplicate=False) if not is_lazy(p)}
-    first, _ = shared_weights(named)
-    covered  = {first.get(p.name) for t in self.targets for p in t.parts + t.held}
-    return tuple((n, kinds[id(p)], p.numel()) for n,p in named.items() if first[n] == n and first[n] not in covered)
+    mine    = {id(p.whole) for t in self.targets for p in t.parts + t.held}
+    covered = {first for p,_,first in named.values() if id(p) in mine}
+    return tuple((n, kind, p.numel()) for n,(p,kind,first) in named.items() if first == n and first not in covered)
 
 @patch
 def print_sparsity(self:Sparsifier) -> None:

@@ -8,11 +8,12 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsify_callback.h
 from __future__ import annotations
 import io, math, numbers, os, warnings
 from collections.abc import Iterator, Mapping
+from functools import wraps
 import torch, torch.nn as nn
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
-from fastai.learner import SkipToEpoch, ValueMetric
-from fastcore.basics import patch, store_attr
+from fastai.learner import Learner, SkipToEpoch, ValueMetric
+from fastcore.basics import patch, patch_to, store_attr
 from fastcore.imports import in_notebook
 from ..core.context import Budget, Context, as_budget, as_context, refuse_for_each
 from ..core.criteria import Criteria, large_final
@@ -24,7 +25,7 @@ from .rule import Rule, as_rule
 from ..core.style import _styled, colors, Entry
 from ..report import print_text
 from .compact import why_not_compact
-from .sparsifier import Sparsifier, _check_flags, _check_tools, _own_loader, _check_arguments
+from .sparsifier import Sparsifier, warn_of_zeros, _check_flags, _check_tools, _own_loader, _check_arguments
 from .ticket_files import _restore, _snapshot, save_ticket
 from .state import (check_optimizer_state, check_random_state, check_refs, check_sparsify_state, check_tensors,
                                          enter_fit, forget_batch, leave_fit, optimizer_state, random_state,
@@ -63,13 +64,56 @@ def _from_sparsity(schedule, start_sparsity):
 # %% ../../nbs/53_sparse.sparsify_callback.ipynb #93a5188c
 class _Lean(Callback):
     "For an event a callback has no method for, fastai searches learner and model: too slow to do a dozen times a batch"
+    said_as = None  # what to call it in a message; None: its type
     def __call__(self, event_name):
         if hasattr(type(self), event_name): return super().__call__(event_name)
+
+    def _held(self):
+        "(parameter, its mask or None, whether that may change) of all that this callback keeps at zero"
+        return []
+    def _join(self, learn): pass
+    def _leave(self, learn): pass
+
+    @property
+    def learn(self):
+        "The `Learner` this callback is attached to, which it joins and leaves"
+        return self.__dict__.get('_learn')
+    @learn.setter
+    def learn(self, learn):
+        old = self.learn
+        if None is not learn is not old is not None and old.__dict__.get('_fitting'):
+            raise ValueError(f'This {self.said_as or type(self).__name__} is in a fit of another learner, which is running: create another one')
+        self.__dict__['_learn'] = learn
+        if old   is not None: self._leave(old)
+        if learn is not None: self._join(learn)
+
+# %% ../../nbs/53_sparse.sparsify_callback.ipynb #nested01
+class _Running:
+    "Marks a learner whose `fit` is running; that of a copy is not"
+    def __reduce__(self): return bool, ()
+
+_fit = getattr(Learner.fit, 'unguarded', Learner.fit)  # that of before, also if this module is loaded twice
+
+@patch_to(Learner)
+@wraps(_fit)
+def fit(self, *args, **kwargs):
+    outer = self.__dict__.get('_fitting')
+    ours  = [c.said_as or type(c).__name__ for c in self.cbs if isinstance(c, _Lean) and 'main' not in vars(c)]
+    if outer and ours:
+        raise ValueError(f'`fit` was called by a callback inside of a running `fit` with {ours[0]}, which follows one fit at a time '
+                         '(`lr_find` and `fine_tune` call `fit` too): call it before or after that, or train a copy of the learner')
+    self._fitting = _Running()
+    try: return _fit(self, *args, **kwargs)
+    finally:
+        if outer: self._fitting = outer
+        else: del self._fitting
+
+Learner.fit.unguarded = _fit
 
 # %% ../../nbs/53_sparse.sparsify_callback.ipynb #52ed9b73
 class SparsifyCallback(_Lean):
     "Sparsify the model during `fit`, following `schedule`"
-    _active = _stepping = _midway = _due = _rewind_to = _compact = _loaded = _random = _shown = None
+    _active = _stepping = _midway = _due = _rewind_to = _compact = _loaded = _random = _shown = _n_iter = None
     order = 15  # after `MixedPrecision` (10) and `GradientClip` (11) have seen to the gradients, before the metrics and what saves
     def __init__(self,
         sparsity: float|list|dict,                # percent: one for all layers, a list with one for each, or by layer name or pattern
@@ -146,7 +190,7 @@ class SparsifyClosing(_Lean):
 @patch
 def _measured(self:SparsifyCallback):
     "The sparsity of the weights now, in percent"
-    return None if self.sparsifier is None else self.sparsifier.sparsity
+    return None if (sp := self._known_sparsifier()) is None else sp.sparsity
 
 @patch
 def _join(self:SparsifyCallback, learn):
@@ -163,14 +207,28 @@ def _leave(self:SparsifyCallback, learn):
     learn.metrics = [m for m in learn.metrics if getattr(m, 'func', None) != self._measured]
     if self._closing in learn.cbs: learn.remove_cb(self._closing)
 
-def _get_learn(self): return self.__dict__.get('_learn')
+# %% ../../nbs/53_sparse.sparsify_callback.ipynb #look0001
+@patch
+def _look(self:SparsifyCallback):
+    "Follow the model that the learner has now"
+    sp, before = self.sparsifier, self.sparsifier.watched
+    sp.follow(self.learn.model)
+    if sp.watched is before or self._compact is None: return
+    self._release()  # steps were on parameters that are others now
+    sp.apply_masks()
 
-def _set_learn(self, learn):
-    old, self.__dict__['_learn'] = _get_learn(self), learn
-    if old   is not None: self._leave(old)
-    if learn is not None: self._join(learn)
+@patch
+def _known_sparsifier(self:SparsifyCallback):
+    "The sparsifier, or None if it does not know the model that the learner has now"
+    if self._active: self._look()
+    elif self.sparsifier is None or self.sparsifier.model is not unwrapped(self.learn.model) or self._why_changed(): return None
+    return self.sparsifier
 
-SparsifyCallback.learn = property(_get_learn, _set_learn, doc='The `Learner` this callback is attached to')
+@patch
+def _why_changed(self:SparsifyCallback):
+    "Why the sparsifier cannot follow its model, or None"
+    try: self.sparsifier.follow()
+    except ValueError as e: return str(e)
 
 # %% ../../nbs/53_sparse.sparsify_callback.ipynb #c0988c9e
 @patch
@@ -183,6 +241,7 @@ def before_fit(self:SparsifyCallback):
     new = self._find_layers()
     sp  = self.sparsifier
     sp.seen, self._told_diverged = [], False
+    self._warn_of_others()
     self._goal, self._curve = sp.sparsities(self.sparsity), self._fitted_schedule()
     self._done, self._midway, self._told = (first := self._first_epoch()), False, False
     self._asked, state = self._asked_for(), self._loaded or self._claim(first)
@@ -193,7 +252,7 @@ def before_fit(self:SparsifyCallback):
     kept = sp.adopt(sp.counts(self.sparsity, self.round_to)) if new and not state else 0
     self._floor, self._moved = sp.dropped(), None
     self._last = self._floor
-    self._led, self._due, self._stepping, self.report = [0]*len(self._floor), None, False, None
+    self._led, self._due, self._stepping, self.report, self._checked = [0]*len(self._floor), None, False, None, False
     self.history, self._logged, self._shown = [], [], None
     self._resume(first, state)
     enter_fit(self.learn)
@@ -210,7 +269,7 @@ def _find_layers(self:SparsifyCallback):
     model = self.learn.model
     if self.model is not None and set(self.model.modules()).isdisjoint(model.modules()):
         raise ValueError('`model` has no module of the model this learner trains: pass a part of it, or leave it out to sparsify all of it')
-    if self.sparsifier is not None and self.sparsifier.model is unwrapped(model):
+    if self.sparsifier is not None and self.sparsifier.model is unwrapped(model) and not self._why_changed():
         self.sparsifier.processes = _processes(model)
         return False
     names = 'include', 'exclude', 'params', 'data', 'min_sparsity', 'max_sparsity', 'budget', 'coupled', 'rule'
@@ -221,6 +280,33 @@ def _find_layers(self:SparsifyCallback):
     self._try_measure(sp)
     self.sparsifier, self._rewind_to = sp, None
     return True
+
+# %% ../../nbs/53_sparse.sparsify_callback.ipynb #others00
+@patch
+def _held(self:SparsifyCallback):
+    "(parameter, its mask or None, whether that may change) of all that this callback keeps at zero"
+    if not self._active or self.sparsifier is None: return []
+    return [(p, self.sparsifier.masks.get(k), True) for k,p in self.sparsifier._params().items()]
+
+@patch
+def _warn_of_others(self:SparsifyCallback):
+    "Warn of weights that another callback of this kind prunes in the same fit"
+    others = {id(p) for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and cb is not self for p,*_ in cb._held()}
+    both   = [k for k,p in self.sparsifier._params().items() if id(p) in others]
+    if both:
+        warnings.warn(f'Another SparsifyCallback in this fit prunes {", ".join(both[:5])}{" and others" if len(both) > 5 else ""} too: each chooses '
+                      'by its own masks, and the zeros of both are kept and counted', stacklevel=2)
+
+@patch
+def _why_dense(self:SparsifyCallback):
+    "Why steps cannot be on the kept weights only, or None"
+    mine = {id(p): self.sparsifier.masks.get(k) for k,p in self.sparsifier._params().items()}
+    for cb in (cb for cb in self.learn.cbs if isinstance(cb, _Lean) and cb is not self):
+        for p,mask,may_change in cb._held():
+            own = mine.get(id(p))
+            if id(p) in mine and (may_change or own is None or (own & ~mask.to(own.device)).any()):
+                return f'{type(cb).__name__} keeps zeros of the same weights'
+    return why_not_compact(self.opt)
 
 # %% ../../nbs/53_sparse.sparsify_callback.ipynb #d916608b
 @patch
@@ -318,12 +404,15 @@ def _counts(self:SparsifyCallback, progress):
 def _move_to(self:SparsifyCallback, progress):
     "Bring the network to where it should be when `progress` of this fit is done"
     sp, counts = self.sparsifier, self._counts(progress)
-    step, former = round(progress * self.n_epoch * self.n_iter), self._moved
+    step, former = round(progress * self.n_epoch * (self._n_iter or self.n_iter)), self._moved
     if counts == self._last and step == former or not sp.rule.due(step, counts, self._last): return self._keep(progress)
     self._release()
     unseen = sp.reference == 'measure' or sp.reference == 'grad' and not sp.refs  # the latter if all steps so far were skipped
     if unseen and self.data is None: sp.observe(*as_batch(self.xb, self.yb))
     sp.update(counts, round_to=self.round_to)
+    if not self._checked and any(counts):
+        warn_of_zeros(sp)
+        self._checked = True
     self._last, self._moved, self._try_compact = counts, step, self.compact
     self._after_pruning()
 
@@ -348,6 +437,7 @@ def _warn_if_diverged(self:SparsifyCallback):
 def before_step(self:SparsifyCallback):
     "A step is to be made"
     self._stepping = self._active
+    if self._active: self._look()
 
 @patch
 def after_cancel_step(self:SparsifyCallback):
@@ -360,13 +450,15 @@ def after_step(self:SparsifyCallback):
     if not self._stepping: return  # fastai calls this for steps that were skipped too, as `MixedPrecision` does when gradients overflow
     self._stepping, self._midway, step = False, True, self.iter + 1
     if self._compact: self._compact.exit()
-    if (self.epoch*self.n_iter + step) % self.every and step < self.n_iter: return self._keep()
-    self._move_to((self.epoch + step/self.n_iter) / self.n_epoch)
+    self._look()
+    if (self.epoch*self._n_iter + step) % self.every and step < self._n_iter: return self._keep()
+    self._move_to((self.epoch + step/self._n_iter) / self.n_epoch)
 
 @patch
 def after_train(self:SparsifyCallback):
     "Be where the schedule says, even if the last steps of the epoch were skipped"
     if not self._active: return
+    self._look()
     self._move_to((self.epoch + 1) / self.n_epoch)
     if self._compact: self.sparsifier.apply_masks()  # once an epoch, whatever has written to the weights
     self._warn_if_diverged()
@@ -379,7 +471,7 @@ def _make_compact(self:SparsifyCallback, progress):
     "Make the steps compact, if the masks are final"
     self._try_compact = False
     if not self.sparsifier.rule.steady or progress >= 1 or not self.sparsifier.masks or not self._is_final(progress): return
-    why, told, self._told = why_not_compact(self.opt), self._told, True
+    why, told, self._told = self._why_dense(), self._told, True
     if not why: self._compact = self.sparsifier.compact_step(self.opt)
     if not told: self._say(f'Steps stay dense: {why}' if why else
                            'The masks are final: from here on the optimizer works on the kept weights only')
@@ -485,8 +577,9 @@ def before_train(self:SparsifyCallback):
 
 @patch
 def before_batch(self:SparsifyCallback):
+    if self.training and self.iter == 0: self._n_iter = self.n_iter  # `validate` in the middle of an epoch leaves another one
     if self.rewind_step is None or not (self._active and self._rewinds and self.training) or self._rewind_to is not None: return
-    if self.epoch*self.n_iter + self.iter == self.rewind_step: self._remember()
+    if self.epoch*self._n_iter + self.iter == self.rewind_step: self._remember()
 
 # %% ../../nbs/53_sparse.sparsify_callback.ipynb #f4f1db14
 @patch
@@ -521,7 +614,7 @@ def load_state_dict(self:SparsifyCallback,
 def _state_to_save(self:SparsifyCallback):
     "What `learn.save` takes along; the optimizer gets its full state back first"
     self._release()
-    return None if self.sparsifier is None else self.state_dict()
+    return None if self._known_sparsifier() is None else self.state_dict()
 
 # %% ../../nbs/53_sparse.sparsify_callback.ipynb #49806f92
 @patch
@@ -729,6 +822,7 @@ def _finish(self:SparsifyCallback):
     "Masks once more, then the report"
     self._print_epoch()  # if the epoch was its last because a callback stopped training
     self._release()
+    self._look()
     leave_fit(self.learn)
     self._warn_if_diverged()
     sp = self.sparsifier

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 import torch, torch.distributed as dist, torch.nn as nn
+from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
 from torch.nn.parameter import is_lazy
 from ..model.flow import Flow
@@ -26,7 +27,7 @@ from ..report import shared_weights
 
 # %% auto #0
 __all__ = ['Part', 'Target', 'check_maskable', 'not_finite', 'Targets', 'find_targets', 'output_channels', 'hold_with',
-           'layer_sparsities']
+           'layer_sparsities', 'module_at', 'Watched', 'cannot_follow']
 
 # %% ../../nbs/42_sparse.targets.ipynb #cb62e245
 @dataclass(frozen=True)
@@ -606,3 +607,141 @@ def _local_target(t):
     for p in held:
         if cut(p) != cut(first): raise ValueError(f'{p.name} is not cut where {first.name} is, with which it is dropped')
     return replace(t, parts=(first,), held=tuple(held))
+
+# %% ../../nbs/42_sparse.targets.ipynb #bfcee305
+_shaping = ('groups', 'transposed', 'num_heads')  # attributes by which weights of one shape split into other groups
+
+def _kind(m):
+    "What a module has in common with one that can take its place: its type, and what its groups depend on"
+    return type(m), {k: v for k in _shaping if isinstance(v := vars(m).get(k), int)}
+
+def _kind_differs(old, new, name):
+    "What tells a module of the kind `new` from one of the kind `old`, or None"
+    (was, sizes), (now, found) = old, new
+    if was is not now: return f'{name} is {now.__name__} now, and was {was.__name__}'
+    for k,v in sizes.items():
+        if found.get(k) != v: return f'{name} has {k}={found.get(k)} now, and had {k}={v}'
+
+def _walk(model, path):
+    "The module at `path` of `model`, whatever wraps the modules on the way, and the links to it: (dict, key, module)"
+    links, chain = [], [*_layers_of_wrapping(model)]
+    for k in path.split('.') if path else ():
+        m = next((m for m in chain if m._modules.get(k) is not None), None)
+        if m is None: return None, links
+        chain = [*_layers_of_wrapping(m._modules[k])]
+        links += [(m._modules, k, chain[0])] + [(w._modules, n, c) for w,inner in zip(chain, chain[1:])
+                                                for n,c in w._modules.items() if c is inner]
+    return chain[-1], links
+
+def module_at(
+    model: nn.Module,
+    name: str          # of a module, without those of wrappers
+) -> nn.Module|None:
+    "Return the module of that name, whatever wraps it or a module on the way; None if there is none"
+    return _walk(model, name)[0]
+
+# %% ../../nbs/42_sparse.targets.ipynb #d364bdcc
+class Watched:
+    "Tensors of a model by name, found again where a layer or a parameter was replaced"
+    def __init__(self,
+        model: nn.Module,              # without a wrapper
+        places: dict[str, tuple],      # name of a parameter or buffer → (module that has it, its name there)
+        kinds: dict|None = None        # what modules and tensors must be like, by name; None: as they are
+    ):
+        self.model, self.places = model, places
+        self.tensors = {k: _tensor_at(m, p) for k,(m,p) in places.items()}
+        self.kinds   = {k: self._kind_at(k) for k in places} if kinds is None else kinds
+        self.shapes  = [shape for _,shape,_ in self.kinds.values()]
+        self.links   = self._links()
+
+    def is_in_place(self) -> bool:
+        "Is every tensor where it was, with the shape it had?"
+        if self.links is None: return False  # this is a copy, and has not looked yet
+        for get,k,v in self.links:
+            if get(k) is not v: return False
+        return [t.shape for t in self.tensors.values()] == self.shapes
+
+    def _kind_at(self, name):
+        "Kind of the module, shape of the tensor, and whether the name leads to that module"
+        m, _ = self.places[name]
+        return _kind(m), tuple(self.tensors[name].shape), _walk(self.model, name.rpartition('.')[0])[0] is m
+
+    def _links(self):
+        "(look-up, key, what is to be found) for each module and tensor that must be in its place, once"
+        links = {}
+        for name,(m,p) in self.places.items():
+            own = m._parameters if m._parameters.get(p) is not None else m._buffers
+            for d,k,v in [*_walk(self.model, name.rpartition('.')[0])[1], (own, p, self.tensors[name])]: links[id(d), k] = d.get, k, v
+        return [*links.values()]
+
+    def __getstate__(self): return {**vars(self), 'links': None}
+
+def _tensor_at(owner, name):
+    "The parameter or buffer, or None"
+    t = owner._parameters.get(name)
+    return owner._buffers.get(name) if t is None else t
+
+# %% ../../nbs/42_sparse.targets.ipynb #a3be6365
+@patch
+def again(self:Watched,
+    model: nn.Module|None = None  # wrapped or not; None: the same one
+) -> Watched:                     # itself if nothing has changed
+    "Look every tensor up by its name; refuse one that is gone, or of another kind"
+    model = self.model if model is None else unwrapped(model)
+    if model is self.model and self.is_in_place(): return self
+    places = {name: self._place(model, name) for name in self.places}
+    found  = Watched(model, places, self.kinds)
+    for name in places: self._check(found, name)
+    check_loaded(found.tensors.items())
+    found._check_ties(self)
+    same = model is self.model and all(found.tensors[k] is t for k,t in self.tensors.items()) and not found.moved(self)
+    if not same: return found
+    if self.links is None: self.links = found.links
+    return self
+
+@patch
+def _place(self:Watched, model, name):
+    "The module that has the tensor `name` in `model`, and its name there"
+    (old, leaf), path = self.places[name], name.rpartition('.')[0]
+    (kind, _, is_named), (owner, _) = self.kinds[name], _walk(model, path)
+    if owner is old or not is_named: return old, leaf
+    others = [n for n,m in model.named_modules(remove_duplicate=False) if m is old]
+    if others: cannot_follow(name, f'its module is at {_plain_name(others[0])!r} now')
+    if owner is None: cannot_follow(name, f'there is no {path!r} any more')
+    is_computed = _tensor_at(owner, leaf) is None and isinstance(getattr(owner, leaf, None), torch.Tensor)  # refused later
+    if not is_computed and (why := _kind_differs(kind, _kind(owner), path or 'the model')): cannot_follow(name, why)
+    return owner, leaf
+
+@patch
+def _check(self:Watched, found, name):
+    "Refuse what `found` has for `name` if no mask can be for it"
+    t, shape = found.tensors[name], self.kinds[name][1]
+    if t is None: cannot_follow(name, 'it {}{}'.format(*_why_computed(*found.places[name])))
+    if is_lazy(t) or tuple(t.shape) != shape:
+        cannot_follow(name, f'it has {"no shape" if is_lazy(t) else f"shape {tuple(t.shape)}"} now, and had {shape}')
+    if not t.is_floating_point(): cannot_follow(name, f'it is {t.dtype} now')
+
+# %% ../../nbs/42_sparse.targets.ipynb #5e49f064
+@patch
+def _check_ties(self:Watched, before):
+    "Refuse tensors that are one now, and were several before"
+    seen = {}
+    for name,t in self.tensors.items():
+        other = seen.setdefault(id(t), name)
+        if other != name and before.tensors[other] is not before.tensors[name]: cannot_follow(name, f'it is one parameter with {other} now')
+
+@patch
+def moved(self:Watched,
+    before: Watched  # of the same names
+) -> list[str]:
+    "Return the names of tensors that are in another module than `before`"
+    return [k for k,(m,_) in self.places.items() if m is not before.places[k][0]]
+
+def cannot_follow(
+    name: str,  # of what has changed
+    why: str    # what is another now
+) -> None:
+    "Refuse a change of the model"
+    raise ValueError(f'The model has changed, and {name} cannot be followed: {why}. What takes the place of a layer must have its name, '
+                     'type and shapes. Put the layer back, or start anew with the model as it is: create the `Sparsifier`, the callback or '
+                     'the `hold` again')

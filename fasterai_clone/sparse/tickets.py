@@ -64,6 +64,11 @@ class _Search:
         self.runs, self.masks, self.files, self.seeds = [], [], [], torch.Generator().manual_seed(seed)
         self.seed = self.draw()
 
+    def params(self):
+        "The parameters of the model that the learner has now, by name"
+        self.sp.follow(self.learn.model)
+        return self.sp._params()
+
     def draw(self): return int(torch.randint(2**31, (), generator=self.seeds))
     def _say(self, s):
         if self.verbose: print_text(s, flush=True)
@@ -81,6 +86,7 @@ class _Search:
 # %% ../../nbs/55_sparse.tickets.ipynb #c3400970
 class _Run(_Lean):
     "Goes along with one training"
+    said_as = '`find_ticket`'
     order = 70  # an epoch can be skipped when `Recorder` (50) has begun it; fastai's `SkipToEpoch` has this order too
     def __init__(self, search, masks, resumed, count):
         self.search, self.masks, self.resumed, self.count, self.fits = search, masks, resumed, count, 0
@@ -106,9 +112,10 @@ class _Run(_Lean):
         if self.search.start is None: self.search.take()
 
     def before_step(self):
+        self.search.sp.follow(self.learn.model)
         if self.count: self.search.sp.accumulate_gradients()
 
-    def after_step(self): self.masks.apply(self.search.sp._params())
+    def after_step(self): self.masks.apply(self.search.params())
 
 # %% ../../nbs/55_sparse.tickets.ipynb #e9d75048
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ def train(self:_Search, round, kind, masks, begin, resumed=False):
     run = _Run(self, masks, resumed, count=kind in ('dense', 'ticket') and self.sp.reference == 'grad')
     with learn.added_cbs(run): self.fit()
     if self.start is None: raise ValueError(f'The training ended before step {self.step}, to which it was to be rewound')
-    masks.apply(self.sp._params())
+    masks.apply(self.params())
     names  = list(learn.recorder.metric_names[1:])
     epochs = [dict(epoch=e, **dict(zip(names, v))) for e,v in enumerate(learn.recorder.values) if len(v)]
     with learn.removed_cbs(_trackers(learn)): numbers = learn.validate()  # they look for a training loss
@@ -150,7 +157,7 @@ def _trackers(learn):
 def put(self:_Search, state, masks):
     "Make the model `state` under `masks`, with a fresh optimizer"
     _restore(self.learn.model, state)
-    masks.apply(self.sp._params())
+    masks.apply(self.params())
     for p in self.learn.model.parameters(): p.grad = None
     self.learn.create_opt()
 
