@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from ..model.flow import Flow
 from ..model.patterns import as_patterns as _patterns, matches as _matches
 from ..model.run import tensors_in
-from ..model.wrappers import (plain_name as _plain_name, process_group as _processes, unwrapped,
+from ..model.wrappers import (plain_name as _plain_name, process_group as _processes, unwrapped, wrapping,
                                            without_compile as _plainly)
 from ..core.granularity import Granularities, Groups, _unknown, check_loaded, why_not_writable
 from ..core.measure import untouched
@@ -624,11 +624,11 @@ def _kind_differs(old, new, name):
 
 def _walk(model, path):
     "The module at `path` of `model`, whatever wraps the modules on the way, and the links to it: (dict, key, module)"
-    links, chain = [], [*_layers_of_wrapping(model)]
+    links, chain = [], [*wrapping(model)]
     for k in path.split('.') if path else ():
         m = next((m for m in chain if m._modules.get(k) is not None), None)
         if m is None: return None, links
-        chain = [*_layers_of_wrapping(m._modules[k])]
+        chain = [*wrapping(m._modules[k])]
         links += [(m._modules, k, chain[0])] + [(w._modules, n, c) for w,inner in zip(chain, chain[1:])
                                                 for n,c in w._modules.items() if c is inner]
     return chain[-1], links
