@@ -5,3 +5,5 @@ from .run import *
 from .preserve import *
 from .flow import *
 from .flops import *
+from .channels.trace import *
+from .channels.groups import *

@@ -26,7 +26,8 @@ from ..model.preserve import copied
 from ..model.run import call_arguments, first_line, outputs_in, tensors_in
 from ..core.granularity import check_loaded
 from ..core.masks import Masks, _whole_file
-from .coupling import _copied, _followed, _left_out, _listed, CoupledGroup, group_masks
+from ..model.channels.follow import follow, own_copy
+from ..model.channels.groups import CoupledGroup, fix_excluded, group_masks, groups_of
 from ..sparse.compact import stepping_optimizer
 
 # %% auto #0
@@ -701,7 +702,7 @@ def _faults(check, groups, dead, budget=9):
 # %% ../../nbs/49_prune.thin.ipynb #c42066df
 def _without(model, groups, dead):
     "A copy of `model` without the `dead` channels"
-    small = _copied(model)
+    small = own_copy(model)
     for p in small.parameters(): p.grad = None
     _shrink(small, groups, dead)
     return small
@@ -727,7 +728,7 @@ def unremovable(
     sample: bool = True          # use two items of the batch, where that is possible
 ) -> dict[int, str]:             # index of a group → why its channels cannot be removed
     "Remove one channel of each group from copies of `model`, and find the groups for which what is left does not compute the same"
-    model = _copied(model)
+    model = own_copy(model)
     first = [None if g.why_not or g.n < 2 else torch.arange(g.n) > 0 for g in groups]
     group_masks(groups, first).apply(_tensors_of(model))
     dead  = _keep_some(groups, [torch.zeros(g.n, dtype=torch.bool) if k is None else ~k for g,k in zip(groups, first)])
@@ -738,7 +739,7 @@ def unremovable(
 def _measure(model, example_inputs):
     "Tell instance norms without parameters how many channels they get: that can only be seen"
     args, kwargs = call_arguments(example_inputs)
-    own = _copied(model).eval()
+    own = own_copy(model).eval()
     for n,m in own.named_modules():
         def see(m, args, there=model.get_submodule(n)): m.num_features = there.num_features = args[0].shape[-m._get_no_batch_dim()]
         if _bare(m): m.register_forward_pre_hook(see)
@@ -773,14 +774,14 @@ def thin(
 ) -> nn.Module:               # with the same names of modules and parameters
     "A copy of `model` without the channels that are zero, which computes the same; `model` stays as it is"
     if check not in (True, False, 'sample'): raise ValueError(f'`check` must be True, False or "sample", got {check!r}')
-    model = _copied(model)
+    model = own_copy(model)
     check_loaded(model.named_parameters())
     if masks is not None:
         params = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
         Masks(masks, shapes={k: p.shape for k,p in params.items()}).apply(params)
-    trace = _followed(model, example_inputs)
-    _left_out(trace, exclude)
-    groups = _listed(trace)
+    trace = follow(model, example_inputs)
+    fix_excluded(trace, exclude)
+    groups = groups_of(trace)
     dead   = _removable(groups, _tensors_of(model))
     small  = _without(model, groups, dead)
     if any(map(_bare, small.modules())): _measure(small, example_inputs)

@@ -25,7 +25,7 @@ from ..core.measure import accumulated, arguments, as_criteria, batches, passes_
 from ..core.schedule import Schedule, as_schedule
 from ..core.selection import (LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped,
                                            restore)
-from ..prune.coupling import coupled_groups
+from ..model.channels.groups import coupled_groups
 from ..prune.thin import sampled, unremovable
 from ..report import Report, Row, print_text, shared_weights
 from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on
