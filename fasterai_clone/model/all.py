@@ -7,3 +7,6 @@ from .flow import *
 from .flops import *
 from .channels.trace import *
 from .channels.groups import *
+from .attention import *
+from .same import *
+from .channels.faults import *

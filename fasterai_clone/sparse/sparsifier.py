@@ -26,7 +26,8 @@ from ..core.schedule import Schedule, as_schedule
 from ..core.selection import (LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped,
                                            restore)
 from ..model.channels.groups import coupled_groups
-from ..prune.thin import sampled, unremovable
+from ..model.channels.faults import unremovable
+from ..model.same import sampled
 from ..report import Report, Row, print_text, shared_weights
 from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on
 from .targets import (Part, Target, _local_target, _matches, _mesh, _patterns, _plain_name,

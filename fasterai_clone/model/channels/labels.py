@@ -58,7 +58,7 @@ class Labels:
         self.role  = {}                   # which of `axes` → its role in a channel
         self.why   = {}                   # number → why it stays
         self.rigid = []                   # (label, axes of it, why): what must not get shorter along these axes
-        self.more, self.counts = {}, defaultdict(set)  # (which axis, n) → its n-th count; which → how many were read
+        self.more, self.counts = {}, defaultdict(set)  # (axis, n) → its n-th count; axis → how many were read
 
     def new(self, name, axis, n):
         "Return numbers for the `n` positions on `axis` of the parameter `name`"

@@ -32,7 +32,7 @@ def _moved(call, label, rest):
     try: return tensors_in(call.func(full, *rest, **call.kwargs))
     except (RuntimeError, IndexError) as e: raise Unforeseen(f'`{call.name}` does not take whole numbers') from e
 
-@rule(*_VIEWS, *_CUTS, *_TURNS, *_AXES, _REST)
+@rule(*_VIEWS, *_CUTS, *_TURNS, *_AXES, _REST, uses=False)
 def move(
     trace: Trace,
     call: Call
@@ -50,7 +50,6 @@ def move(
         elif name in _TURNS and not torch.equal(after, l):
             trace.labels.fix(l, f'{trace.where} turns it round with `{name}`')
     for o,m in zip(outs, moved): trace.put(o, replace(v, layers=[l for l in m if l.numel() > 1], unless=()))
-move.keeps = True
 
 # %% ../../../nbs/23_model.channels.moves.ipynb #a2c32ce2
 def sized(trace, l, name):

@@ -21,7 +21,7 @@ from ..layers import size_axes
 from ..run import memory_of, tensors_in
 
 # %% auto #0
-__all__ = ['RULES', 'Unforeseen', 'RuleError', 'rule']
+__all__ = ['RULES', 'rule']
 
 # %% ../../../nbs/22_model.channels.trace.ipynb #aac26028
 class Call(NamedTuple):
@@ -58,20 +58,23 @@ class Value:
 # %% ../../../nbs/22_model.channels.trace.ipynb #305d2677
 RULES = {}  # name of an operator → its rule
 
+def rule(
+    *names: str,       # of operators, without namespace and without the underscore of those that work in place
+    uses: bool = True  # whether these use values; else they only hand them on, perhaps to nobody
+) -> Callable:         # a decorator for a function of (trace, call)
+    "Register a rule that says what becomes of channels in the operators called `names`"
+    def register(f):
+        f.uses = uses
+        RULES.update(dict.fromkeys(' '.join(names).split(), f))
+        return f
+    return register
+
+# %% ../../../nbs/22_model.channels.trace.ipynb #2be6a8b7
 class Unforeseen(Exception):
     "Raised by a rule for a form of its operator that it does not know: what it touches stays"
 
 class RuleError(RuntimeError):
     "A rule has failed: a bug in that rule, not in the model"
-
-def rule(
-    *names: str  # of operators, without namespace and without the underscore of those that work in place
-) -> Callable:   # a decorator for a function of (trace, call)
-    "Register a rule that says what becomes of channels in the operators called `names`"
-    def register(f):
-        RULES.update(dict.fromkeys(' '.join(names).split(), f))
-        return f
-    return register
 
 # %% ../../../nbs/22_model.channels.trace.ipynb #ec727f2b
 @rule('unknown')
@@ -89,12 +92,11 @@ def nothing(trace, call):
     noise = drawn or bool(got) and all(trace.get(t).noise for t in got)
     for t in call.outs: trace.put(t, Value([], noise=noise))
 
-@rule('_to_copy contiguous clone detach lift_fresh native_dropout rrelu_with_noise')
+@rule('_to_copy contiguous clone detach lift_fresh native_dropout rrelu_with_noise', uses=False)
 def same(trace, call):
     "What comes out is what went in"
     x = call.args[0]
     for t in call.outs: trace.put(t, trace.get(x) if t.shape == x.shape else Value([]))
-same.keeps = True  # it hands on what must not be used
 
 # %% ../../../nbs/22_model.channels.trace.ipynb #25b73360
 class Trace(TorchDispatchMode):
@@ -194,17 +196,18 @@ def step(self:Trace, func, args, kwargs):
 def follow(self:Trace, call):
     "Apply the rule for `call`"
     given, outs = call.given, call.outs
-    used  = [self.get(t) for t in given]
+    used   = [self.get(t) for t in given]
     chosen = RULES.get(call.name) or RULES['pointwise' if torch.Tag.pointwise in call.func.tags else 'unknown']
-    if not getattr(chosen, 'keeps', False):
-        for v in used: self.use(v)
-    if not any(v.layers for v in used): chosen_now = nothing
-    else: chosen_now = unknown if any(t.is_nested for t in given + outs) else chosen
-    try: chosen_now(self, call)
+    hands_on = not getattr(chosen, 'uses', True)
+    for v in [] if hands_on else used: self.use(v)
+    if not any(v.layers for v in used): f = nothing
+    elif any(t.is_nested for t in given + outs): f = unknown
+    else: f = chosen
+    try: f(self, call)
     except Unforeseen: unknown(self, call)
     except Exception as e:
         raise RuleError(f'The rule for `{call.name}` fails in {self.where}: {type(e).__name__}: {e}') from e
-    if getattr(chosen, 'keeps', False):
+    if hands_on:
         for t in outs: self.get(t).unless = tuple(u for v in used for u in v.unless)
     self.seen |= {memory_of(t) for t in given} - {memory_of(t) for t in outs}
 
