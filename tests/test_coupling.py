@@ -4,8 +4,8 @@ import copy, threading
 import pytest, torch, torch.nn as nn, torch.nn.functional as F, torch.nn.utils.prune
 
 from fasterai_clone.prune.all import *
-from fasterai_clone.prune import coupling
-from fasterai_clone.prune.coupling import _OPS
+from fasterai_clone.model.channels import trace
+from fasterai_clone.model.channels.trace import RULES, RuleError, Unforeseen
 
 
 class Net(nn.Module):
@@ -265,7 +265,7 @@ class Slow(nn.Module):
 def test_timeout(monkeypatch, caught, only):
     "Between operations, in any thread; in the second run too, which is in train mode and forgives other errors"
     clock, x, found = Clock(), image(), []
-    monkeypatch.setattr(coupling, 'time', clock)
+    monkeypatch.setattr(trace, 'time', clock)
     def forward(m, x):
         x = m.a(x)
         try: x = m.slow(x)
@@ -301,16 +301,38 @@ def test_an_error_of_the_model_is_no_timeout():
 def test_scripted_parts_are_seen_through():
     assert list(free(nn.Sequential(conv(3, 4), torch.jit.script(nn.ReLU()), conv(4, 2)), image())) == ['0']
 
-def test_every_operation_has_its_method():
-    from fasterai_clone.prune.coupling import _Trace
-    assert all(callable(getattr(_Trace, k)) for k in _OPS.values())
+def test_every_operation_has_its_rule():
+    assert len(RULES) > 100 and all(map(callable, RULES.values()))
+    assert {'pointwise', 'unknown', 'convolution', 'mm', 'cat', 'view', 'native_layer_norm', '_softmax', 'embedding'} <= RULES.keys()
 
-def test_an_operation_that_fails_on_labels_is_unknown(monkeypatch):
-    from fasterai_clone.prune.coupling import _Trace
-    def broken(self, *args): raise RuntimeError
-    monkeypatch.setattr(_Trace, 'convolution', broken)
-    net = nn.Sequential(conv(3, 4), conv(4, 2))
+def test_a_form_that_a_rule_refuses_is_unknown(monkeypatch):
+    def refuses(trace, call): raise Unforeseen('a form of it')
+    monkeypatch.setitem(RULES, 'convolution', refuses)
+    assert not free(nn.Sequential(conv(3, 4), conv(4, 2)), image())
+
+@pytest.mark.parametrize('training', [False, True])
+def test_a_bug_in_a_rule_is_no_unknown_operation(monkeypatch, training):
+    "It is raised as what it is, also in the second run, which is in train mode and forgives errors of the model"
+    right = RULES['convolution']
+    def broken(trace, call):
+        if trace.model.training == training: raise KeyError('a bug')
+        right(trace, call)
+    monkeypatch.setitem(RULES, 'convolution', broken)
+    net = Net(lambda m, x: m.b(m.a(x)), a=conv(3, 4), b=conv(4, 2))
+    net.unused = nn.Linear(2, 2)  # so that there is a second run
+    with pytest.raises(RuleError, match=r"The rule for `convolution` fails in `a` \(Conv2d\): KeyError: 'a bug'"):
+        coupled_groups(net, image())
+
+def test_a_rule_for_an_operator_of_ones_own(monkeypatch):
+    "Without one its channels stay, with one of a line they can be removed"
+    @torch.library.custom_op('fasterai_clone_tests::twice', mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor: return 2*x
+    class Twice(nn.Module):
+        def forward(self, x): return twice(x)
+    net = nn.Sequential(conv(3, 4), Twice(), conv(4, 2))
     assert not free(net, image())
+    monkeypatch.setitem(RULES, 'twice', lambda trace, call: trace.put(call.out, trace.get(call.args[0])))
+    assert list(free(net, image())) == ['0']
 
 
 def scores(model): return {k: p.detach().abs() for k,p in model.named_parameters()}

@@ -92,7 +92,7 @@ def test_the_first_page_has_everything_in_reading_order(site):
     links = [a['href'].removesuffix('.html') for a in tree.select('a')]
     assert set(links) >= set(docs) - {'index'} and len(links) == len(set(links))
     numbered = [p for p in site_pages() if re.match(r'\d', p.path.name)]
-    for group in ('Core', 'Sparse', 'Prune'):
+    for group in ('Core', 'Model', 'Sparse', 'Prune'):
         own = [p.doc for p in sorted(numbered, key=lambda p: p.path.name) if p.group == group]
         assert [l for l in links if l in own] == own
     ours = [l.removeprefix('tutorials/') for l in links if l.startswith('tutorials/')]
@@ -220,7 +220,7 @@ def test_a_link_to_nothing_is_refused(link):
     with pytest.raises(BrokenLink, match='nope'): link_locally(f'See [this]({link}).', of('06_core.masks.ipynb'), set())
 
 @pytest.mark.parametrize('link, want', [
-    ('48_prune.coupling.ipynb', 'prune.coupling.ipynb'), ('04_core.selection.ipynb#pieces-of-tensors', 'core.selection.ipynb#pieces-of-tensors'),
+    ('70_prune.coupling.ipynb', 'prune.coupling.ipynb'), ('04_core.selection.ipynb#pieces-of-tensors', 'core.selection.ipynb#pieces-of-tensors'),
     ('tutorials/lottery_tickets.ipynb', 'tutorials/lottery_tickets.ipynb'), (f'{build_docs.github}/CHANGELOG.md', 'changelog.md'),
     (f'{build_docs.pages}/core.masks.html#masks', 'core.masks.ipynb#masks'), ('https://arxiv.org/abs/1803.03635', 'https://arxiv.org/abs/1803.03635'),
     ('../tools/refresh.py', f'{build_docs.github}/tools/refresh.py')])
@@ -228,7 +228,7 @@ def test_links_become_those_to_pages(link, want):
     assert link_locally(f'[x]({link}) and `[y]({link})`', of('06_core.masks.ipynb'), set()) == f'[x]({want}) and `[y]({link})`'
 
 def test_links_of_tutorials_go_up():
-    assert link_locally('[x](../48_prune.coupling.ipynb)', of('lottery_tickets.ipynb'), set()) == '[x](../prune.coupling.ipynb)'
+    assert link_locally('[x](../70_prune.coupling.ipynb)', of('lottery_tickets.ipynb'), set()) == '[x](../prune.coupling.ipynb)'
 
 def test_what_is_wrong_with_a_site_is_found(tmp_path):
     (tmp_path/'good.html').write_text('<p id="here">x</p><a href="good.html#here">x</a><img src="data:image/png;base64,">')

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.torch_core import TensorImage
 from helpers import learner, spy
-import fasterai_clone.prune.thin as module
+from fasterai_clone.model.choices import Choices
+from fasterai_clone.model.same import Check, doubled, with_tensors
+from fasterai_clone.model.run import tensors_in
 from fasterai_clone.prune.all import *
 from fasterai_clone.prune.coupling import CoupledGroup, group_masks
 from fasterai_clone.prune.prune_callback import PruneCallback
@@ -21,9 +23,9 @@ def half(model, x): return thin(model, dropping(model, x), x)
 
 def runs_of(monkeypatch):
     "Counts the forward passes of the check"
-    runs, run = [], module._Check.run
+    runs, run = [], Check.run
     def counted(self, *args, **kwargs): runs.append(args); return run(self, *args, **kwargs)
-    monkeypatch.setattr(module._Check, 'run', counted)
+    monkeypatch.setattr(Check, 'run', counted)
     return runs
 
 
@@ -123,9 +125,9 @@ def test_an_error_points_to_its_module(monkeypatch):
 def test_a_list_of_images_is_no_batch(monkeypatch):
     "Three channels are no three items: two of them are too few, and the whole is taken"
     model = lively(Net(lambda m, x: [m.b(m.a(i[None]).relu()) for i in x], a=conv(3, 8), b=conv(8, 2)))
-    x, seen, run = ([torch.randn(3, 5, 5)],), [], module._Choices.run
+    x, seen, run = ([torch.randn(3, 5, 5)],), [], Choices.run
     def look(self, args, kwargs): seen.append(args[0][0].shape); return run(self, args, kwargs)
-    monkeypatch.setattr(module._Choices, 'run', look)
+    monkeypatch.setattr(Choices, 'run', look)
     assert not unremovable(model, coupled_groups(model, x), x) and {*seen[-4:]} == {torch.Size([3, 5, 5])}
 
 def test_the_check_can_sample(monkeypatch):
@@ -173,7 +175,7 @@ def test_ties_are_no_difference(name):
     assert small.a.out_features == 8 and (name == 'low' or not same_outputs(model(x), small(x)))
 
 def same_outputs(a, b):
-    a, b = module.tensors_in(a), module.tensors_in(b)
+    a, b = tensors_in(a), tensors_in(b)
     return all(x.shape == y.shape and torch.equal(x, y) for x,y in zip(a, b))
 
 @pytest.mark.parametrize('name', CHOICES)
@@ -251,7 +253,7 @@ def test_features_that_leave_in_objects_stay(kind):
 Pair = namedtuple('Pair', 'x scale')
 
 def test_subclasses_in_double_precision():
-    x = module._replaced([TensorImage(torch.rand(2, 3))], module._double)
+    x = with_tensors([TensorImage(torch.rand(2, 3))], doubled)
     assert type(x[0]) is TensorImage and x[0].dtype == torch.float64
 
 @pytest.mark.parametrize('wrap', [lambda x: (Pair(x, 2.),), lambda x: (SimpleNamespace(x=x, scale=2.),), lambda x: UserDict(x=x),
@@ -259,11 +261,11 @@ def test_subclasses_in_double_precision():
 def test_inputs_of_any_kind_in_double_precision(wrap, monkeypatch):
     def take(o): return o if isinstance(o, torch.Tensor) else take(o[0]) if isinstance(o, list) else o.classes if isinstance(o, Result) else o.x
     model, seen = lively(Net(lambda m, x: m.b(m.a(take(x)).relu()), a=nn.Linear(5, 8), b=nn.Linear(8, 3))), []
-    run = module._Choices.run
+    run = Choices.run
     def look(self, args, kwargs):
-        seen.extend(t.dtype for t in module.tensors_in((args, kwargs)))
+        seen.extend(t.dtype for t in tensors_in((args, kwargs)))
         return run(self, args, kwargs)
-    monkeypatch.setattr(module._Choices, 'run', look)
+    monkeypatch.setattr(Choices, 'run', look)
     assert half(model, wrap(torch.randn(4, 5))).a.out_features == 4 and {*seen} == {torch.float64}
 
 

@@ -19,7 +19,7 @@ pages   = 'https://fasterai-clone.github.io/fasterai_clone'
 # In the order in which to learn; one that is not named here comes after them
 TUTORIALS = '''quickstart schedules granularity criteria contexts_and_collapse structured_pruning filters_and_channels lottery_tickets transformers
     plain_pytorch coming_from_torch_prune coming_from_fasterai resume_and_distributed what_makes_a_network_faster'''.split()
-GROUPS = ['Tutorials', 'Core', 'Sparse', 'Prune', 'Command line', 'Benchmarks & guarantees']
+GROUPS = ['Tutorials', 'Core', 'Model', 'Sparse', 'Prune', 'Command line', 'Benchmarks & guarantees']
 
 
 # What the modules define, read and not imported
@@ -166,7 +166,7 @@ def _directives(src): return re.findall(r'^#\|\s*(.+?)\s*$', src, re.M)
 def _group(module):
     "Where in the sidebar"
     if module in ('cli', 'digits'): return 'Command line'
-    return dict(sparse='Sparse', prune='Prune').get(module.split('.')[0], 'Core') if module else 'Benchmarks & guarantees'
+    return dict(model='Model', sparse='Sparse', prune='Prune').get(module.split('.')[0], 'Core') if module else 'Benchmarks & guarantees'
 
 @cache
 def site_pages():

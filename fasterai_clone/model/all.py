@@ -5,3 +5,8 @@ from .run import *
 from .preserve import *
 from .flow import *
 from .flops import *
+from .channels.trace import *
+from .channels.groups import *
+from .attention import *
+from .same import *
+from .channels.faults import *

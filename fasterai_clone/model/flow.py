@@ -26,7 +26,7 @@ class Flow:
     "What becomes of each layer's output channels; layers and norms go by their names in `model.named_modules()`"
     norms:   dict[str, tuple[str, ...]]  # layer → norms that get its channels and nothing else's, in running order
     why_not: dict[str, str]              # layer → why it has none, or why a norm it reaches is not among them
-    vectors: dict[str, tuple[str, ...]] = field(default_factory=dict)  # layer → parameters and buffers to zero with it
+    vectors: dict[str, tuple[str, ...]] = field(default_factory=dict)  # layer → parameters and buffers to zero, too
 
 # %% ../../nbs/16_model.flow.ipynb #e1d156a5
 class Source(NamedTuple):

@@ -23,7 +23,7 @@ def n_channels(layer):
 
 # %% ../../nbs/14_model.layers.ipynb #0b4b3b22
 _SIZE_AXES = dict(in_channels=1, out_channels=0, in_features=1, out_features=0, num_features=0, num_channels=0,
-                  embedding_dim=1, nf=1, nx=0)  # attribute → axis of the weight; the last two of transformers' `Conv1D`
+                  embedding_dim=1, nf=1, nx=0)  # attribute → axis of the weight; the last two of a `Conv1D`
 _SIZED    = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 def size_axes(

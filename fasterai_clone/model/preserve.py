@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .run import LEAVES, check_model, first_line, memory_of
 
 # %% auto #0
-__all__ = ['restored', 'undisturbed', 'copied']
+__all__ = ['restored', 'undisturbed', 'copied', 'all_or_nothing']
 
 # %% ../../nbs/13_model.preserve.ipynb #25735ac4
 _DEPTH      = 3  # objects within objects that are no modules, as fastai's hooks are
@@ -195,3 +195,48 @@ def copied(
             for k,f in table.items():
                 if isinstance(f, FunctionType): table[k] = _rebound(f, memo)
     return new
+
+# %% ../../nbs/13_model.preserve.ipynb #b683ae5b
+def param_lists(optimizer):
+    "Return the lists of parameters that an `optimizer` of torch or fastai steps"
+    return getattr(optimizer, 'param_lists', None) or [g['params'] for g in optimizer.param_groups]
+
+class _Before:
+    "What the modules of `model` and `optimizer` refer to, and the numbers in some `tensors`"
+    def __init__(self, model, optimizer=None, tensors=()):
+        def of(m): return m, type(m), dict(vars(m)), dict(m._parameters.items()), dict(m._buffers.items())
+        self.modules = [of(m) for m in model.modules()]
+        self.lists   = [] if optimizer is None else [(ps, list(ps)) for ps in param_lists(optimizer)]
+        self.state   = None if optimizer is None else (optimizer.state, dict(optimizer.state))
+        self.tensors = [(t, t.detach().clone()) for t in tensors]
+
+    @torch.no_grad()
+    def put_back(self):
+        "Put everything back"
+        for m,kind,attributes,params,buffers in self.modules:
+            if type(m) is not kind: m.__class__ = kind
+            for k in vars(m).keys() - attributes.keys(): del vars(m)[k]
+            vars(m).update(attributes)
+            for table,old in ((m._parameters, params), (m._buffers, buffers)):
+                for k,t in old.items():
+                    if table[k] is not t: table[k] = t
+        for ps,old in self.lists:
+            for i,p in enumerate(old): ps[i] = p
+        if self.state:
+            self.state[0].clear()
+            self.state[0].update(self.state[1])
+        for t,numbers in self.tensors: t.copy_(numbers)
+
+# %% ../../nbs/13_model.preserve.ipynb #1a6ff21d
+@contextmanager
+def all_or_nothing(
+    model: nn.Module,
+    optimizer = None,  # of torch or fastai, the one that steps
+    tensors = ()       # written to in place: only their numbers are copied
+) -> Iterator[None]:
+    "Put `model`, `optimizer` and `tensors` back if the block ends with an error or Ctrl-C"
+    before = _Before(model, optimizer, tensors)
+    try: yield
+    except BaseException:
+        before.put_back()
+        raise

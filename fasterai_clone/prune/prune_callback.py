@@ -24,8 +24,12 @@ from ..core.schedule import Schedule, agp, as_schedule
 from ..core.style import Entry
 from ..core.selection import n_dropped
 from ..core.masks import Masks
-from .thin import (_all_or_nothing, _bare, _kept_positions, _measure, _param_lists, _shrink,
-                                       _tensors_of, _verify, _without, update_config)
+from ..model.channels.faults import verify
+from ..model.channels.removal import (has_no_tensors, kept_positions, measure_norms, shrink,
+                                                   without_channels)
+from ..model.preserve import all_or_nothing, param_lists
+from ..model.sizes import tensors_of
+from .config import update_config
 from .thinned_files import reshape_to, sizes_of
 from ..report import print_text
 from ..sparse.compact import _like, stepping_optimizer, stepping_optimizers, why_not_passed_on
@@ -66,7 +70,7 @@ def _carry_over(optimizer, replaced):
     known = {id(old): (new, axes) for old,new,axes in replaced}
     for old,new,axes in replaced:
         if axes is not None and old.grad is not None: new.grad = _cut(old.grad, axes)
-    for ps in _param_lists(opt):
+    for ps in param_lists(opt):
         for i,p in enumerate(ps):
             if id(p) not in known: continue
             ps[i], axes = known[id(p)]
@@ -275,7 +279,7 @@ def _prune(self:PruneCallback, progress):
     if sp.limits: sp.limits = [0]*len(sp.targets), [max(t.groups.n - self.min_channels, 0) for t in sp.targets]
     unseen = sp.reference == 'measure' or sp.reference == 'grad' and not sp.refs
     if unseen and self.data is None: sp.observe(*as_batch(self.xb, self.yb))
-    with _eagerly(sp.model), _all_or_nothing(sp.model, self.opt, sp._params().values()):
+    with _eagerly(sp.model), all_or_nothing(sp.model, stepping_optimizer(self.opt), sp._params().values()):
         sp.update(counts, round_to=self.round_to if self._shared() else None)
         dead = [torch.zeros(t.groups.n, dtype=torch.bool) if t.name not in sp.masks else ~sp._group_mask(t).flatten().cpu()
                 for t in sp.targets]
@@ -298,12 +302,12 @@ def _take_out(self:PruneCallback, sp, dead):
     model, groups, inputs = sp.model, sp.channel_groups, self._some_inputs()
     kept = [(cb, cb.kept()) for cb in self.learn.cbs if isinstance(cb, KeepSparsity)]
     with _plainly(model):
-        if self.check: _verify(model, _without(model, groups, dead), groups, dead, inputs)
-        keep, before = _kept_positions(groups, dead), dict(model.named_parameters())
+        if self.check: verify(model, without_channels(model, groups, dead), groups, dead, inputs)
+        keep, before = kept_positions(groups, dead), dict(model.named_parameters())
         axes_of = {id(p): keep[k] for k,p in model.named_parameters(remove_duplicate=False) if k in keep}
-        shapes = {k: tuple(t.shape) for k,t in _tensors_of(model).items()}
-        _shrink(model, groups, dead)
-        if any(map(_bare, model.modules())): _measure(model, inputs)
+        shapes = {k: tuple(t.shape) for k,t in tensors_of(model).items()}
+        shrink(model, groups, dead)
+        if any(map(has_no_tensors, model.modules())): measure_norms(model, inputs)
         update_config(model, shapes)
         after = dict(model.named_parameters())
     refs = {k: _cut(v, keep.get(k, {})) if v.shape == before[k].shape else v for k,v in sp.refs.items()}
@@ -464,7 +468,7 @@ def _resized(self:Learner, states):
         return
     before = dict(model.named_parameters())
     kept   = [cb for cb in self.cbs if isinstance(cb, KeepSparsity) and cb.kept()] if new else []
-    with _all_or_nothing(model, opt, _tensors_of(model).values()):  # torch copies what fits before it refuses the rest
+    with all_or_nothing(model, stepping_optimizer(opt), tensors_of(model).values()):  # torch copies what fits before it refuses the rest
         if new:
             with _plainly(model): _reshape(model, sizes, f"{state.place}['sizes']")
         after = dict(model.named_parameters())

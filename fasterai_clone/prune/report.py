@@ -16,7 +16,7 @@ from ..model.preserve import undisturbed
 from ..model.run import call_arguments, first_line, plain_attention, tensors_in
 from ..core.measure import _device, _to
 from ..core.style import colors, plot_style
-from .coupling import _copied
+from ..model.channels.follow import own_copy
 from ..report import _bar
 
 # %% auto #0
@@ -259,7 +259,7 @@ def compare(
 ) -> Comparison:
     "What a model costs before and after pruning; both stay as they are"
     if type(runs) is not int or runs < 1: raise ValueError(f'`runs` must be a whole number from 1 on, got {runs!r}')
-    devices, models = _named_devices(devices), (_copied(before), _copied(after))
+    devices, models = _named_devices(devices), (own_copy(before), own_copy(after))
     if not any(t.ndim and len(t) for t in tensors_in(example_inputs)):
         raise ValueError('`example_inputs` must hold a batch: there is no tensor in it')
     costs, items = zip(*(_cost(which, m, example_inputs) for which,m in zip(('before', 'after'), models)))

@@ -29,8 +29,8 @@ from ..core.schedule import Schedule, as_schedule
 from ..core.selection import (LazyScores, check_sparsity, keep_masks, keep_masks_sharded, n_dropped,
                                            restore)
 from ..core.style import Entry, shortened
-from ..prune.coupling import coupled_groups
-from ..prune.thin import sampled, unremovable
+from ..model.channels.groups import coupled_groups
+from ..model.channels.faults import unremovable
 from ..report import Report, Row, print_text, shared_weights
 from .rule import Change, Pool, Prune, Rule, as_rule, check_change
 from .compact import CompactStep, stepping_optimizers, why_not_compact, why_not_passed_on
