@@ -7,7 +7,7 @@ import pytest, torch, torch.distributed as dist, torch.nn as nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 from fasterai_clone.core.measure import as_criteria, available_criterias
-from fasterai_clone.sparse.all import Sparsifier, SparsifyCallback, Schedule, unwrapped
+from fasterai_clone.sparse.all import Sparsifier, SparsifyCallback, Schedule
 from helpers import exact, fit_for, learner, naive_keep, spy
 from processes import main, start
 

@@ -36,7 +36,8 @@ from ..sparse.compact import _like, stepping_optimizer, stepping_optimizers, why
 from ..sparse.keep import KeepSparsity
 from ..sparse.sparsifier import holds_on, Sparsifier, _check_flags, _check_tools, _rounded, _check_arguments
 from ..sparse.sparsify_callback import SparsifyCallback, _check_sparsities, _check_whole, _Lean
-from ..sparse.state import _States, check_progress, check_random_state, check_refs, random_state, set_random_state, enter_fit, leave_fit
+from ..sparse.state import (check_progress, check_random_state, check_refs, enter_fit, leave_fit,
+                                         random_state, set_random_state)
 from ..sparse.targets import _plainly, _processes, _rank, unwrapped
 
 # %% auto #0
@@ -135,8 +136,8 @@ def _refuse(self:PruneCallback):
     if (other := [cb for cb in self.learn.cbs if isinstance(cb, (SparsifyCallback, PruneCallback)) and cb is not self]):
         raise ValueError(f'{type(other[0]).__name__} is in this fit too, and knows the shapes of now: use one after the other')
     if holds_on(stepping_optimizers(self.opt)):
-        raise ValueError('A `hold` applies masks after the steps of this optimizer, which have the current shapes: `release()` it first, and pass '
-                         '`KeepSparsity` to `fit`, whose masks are cut along')
+        raise ValueError('A `hold` applies masks after the steps of this optimizer, which have the current shapes: `release()` it first, '
+                         'and pass `KeepSparsity` to `fit`, whose masks are cut along')
     if _processes(self.learn.model) is not None:
         raise ValueError('`DistributedDataParallel` knows the shapes of now: prune in one process')
     self._check_optimizer()
@@ -443,6 +444,7 @@ def _check_saved(state, model):
     if (n := sum(math.prod(e.value) for _,e in new)) > state.n_bytes:
         tensors.refuse(f'sizes of at most {state.n_bytes:,} numbers, as many as the file has bytes (these are {n:,})')
 
+# %% ../../nbs/75_prune.prune_callback.ipynb #4d5a6c1a
 def _reshape(model, sizes, place):
     "Give `model` the `sizes` that a file has at `place`"
     try: reshape_to(model, sizes)

@@ -41,7 +41,7 @@ class Pool:
 @dataclass(frozen=True)
 class Change:
     "What an update changes"
-    masks: dict[str, Tensor] = field(default_factory=dict)   # by name of the weight: which groups stay, bool; others keep the mask they have
+    masks: dict[str, Tensor] = field(default_factory=dict)   # by name of the weight: which groups stay, bool; others as before
     values: dict[str, Tensor] = field(default_factory=dict)  # by name of the parameter: its new values, all of them
 
     def __or__(self, other): return Change(self.masks | other.masks, self.values | other.values)

@@ -123,6 +123,7 @@ def _check_tools(data, loss_func, example_inputs):
 class Sparsifier:
     "Sparsify `model` by `granularity`, inside each layer or over all of them, dropping what has the lowest `criteria`"
     watched, calls = None, 0  # where the parameters of the targets are; how often it was called to prune
+    written = ()  # parameters that got new values in the last update
     def __init__(self,
         model: nn.Module,
         granularity: str|tuple = 'weight',       # what one group is, see `Granularities`; a tuple of axes is one's own
@@ -149,15 +150,13 @@ class Sparsifier:
         _check_arguments(granularity, context, nm, layer_type, include, exclude, None, params, min_sparsity, max_sparsity, budget, coupled)
         _check_tools(data, loss_func, example_inputs)
         self.model, self.granularity = unwrapped(model), granularity
-        self.context, self.budget = as_context(context), as_budget(budget)
+        self.context, self.budget, self.rule = as_context(context), as_budget(budget), as_rule(rule)
         self.processes = _processes(model)  # those that have this model too, and follow the first of them
         self.data, self.loss_func, self.example_inputs, self.seen, self.check = data, loss_func, example_inputs, [], check
-        self.rule = as_rule(rule)
         self.criteria, self.nm, self.coupled = as_criteria(criteria), _parse_nm(nm, granularity), granularity != 'head' and coupled
         self._find(layer_type, include, exclude, part, params, min_sparsity is max_sparsity is None)
         self._share_out(min_sparsity, max_sparsity)
         self.masks = Masks(shapes={p.name: p.tensor.shape for t in self.targets for p in t.parts + t.held})
-        self.written = []  # parameters that got new values in the last update
         self.updates, self.refs, self.used = 0, {}, set()  # changes of masks; what the criterion compares with; whose sums were used
         if self.reference in ('init', 'update'): self.refs = {p.name: p.tensor.detach().clone() for p in self._parts()}
         self._try_out()
@@ -241,6 +240,7 @@ def _check_channels(self:Sparsifier, t, model):
     has, had = ([k for k,p in m._parameters.items() if p is not None] for m in (layer, t.module))
     if has != had: cannot_follow(t.name, f'{t.layer} has the parameters {", ".join(has)} now, and had {", ".join(had)}')
 
+# %% ../../nbs/50_sparse.sparsifier.ipynb #c62260a7
 @patch
 def _use_new(self:Sparsifier, moved):
     "Take over the modules that have the parameters `moved` now; what these are compared with begins anew"
@@ -464,6 +464,7 @@ def _told(self:Sparsifier, each, lows, highs):
             for t,l,s,lo,hi in zip(self.targets, self.layers, each, lows, highs)}
     return [[told[t.name] for t in pool] for pool in self.pools]
 
+# %% ../../nbs/50_sparse.sparsifier.ipynb #ab80a6ed
 @patch
 def _cost(self:Sparsifier, t):
     "What a group of `t` costs, in weights or multiply-adds"
@@ -873,17 +874,20 @@ def _nm_scores(self:Sparsifier, t, scores):
 def _plain_magnitude(self:Sparsifier):
     "Are single weights to be chosen by nothing but their magnitude?"
     c = self.criteria
-    return (isinstance(c, Criteria) and c.f is magnitude and
-            not (self.context.compare or self.context.keep or c.reference or c.normalizer or c.group_fn or self.nm or self.limits or self.costs or
-                 any(t.groups.dims for t in self.targets)))
+    return isinstance(c, Criteria) and c.f is magnitude and not (c.reference or c.group_fn) and self._each_for_itself(c)
+
+@patch
+def _each_for_itself(self:Sparsifier, criteria):
+    "Do single weights compete by their scores as they are, with no pattern, limits or budget?"
+    changed = self.context.compare or self.context.keep or criteria.normalizer
+    return not (changed or self.nm or self.limits or self.costs or any(t.groups.dims for t in self.targets))
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #e57ad04e
 @patch
 def _elementwise(self:Sparsifier):
     "Are single weights to be chosen by scores of which each is made of one weight and its reference?"
     c = self.criteria
-    return (self.mesh is None and isinstance(c, Criteria) and c.elementwise and
-            not (self.context.compare or self.context.keep or c.normalizer or self.nm or self.limits or self.costs or any(t.groups.dims for t in self.targets)))
+    return self.mesh is None and isinstance(c, Criteria) and c.elementwise and self._each_for_itself(c)
 
 @patch
 def _lazy_scores(self:Sparsifier, t):
@@ -1209,9 +1213,10 @@ def warn_of_zeros(
     zero = sum(t.groups.n - int((sp._alive(t) if t.groups.dims else t.weight).count_nonzero()) for t in sp.targets)
     if not gone or zero <= gone: return
     what = sp.granularity if isinstance(sp.granularity, str) else 'group'
-    warnings.warn(f'{zero:,} of {total:,} {what}s are zero ({100*zero/total:.2f}%), and this sparsifier dropped {gone:,} ({100*gone/total:.2f}%). '
-                  'The others were zero already, as another `Sparsifier`, `KeepSparsity` or an earlier training run leaves them; reports '
-                  'count them all. Call `adopt()` before pruning to take them over, or prune with one sparsifier only', stacklevel=4)
+    warnings.warn(f'{zero:,} of {total:,} {what}s are zero ({100*zero/total:.2f}%), and this sparsifier dropped {gone:,} '
+                  f'({100*gone/total:.2f}%). The others were zero already, as another `Sparsifier`, '
+                  '`KeepSparsity` or an earlier training leaves them; reports count them all. Call `adopt()` before pruning '
+                  'to take them over, or prune with one sparsifier only', stacklevel=4)
 
 @patch
 def _look_for_zeros(self:Sparsifier):
@@ -1312,6 +1317,7 @@ def release(self:Hold):
     if self.step: self.step.release()
     self.handles, self.step = [], None
 
+# %% ../../nbs/50_sparse.sparsifier.ipynb #3e74e1d3
 @patch
 def __enter__(self:Hold): return self
 @patch
@@ -1509,6 +1515,7 @@ def load_state_dict(self:Sparsifier,
     self.updates += 1
     self.apply_masks()
 
+# %% ../../nbs/50_sparse.sparsifier.ipynb #20cea3bf
 @patch
 def _check_kind(self:Sparsifier, state):
     "Refuse the state of a `Sparsifier` of other layers, or one that chooses otherwise"

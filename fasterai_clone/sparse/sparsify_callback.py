@@ -82,7 +82,8 @@ class _Lean(Callback):
     def learn(self, learn):
         old = self.learn
         if None is not learn is not old is not None and old.__dict__.get('_fitting'):
-            raise ValueError(f'This {self.said_as or type(self).__name__} is in a fit of another learner, which is running: create another one')
+            raise ValueError(f'This {self.said_as or type(self).__name__} is in a fit of another learner, which is running: '
+                             'create another one')
         self.__dict__['_learn'] = learn
         if old   is not None: self._leave(old)
         if learn is not None: self._join(learn)
@@ -294,7 +295,8 @@ def _warn_of_others(self:SparsifyCallback):
     others = {id(p) for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and cb is not self for p,*_ in cb._held()}
     both   = [k for k,p in self.sparsifier._params().items() if id(p) in others]
     if both:
-        warnings.warn(f'Another SparsifyCallback in this fit prunes {", ".join(both[:5])}{" and others" if len(both) > 5 else ""} too: each chooses '
+        named = ', '.join(both[:5]) + (' and others' if len(both) > 5 else '')
+        warnings.warn(f'Another SparsifyCallback in this fit prunes {named} too: each chooses '
                       'by its own masks, and the zeros of both are kept and counted', stacklevel=2)
 
 @patch
@@ -454,6 +456,7 @@ def after_step(self:SparsifyCallback):
     if (self.epoch*self._n_iter + step) % self.every and step < self._n_iter: return self._keep()
     self._move_to((self.epoch + step/self._n_iter) / self.n_epoch)
 
+# %% ../../nbs/53_sparse.sparsify_callback.ipynb #f81563be
 @patch
 def after_train(self:SparsifyCallback):
     "Be where the schedule says, even if the last steps of the epoch were skipped"

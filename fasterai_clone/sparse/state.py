@@ -239,6 +239,7 @@ def check_tensors(
     missing = [k for k in needed if k not in entry.value]
     if missing: entry.refuse(f'a dict with {shortened(missing[0])}')
 
+# %% ../../nbs/51_sparse.state.ipynb #a5de420f
 def check_refs(
     entry: Entry,  # what a criterion compares weights with, by name
     params: dict,  # name → weight
@@ -327,6 +328,7 @@ def _read_open(f, name):
         raise ValueError(f'{place} is damaged: {type(e).__name__}: {one_line(e, 200)}') from None
     return [_as_saved(state, size) for state in Entry(states, place).each()]
 
+# %% ../../nbs/51_sparse.state.ipynb #ddabdb22
 def _as_saved(entry, size):
     "A state, checked as far as that is possible without the learner"
     for _ in entry.named(): pass
