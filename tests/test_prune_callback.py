@@ -496,7 +496,7 @@ def test_ctrl_c_in_a_removal(criteria, opt):
         assert widths(learn.model) == [4, 4, 4, 3, 2], stop.at
     assert False in seen
 
-@pytest.mark.parametrize('where', ['_verify', '_shrink', '_carry_over', '_measure_sizes', '_new_sparsifier'])
+@pytest.mark.parametrize('where', ['verify', 'shrink', '_carry_over', '_measure_sizes', '_new_sparsifier'])
 def test_an_error_in_a_removal(where, monkeypatch):
     import fasterai_clone.prune.prune_callback as module
     def fails(*args, **kwargs): raise RuntimeError('stop')
@@ -504,7 +504,7 @@ def test_an_error_in_a_removal(where, monkeypatch):
     def keep():
         before.update(copy.deepcopy(learn.model.state_dict()))
         if where == '_new_sparsifier': monkeypatch.setattr(PruneCallback, where, fails)
-        elif where == '_measure_sizes': monkeypatch.setattr(module, '_bare', fails)
+        elif where == '_measure_sizes': monkeypatch.setattr(module, 'has_no_tensors', fails)
         else: monkeypatch.setattr(module, where, fails)
     with pytest.raises(RuntimeError, match='stop'): fit(learn, 1, cb, spy('after_train', keep, 69))
     assert same_weights(learn.model.state_dict(), before) and learn.model.stem.out_channels == 8
