@@ -5,7 +5,7 @@ import pytest, torch, torch.nn as nn, torch.nn.functional as F, torch.nn.utils.p
 
 from fasterai_clone.prune.all import *
 from fasterai_clone.model.channels import trace
-from fasterai_clone.model.channels.trace import RULES, RuleError, Unforeseen
+from fasterai_clone.model.channels.trace import RULES, RuleFailed, Unforeseen
 
 
 class Net(nn.Module):
@@ -312,7 +312,7 @@ def test_a_form_that_a_rule_refuses_is_unknown(monkeypatch):
 
 @pytest.mark.parametrize('training', [False, True])
 def test_a_bug_in_a_rule_is_no_unknown_operation(monkeypatch, training):
-    "It is raised as what it is, also in the second run, which is in train mode and forgives errors of the model"
+    "It is said as what it is, also in the second run, which is in train mode and forgives errors of the model; its channels stay"
     right = RULES['convolution']
     def broken(trace, call):
         if trace.model.training == training: raise KeyError('a bug')
@@ -320,8 +320,10 @@ def test_a_bug_in_a_rule_is_no_unknown_operation(monkeypatch, training):
     monkeypatch.setitem(RULES, 'convolution', broken)
     net = Net(lambda m, x: m.b(m.a(x)), a=conv(3, 4), b=conv(4, 2))
     net.unused = nn.Linear(2, 2)  # so that there is a second run
-    with pytest.raises(RuleError, match=r"The rule for `convolution` fails in `a` \(Conv2d\): KeyError: 'a bug'"):
+    with pytest.raises(RuleFailed, match=r"The rule for `convolution` fails in `a` \(Conv2d\): KeyError: 'a bug'"):
         coupled_groups(net, image())
+    with pytest.warns(RuleFailed, match='please report it'): groups = coupled_groups(net, image())
+    if not training: assert groups[0].why_not == '`a` (Conv2d) uses `convolution` on it'
 
 def test_a_rule_for_an_operator_of_ones_own(monkeypatch):
     "Without one its channels stay, with one of a line they can be removed"

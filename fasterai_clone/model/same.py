@@ -79,7 +79,7 @@ class _Run:
     end: list       # and after it
 
     def draws_other_numbers(self, other):
-        "Return whether random numbers are drawn, and others than by `other`; a generator's state does not tell how many"
+        "Return whether it draws random numbers, and `other` draws others; a generator's state does not tell"
         drew = self.choices.drawn or self.start != self.end
         return bool(drew) and (self.choices.drawn, self.end) != (other.choices.drawn, other.end)
 

@@ -15,7 +15,7 @@ import fasterai_clone.model.channels.combine, fasterai_clone.model.channels.norm
 import fasterai_clone.model.channels.moves  # those that these import
 from .labels import HELD, varies
 from .recurrent import WholeFunctions
-from .trace import RuleError, Trace
+from .trace import RuleFailed, Trace
 from ..preserve import copied, undisturbed
 from ..run import (call_arguments, check_model, first_line, memory_of, names_running, outputs_in,
                                       plain_attention)
@@ -117,7 +117,7 @@ def follow(
     trace, (args, kwargs) = Trace(model, timeout), call_arguments(example_inputs)
     with undisturbed(model), plain_attention(), sdpa_kernel(SDPBackend.MATH):
         try: run_traced(trace, args, kwargs)
-        except RuleError: raise
+        except RuleFailed: raise
         except Exception as e:  # whatever the model's code raises
             trace.hurry()       # it may come as another error, out of a scripted part
             name = type(model).__name__
@@ -139,7 +139,7 @@ def _follow_training(trace, args, kwargs):
 def _runs(trace, args, kwargs):
     "Follow a run, and return whether the model got through it: in train mode it may need something else, as targets"
     try: run_traced(trace, args, kwargs)
-    except RuleError: raise
+    except RuleFailed: raise
     except Exception: trace.hurry()
     else: return True
     return False

@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.channels.trace.html.
 
 # %% ../../../nbs/22_model.channels.trace.ipynb #b4892bed
 from __future__ import annotations
-import math, sys, time
+import math, sys, time, warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -74,8 +74,8 @@ def rule(
 class Unforeseen(Exception):
     "Raised by a rule for a form of its operator that it does not know: what it touches stays"
 
-class RuleError(RuntimeError):
-    "A rule has failed: a bug in that rule, not in the model"
+class RuleFailed(RuntimeWarning):
+    "A rule has failed: a bug in that rule, not in the model; what its operator touches stays"
 
 # %% ../../../nbs/22_model.channels.trace.ipynb #ec727f2b
 @rule('unknown')
@@ -91,8 +91,7 @@ def nothing(trace, call):
     drawn = torch.Tag.nondeterministic_seeded in call.func.tags
     got   = [t for t in call.given if t.numel() > 1]
     noise = drawn or bool(got) and all(trace.get(t).noise for t in got)
-    named = call.name == 'lift_fresh'  # a number of the code becomes a tensor
-    for t in call.outs: trace.put(t, Value([], noise=noise, number=named and t.ndim == 0))
+    for t in call.outs: trace.put(t, Value([], noise=noise, number=call.name == 'lift_fresh' and not t.ndim))
 
 @rule('_to_copy contiguous clone detach lift_fresh native_dropout rrelu_with_noise', uses=False)
 def same(trace, call):
@@ -208,7 +207,9 @@ def follow(self:Trace, call):
     try: f(self, call)
     except Unforeseen: unknown(self, call)
     except Exception as e:
-        raise RuleError(f'The rule for `{call.name}` fails in {self.where}: {type(e).__name__}: {e}') from e
+        warnings.warn(f'The rule for `{call.name}` fails in {self.where}: {type(e).__name__}: {e}. This is a bug in the rule: '
+                      'please report it. Until then what the operator touches stays', RuleFailed)
+        unknown(self, call)
     if hands_on:
         for t in outs: self.get(t).unless = tuple(u for v in used for u in v.unless)
     self.seen |= {memory_of(t) for t in given} - {memory_of(t) for t in outs}
