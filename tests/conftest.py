@@ -25,7 +25,7 @@ defaults.callbacks = [c for c in defaults.callbacks if c is not ProgressCallback
 def pytest_configure(config):
     config.addinivalue_line('filterwarnings', 'ignore:.*torch.jit.*:FutureWarning')
     config.addinivalue_line('filterwarnings', 'ignore:Layer collapse')  # of 100 % sparsity; those that are tested are caught
-    config.addinivalue_line('filterwarnings', 'error:.*This is a bug in the rule:RuntimeWarning')
+    config.addinivalue_line('filterwarnings', 'error:.*This is a bug in the rule.*:RuntimeWarning')
     config.addinivalue_line('filterwarnings', "ignore:.*device_type of 'cuda'.*:UserWarning")
     config.addinivalue_line('filterwarnings', 'ignore:.*GradScaler is enabled.*:UserWarning')
 
