@@ -80,7 +80,7 @@ def _check_tensors(n, m, heads):
     "Refuse a recurrent layer or an attention whose tensors do not go together"
     own, shapes = _own(m), {}
     if isinstance(m, (nn.RNNBase, nn.RNNCellBase)): shapes = _recurrent_shapes(m, own)
-    if isinstance(m, nn.MultiheadAttention): shapes = _attention_shapes(m, own, len(heads.get(n, range(m.num_heads))))
+    if isinstance(m, nn.MultiheadAttention): shapes = _attention_shapes(m, own, len(heads.get(n, range(m.embed_dim // m.head_dim))))
     _compare(n, own, shapes)
 
 def _compare(n, own, shapes):

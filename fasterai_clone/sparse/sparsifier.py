@@ -450,19 +450,18 @@ def _layer(self:Sparsifier, t):
 @patch
 def _pools(self:Sparsifier):
     "The targets that compete, in lists"
-    mine, pools = dict(zip(self.layers, self.targets)), self.context.pools(self.layers)
-    try: found = [[mine[l] for l in pool] for pool in pools]
+    mine, pools = {id(l): t for l,t in zip(self.layers, self.targets)}, self.context.pools(self.layers)
+    try: found = [[mine[id(l)] for l in pool] for pool in pools]
     except (TypeError, KeyError): found = []
-    if sorted(t.name for pool in found for t in pool) != sorted(t.name for t in self.targets) or not all(found):
+    if sorted(id(t) for pool in found for t in pool) != sorted(map(id, self.targets)) or not all(found):
         raise ValueError(f'Context {self.context.name!r}: `pools` must put each layer into one list, got {pools!r}')
     return found
 
 @patch
 def _told(self:Sparsifier, each, lows, highs):
     "The pools as the context sees them, with what is asked of each layer in percent, and its limits"
-    told = {t.name: replace(l, sparsity=s, lowest=lo, highest=hi)
-            for t,l,s,lo,hi in zip(self.targets, self.layers, each, lows, highs)}
-    return [[told[t.name] for t in pool] for pool in self.pools]
+    told = [replace(l, sparsity=s, lowest=lo, highest=hi) for l,s,lo,hi in zip(self.layers, each, lows, highs)]
+    return [self._of_pool(pool, told) for pool in self.pools]
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #ab80a6ed
 @patch
@@ -1046,8 +1045,10 @@ def _clear_dropped(self:Sparsifier):
 def _decided(self:Sparsifier, pool, k, journal, round_to):
     "What the rule decides for `pool`: pairs of a target and the groups it keeps, and new values by parameter name"
     if type(self.rule) is Prune: return self._choose(pool, k, journal, round_to), {}
-    named = {t.name: t for t in pool}
-    def choose(n): return Change({t.name: m for t,m in self._choose(pool, n, None, round_to)})
+    same  = Counter(t.name for t in pool)  # channels that one layer reads can be in several groups
+    names = [t.name if same[t.name] == 1 else f'{t.name}:{i}' for i,t in enumerate(pool)]
+    named = dict(zip(names, pool))
+    def choose(n): return Change(dict(zip(names, (m for _,m in self._choose(pool, n, None, round_to)))))
     seen = Pool([*named], [t.weight.detach() for t in pool], [t.parts[0].grad for t in pool], [t.groups for t in pool],
                 [self._group_mask(t) for t in pool], lambda: [self._scores(t) for t in pool], choose)
     change = self.rule(seen, k)
