@@ -214,7 +214,7 @@ def _look(self:SparsifyCallback):
     "Follow the model that the learner has now"
     sp, before = self.sparsifier, self.sparsifier.watched
     sp.follow(self.learn.model)
-    if sp.watched is before or self._compact is None: return
+    if self._compact is None or sp.watched is before and self._compact.fits(): return
     self._release()  # steps were on parameters that are others now
     sp.apply_masks()
 
