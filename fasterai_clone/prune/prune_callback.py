@@ -433,7 +433,8 @@ def check_prune_state(
     for part in ('left', 'goal'): entry[part].fields(list(channels))
     for k,n in channels.items():
         entry['left'][k].whole(1, n)
-        if entry['goal'][k].number(0, 100) == 100: entry['goal'][k].refuse('less than 100: no network is left without any channel')
+        goal = entry['goal'][k]
+        if goal.number(0, 100) == 100: goal.refuse('less than 100: no network is left without any channel')
     for e in entry['used'].each(): e.text()
     for _,e in entry['refs'].named('tensor'): e.tensor()
 

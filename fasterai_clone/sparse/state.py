@@ -335,7 +335,8 @@ def _as_saved(entry, size):
     state = SavedState(entry.value)
     state.place, state.n_bytes = entry.place, size
     if 'sparsifier' in state: check_sparsify_state(entry)
-    elif not state or 'channels' in state and 'sizes' not in state: entry.refuse('the state of a callback, with all its entries')
+    elif not state or 'channels' in state and 'sizes' not in state:
+        entry.refuse('the state of a callback, with all its entries')
     return state
 
 # %% ../../nbs/51_sparse.state.ipynb #0586103f
