@@ -426,12 +426,15 @@ def check_prune_state(
     _check_sizes(entry['sizes'])
     check_progress(entry, ('params', 'channels', 'macs'))
     entry['ratio'].text(), check_random_state(entry['random'])
-    for e in entry['at_first'].fields(('params', 'channels', 'macs')).named(): e[1].whole()
+    for k,e in entry['at_first'].fields(('params', 'channels', 'macs')).named(): e.whole(0 if k == 'macs' else 1)
     channels = entry['channels'].value
     if not channels: entry['channels'].refuse('a dict with one number for each group')
     for k,e in entry['channels'].named('number'): e.whole(1)
     for part in ('left', 'goal'): entry[part].fields(list(channels))
-    for k,n in channels.items(): entry['left'][k].whole(1, n), entry['goal'][k].number(0, 100)
+    for k,n in channels.items():
+        entry['left'][k].whole(1, n)
+        goal = entry['goal'][k]
+        if goal.number(0, 100) == 100: goal.refuse('less than 100: no network is left without any channel')
     for e in entry['used'].each(): e.text()
     for _,e in entry['refs'].named('tensor'): e.tensor()
 

@@ -88,10 +88,15 @@ class _Slot:
     mask: torch.Tensor       # True = kept
     kept: nn.Parameter       # their values
     state: dict              # of the optimizer, for `kept`
-    version: int             # of `full`, when its dropped weights were last known to be zero
+    version: tuple           # of `full`, when its dropped weights were last known to be zero
 
+    def __post_init__(self): self.shape = self.full.shape
     def gather(self, t): return t.reshape(-1).index_select(0, self.index)
-    def spread(self, t): return t.new_zeros(self.full.numel()).index_copy_(0, self.index, t).view(self.full.shape)
+    def spread(self, t): return t.new_zeros(self.shape.numel()).index_copy_(0, self.index, t).view(self.shape)
+    def fits(self):
+        "Has `full` the shape, dtype and memory that this was made for? `full.data = ...` can give it others"
+        like = self.full.dtype, self.full.device, self.full.shape
+        return like == (self.kept.dtype, self.kept.device, self.shape) and self.full.is_contiguous()
 
 # %% ../../nbs/43_sparse.compact.ipynb #90018a64
 class CompactStep:
@@ -116,12 +121,14 @@ class CompactStep:
     def _slot(self, ps, i, p, mask):
         "Take the state of `p` apart"
         index = mask.reshape(-1).nonzero()[:, 0]
-        slot  = _Slot(ps, i, p, index, mask, None, {}, p._version)
+        slot  = _Slot(ps, i, p, index, mask, None, {}, _version(p))
         slot.kept  = nn.Parameter(slot.gather(p))
         state = self.opt.state[p] if p in self.opt.state else {}
         slot.state = {k: slot.gather(v) if _like(v, p) else v for k,v in state.items()}
         self.opt.state[p] = {k: v for k,v in state.items() if not _like(v, p)}  # fastai looks flags up here
         return slot
+
+def _version(p): return p._version, p.data_ptr()  # `p.data = ...` changes the memory only
 
 def _like(v, p): return isinstance(v, torch.Tensor) and v.shape == p.shape
 
@@ -134,12 +141,17 @@ def enter(self:CompactStep) -> None:
     self.open = True
     for s in self.slots:
         if s.full.grad is None: continue
-        if s.full._version != s.version:  # something else has written to it: a checkpoint, a rewind
+        if _version(s.full) != s.version:  # something else has written to it: a checkpoint, a rewind
             zero_dropped(s.full, s.mask)
-            s.version = s.full._version
+            s.version = _version(s.full)
         torch.index_select(s.full.data.view(-1), 0, s.index, out=s.kept.data)
         s.kept.grad = s.gather(s.full.grad.to_dense() if s.full.grad.is_sparse else s.full.grad)
         s.params[s.i], self.opt.state[s.kept] = s.kept, s.state
+
+@patch
+def fits(self:CompactStep) -> bool:
+    "Are the weights still of the shapes, dtypes and devices that the steps were made for?"
+    return all(s.fits() for s in self.slots)
 
 @patch
 @torch.no_grad()
@@ -148,7 +160,7 @@ def exit(self:CompactStep) -> None:
     if not self.open: return
     for s in self.slots:
         if s.params[s.i] is not s.kept: continue
-        s.full.data.view(-1).index_copy_(0, s.index, s.kept.data)
+        if s.fits(): s.full.data.view(-1).index_copy_(0, s.index, s.kept.data)
         s.params[s.i], s.state, s.kept.grad = s.full, self.opt.state.pop(s.kept), None
     for p,m in self.rest: zero_dropped(p, m)
     self.open = False  # last: an interrupt may come in between
@@ -159,6 +171,7 @@ def release(self:CompactStep) -> None:
     "Give the optimizer its full state back; what it knew of dropped weights is zero"
     self.exit()
     for s in self.slots:
+        if s.fits(): zero_dropped(s.full, s.mask)  # writes to `full.data` are not counted as versions
         if s.params[s.i] is not s.full: continue  # the optimizer has been given another parameter since
         self.opt.state[s.full] = {k: s.spread(v) if _like(v, s.kept) else v for k,v in s.state.items()}
     self.slots = []

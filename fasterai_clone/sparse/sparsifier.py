@@ -1292,7 +1292,8 @@ def before(self:Hold, optimizer, *args):
     if self.sp.reference == 'grad' and optimizer is self.stepping[0]: self.sp.accumulate_gradients()
     if not self.compact: return
     self.sp.follow()
-    if self.made_for != (now := (self.sp.updates, self.sp.watched)):  # the masks are others now, or the parameters
+    now = self.sp.updates, self.sp.watched
+    if self.made_for != now or not self.step.fits():  # the masks are others now, or the parameters
         if self.step: self.step.release()
         self.sp.apply_masks()
         self.step, self.made_for = self.sp.compact_step(self.opt), now

@@ -103,8 +103,11 @@ def fit(self, *args, **kwargs):
     if outer and ours:
         raise ValueError(f'`fit` was called by a callback inside of a running `fit` with {ours[0]}, which follows one fit at a time '
                          '(`lr_find` and `fine_tune` call `fit` too): call it before or after that, or train a copy of the learner')
-    self._fitting = _Running()
+    self._fitting, present = _Running(), [*self.cbs]
     try: return _fit(self, *args, **kwargs)
+    except BaseException:  # Ctrl-C while fastai takes callbacks away leaves some
+        for cb in [c for c in self.cbs if isinstance(c, _Lean) and c not in present]: self.remove_cb(cb)
+        raise
     finally:
         if outer: self._fitting = outer
         else: del self._fitting
@@ -214,7 +217,7 @@ def _look(self:SparsifyCallback):
     "Follow the model that the learner has now"
     sp, before = self.sparsifier, self.sparsifier.watched
     sp.follow(self.learn.model)
-    if sp.watched is before or self._compact is None: return
+    if self._compact is None or sp.watched is before and self._compact.fits(): return
     self._release()  # steps were on parameters that are others now
     sp.apply_masks()
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import io, math, random, zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn
-from fastai.learner import Learner, join_path_file, save_model
+from fastai.learner import Learner, get_model, join_path_file, save_model
 from fastai.torch_core import distrib_barrier, rank_distrib
 from fastcore.basics import patch_to
 from fastcore.foundation import L
@@ -335,6 +335,8 @@ def _as_saved(entry, size):
     state = SavedState(entry.value)
     state.place, state.n_bytes = entry.place, size
     if 'sparsifier' in state: check_sparsify_state(entry)
+    elif not state or 'channels' in state and 'sizes' not in state:
+        entry.refuse('the state of a callback, with all its entries')
     return state
 
 # %% ../../nbs/51_sparse.state.ipynb #0586103f
@@ -375,10 +377,22 @@ def load(self, file, device=None, **kwargs):
     if not file.exists(): raise FileNotFoundError(f'There is no checkpoint {one_line(file)}')
     with open(file, 'rb') as f: return _load_open(self, f, device, kwargs, file if kwargs.get('mmap') else None)
 
+def _check_kinds(file, model, state, prefix, *_):
+    "Refuse weights in `file` that torch would convert to another kind of number in silence"
+    def kind(t): return 'floating-point' if t.is_floating_point() else 'complex' if t.is_complex() else 'whole'
+    for k,t in model.state_dict(prefix=prefix, keep_vars=True).items():
+        other = state.get(k)
+        if not isinstance(t, torch.Tensor) or not isinstance(other, torch.Tensor) or kind(t) == kind(other): continue
+        raise ValueError(f'{file}: {shortened(k)} must have {kind(t)} numbers, got {other.dtype}')
+
 def _load_open(self, f, device, kwargs, path=None):
     "Load state and weights from one open file: it can be replaced while it is read. `path`: read the weights from there, as `mmap` must"
     states = read_state(f) or []
-    with self._resized(states): _load(self, f if path is None else path, device, **kwargs)
+    name  = one_line(getattr(f, 'name', 'The checkpoint'), 300)
+    check = get_model(self.model).register_load_state_dict_pre_hook(partial(_check_kinds, name))
+    try:
+        with self._resized(states): _load(self, f if path is None else path, device, **kwargs)
+    finally: check.remove()
     forget_batch(self)
     if hasattr(self, 'lr_finder'): return self  # that one loads what it began with
     self._sparse_states = _States(s for s in states if 'sizes' not in s)
