@@ -168,7 +168,7 @@ def test_errors_and_interrupts_at_every_event():
 # Ctrl-C at lines of the library
 
 LIBRARY = str(Path(fasterai_clone.__file__).parent)
-CLEANUP = ('_join', '_leave', '_release', '_set_learn', 'release')  # what puts things back is not undone if it is stopped itself
+CLEANUP = ('_join', '_leave', '_release', 'learn', 'release')  # what puts things back is not undone if it is stopped itself
 
 class Interrupt:
     """While it is on, counts the lines of the library as they run, and raises at the `nth`; `seen`: line → when it ran

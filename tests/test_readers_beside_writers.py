@@ -1,5 +1,5 @@
 "A reader gets one whole version of a file that other processes replace meanwhile"
-import os, signal
+import os, signal, time
 from contextlib import contextmanager
 from functools import cache
 
@@ -83,13 +83,19 @@ def writers(save, file, n=1):
         ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     assert ended == [-signal.SIGKILL]*n, 'a writer has failed'
 
+def many_reads(read, file):
+    "What came of so many reads, and of more until a writer has got its turn on a busy machine"
+    found, end = [], time.monotonic() + 60
+    while len(found) < N_READS or len({*found}) == 1 and time.monotonic() < end: found.append(read(file))
+    return found
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_read_is_one_whole_version(kind, tmp_path):
     torch.set_num_threads(1)  # a forked process has none of the parent's threads
     save, read = KINDS[kind]
     file = tmp_path/'f.safetensors'
     for i in range(N_VERSIONS): save(file, i)
-    with writers(save, file): found = [read(file) for _ in range(N_READS)]
+    with writers(save, file): found = many_reads(read, file)
     assert None not in found and len({*found}) > 1, f'{found.count(None)} of {N_READS} reads are of no version'
 
 def test_two_writers_and_a_reader(tmp_path):
@@ -97,7 +103,7 @@ def test_two_writers_and_a_reader(tmp_path):
     torch.set_num_threads(1)
     file = tmp_path/'f.safetensors'
     save_masks(file, 0)
-    with writers(save_masks, file, 2): found = [read_masks(file) for _ in range(N_READS)]
+    with writers(save_masks, file, 2): found = many_reads(read_masks, file)
     assert None not in found and len({*found}) > 1
     save_masks(file, 3)
     assert read_masks(file) == 3 and os.listdir(tmp_path) == ['f.safetensors']

@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.sparsify_callback.h
 
 # %% ../../nbs/53_sparse.sparsify_callback.ipynb #a54e655e
 from __future__ import annotations
-import io, math, numbers, os, warnings
+import io, math, numbers, os, sys, warnings
 from collections.abc import Iterator, Mapping
 from functools import wraps
 import torch, torch.nn as nn
@@ -90,8 +90,13 @@ class _Lean(Callback):
 
 # %% ../../nbs/53_sparse.sparsify_callback.ipynb #nested01
 class _Running:
-    "Marks a learner whose `fit` is running; that of a copy is not"
+    "Marks a learner whose `fit` is running; that of a copy is not, nor one that was stopped before it could take the mark away"
+    def __init__(self, frame): self.frame = frame
     def __reduce__(self): return bool, ()
+    def __bool__(self):
+        f = sys._getframe()
+        while f is not None and f is not self.frame: f = f.f_back
+        return f is not None
 
 _fit = getattr(Learner.fit, 'unguarded', Learner.fit)  # that of before, also if this module is loaded twice
 
@@ -103,14 +108,14 @@ def fit(self, *args, **kwargs):
     if outer and ours:
         raise ValueError(f'`fit` was called by a callback inside of a running `fit` with {ours[0]}, which follows one fit at a time '
                          '(`lr_find` and `fine_tune` call `fit` too): call it before or after that, or train a copy of the learner')
-    self._fitting, present = _Running(), [*self.cbs]
+    self._fitting, present = _Running(sys._getframe()), [*self.cbs]
     try: return _fit(self, *args, **kwargs)
     except BaseException:  # Ctrl-C while fastai takes callbacks away leaves some
         for cb in [c for c in self.cbs if isinstance(c, _Lean) and c not in present]: self.remove_cb(cb)
         raise
     finally:
         if outer: self._fitting = outer
-        else: del self._fitting
+        else: self.__dict__.pop('_fitting', None)
 
 Learner.fit.unguarded = _fit
 
