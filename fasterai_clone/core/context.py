@@ -14,9 +14,8 @@ from .granularity import _unknown
 from .selection import n_dropped
 
 # %% auto #0
-__all__ = ['restrictions', 'contexts', 'budgets', 'Layer', 'each_layer', 'all_layers', 'share_of_pool', 'erk_shares',
-           'share_of_outputs', 'Context', 'keep_in_outputs', 'available_contexts', 'add_context', 'as_context',
-           'refuse_together', 'refuse_for_each', 'Budget', 'price_weights', 'price_macs', 'as_budget']
+__all__ = ['Layer', 'each_layer', 'all_layers', 'share_of_pool', 'erk_shares', 'share_of_outputs', 'Context',
+           'available_contexts', 'add_context', 'as_context', 'Budget', 'as_budget']
 
 # %% ../../nbs/44_core.context.ipynb #f9ead1e0
 @dataclass(frozen=True)
@@ -32,21 +31,21 @@ class Layer:
 
 # %% ../../nbs/44_core.context.ipynb #c424cce0
 def each_layer(
-    layers: list[Layer]
+    layers: list[Layer]  # in the order of the model
 ) -> list[list[Layer]]:  # one pool for each layer
     "Every layer for itself"
     return [[l] for l in layers]
 
 def all_layers(
-    layers: list[Layer]
+    layers: list[Layer]  # in the order of the model
 ) -> list[list[Layer]]:  # one pool
     "All against all"
     return [list(layers)]
 
 # %% ../../nbs/44_core.context.ipynb #45775fd8
 def share_of_pool(
-    pools: list[list[Layer]]
-) -> list[int]:  # groups that each pool drops
+    pools: list[list[Layer]]  # layers that compete, in lists
+) -> list[int]:               # groups that each pool drops
     "The sparsity asked for, in each pool"
     return [n_dropped(sum(l.n for l in pool), pool[0].sparsity) for pool in pools]
 
@@ -165,11 +164,12 @@ def refuse_for_each(
 @dataclass(frozen=True)
 class Budget:
     "What a sparsity is a share of"
-    name: str
+    name: str                       # what errors call it
     unit: str                       # what reports call it
     price: Callable|None = None     # (weights of a group, multiply-adds of a group) → its price; None: all groups count the same
     measured: bool = False          # does the price need multiply-adds, so a run of the model?
 
+# %% ../../nbs/44_core.context.ipynb #45a84889
 def price_weights(weights: int, macs: float|None) -> int:
     "A group costs its weights"
     return weights
@@ -183,6 +183,7 @@ budgets = {b.name: b for b in (
     Budget('params', 'weights', price_weights),
     Budget('flops', 'multiply-adds', price_macs, measured=True))}
 
+# %% ../../nbs/44_core.context.ipynb #ce5ab8bf
 def as_budget(
     budget: Budget|str  # a budget, or its name: `'groups'`, `'params'` or `'flops'`
 ) -> Budget:

@@ -230,7 +230,7 @@ def _header(about, entries, sums):
 # %% ../../nbs/05_core.files.ipynb #cd92fedc
 def write_file(
     file: str|Path,       # `.safetensors` is added if it has no extension
-    format: FileFormat,
+    format: FileFormat,   # which kind of file it is
     tensors: Mapping,     # name → tensor
     **about: str          # metadata
 ) -> Path:                # where it is

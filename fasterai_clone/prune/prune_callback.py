@@ -41,7 +41,7 @@ from ..sparse.state import (check_progress, check_random_state, check_refs, ente
 from ..sparse.targets import _plainly, _processes, _rank, unwrapped
 
 # %% auto #0
-__all__ = ['PruneCallback', 'check_prune_state']
+__all__ = ['PruneCallback']
 
 # %% ../../nbs/75_prune.prune_callback.ipynb #cc08532a
 def _cut(t, axes):

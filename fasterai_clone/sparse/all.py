@@ -2,6 +2,7 @@
 from ..core.all import *
 from ..report import *
 from .targets import *
+from .rule import *
 from .sparsifier import *
 from .sparsify_callback import *
 from .ticket_files import *

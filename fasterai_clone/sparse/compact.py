@@ -165,6 +165,7 @@ def exit(self:CompactStep) -> None:
     for p,m in self.rest: zero_dropped(p, m)
     self.open = False  # last: an interrupt may come in between
 
+# %% ../../nbs/43_sparse.compact.ipynb #2c6680f0
 @patch
 @torch.no_grad()
 def release(self:CompactStep) -> None:

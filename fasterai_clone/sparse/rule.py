@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.granularity import Groups, _unknown
 
 # %% auto #0
-__all__ = ['Pool', 'Change', 'Rule', 'Prune', 'as_rule', 'check_change']
+__all__ = ['Pool', 'Change', 'Rule', 'Prune', 'as_rule']
 
 # %% ../../nbs/47_sparse.rule.ipynb #37a19fdb
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ class Rule:
         "What a resumed training needs to know of this rule: tensors, numbers, strings, lists and dicts"
         return {}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self,
+        state: dict  # from `state_dict`
+    ) -> None:
         "Take over what `state_dict` gave"
 
 class Prune(Rule):

@@ -213,7 +213,7 @@ def __repr__(self:Sparsifier):
 
 # %% ../../nbs/50_sparse.sparsifier.ipynb #follow01
 @patch
-def watch(self:Sparsifier) -> None:
+def _watch(self:Sparsifier) -> None:
     "Remember where the parameters of the targets are"
     self.watched = Watched(self.model, {p.name: (p.owner, p.param) for t in self.targets for p in t.parts + t.held})
 
@@ -428,7 +428,7 @@ def _keep_last(self:Sparsifier):
 @patch
 def _share_out(self:Sparsifier, min_sparsity, max_sparsity):
     "Who competes with whom, and for what"
-    self.watch()
+    self._watch()
     self.layers = [self._layer(t) for t in self.targets]
     self.pools  = self._pools()
     self.sizes  = [sum(t.groups.n for t in pool) for pool in self.pools]

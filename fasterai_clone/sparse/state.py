@@ -22,9 +22,7 @@ from ..report import check_archive
 from .compact import stepping_optimizer
 
 # %% auto #0
-__all__ = ['optimizer_state', 'set_optimizer_state', 'random_state', 'set_random_state', 'enter_fit', 'leave_fit', 'forget_batch',
-           'check_random_state', 'check_progress', 'check_scaler', 'check_sparsify_state', 'check_tensors',
-           'check_refs', 'check_optimizer_state', 'SavedState', 'read_state']
+__all__ = ['optimizer_state', 'set_optimizer_state', 'random_state', 'set_random_state', 'read_state']
 
 # %% ../../nbs/51_sparse.state.ipynb #1095fe14
 def _plain(x):
@@ -299,10 +297,12 @@ def _add_state(file, state):
     with zipfile.ZipFile(file, 'a', zipfile.ZIP_STORED) as z:  # torch wants everything to be in one folder
         z.writestr(f'{z.namelist()[0].split("/")[0]}/{_ENTRY}', data.getvalue())
 
+# %% ../../nbs/51_sparse.state.ipynb #97972d6c
 class SavedState(dict):
     "The state of one callback, from the `place` that messages name"
     place, n_bytes = 'state', None  # `n_bytes`: of the whole file
 
+# %% ../../nbs/51_sparse.state.ipynb #a3c6d2c1
 def read_state(
     file: str|Path  # a checkpoint, or one that is open for reading in binary mode
 ) -> list|None:     # the states, or None if there is none
