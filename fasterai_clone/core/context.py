@@ -1,4 +1,4 @@
-"""Who competes with whom, and how many groups each side gives up: contexts and budgets as values
+"""Decide which layers compete, and how many groups each pool drops: contexts and budgets are values
 
 Docs: https://fasterai-clone.github.io/fasterai_clone/core.context.html.md"""
 
@@ -20,7 +20,7 @@ __all__ = ['Layer', 'each_layer', 'all_layers', 'share_of_pool', 'erk_shares', '
 # %% ../../nbs/44_core.context.ipynb #f9ead1e0
 @dataclass(frozen=True)
 class Layer:
-    "What a context is told of one layer"
+    "One layer, as a context sees it"
     name: str                     # of its weight, as `'0.weight'`
     n: int                        # how many groups it has
     shape: tuple[int, ...]        # of its weight
@@ -33,26 +33,26 @@ class Layer:
 def each_layer(
     layers: list[Layer]  # in the order of the model
 ) -> list[list[Layer]]:  # one pool for each layer
-    "Every layer for itself"
+    "Put each layer in a pool of its own"
     return [[l] for l in layers]
 
 def all_layers(
     layers: list[Layer]  # in the order of the model
 ) -> list[list[Layer]]:  # one pool
-    "All against all"
+    "Put all layers in one pool"
     return [list(layers)]
 
 # %% ../../nbs/44_core.context.ipynb #45775fd8
 def share_of_pool(
     pools: list[list[Layer]]  # layers that compete, in lists
 ) -> list[int]:               # groups that each pool drops
-    "The sparsity asked for, in each pool"
+    "Return the requested share of each pool"
     return [n_dropped(sum(l.n for l in pool), pool[0].sparsity) for pool in pools]
 
 def erk_shares(
     pools: list[list[Layer]]  # of one layer each
 ) -> list[int]:               # groups that each pool drops
-    "The sparsity asked for in the whole, with densities by the Erdős–Rényi-Kernel"
+    "Share out the requested sparsity by the Erdős–Rényi-Kernel"
     layers = [l for pool in pools for l in pool]
     highs  = [l.n if l.highest is None else l.highest for l in layers]
     return erk_counts([l.shape for l in layers], [l.n for l in layers], layers[0].sparsity, [l.lowest for l in layers], highs)
@@ -60,7 +60,7 @@ def erk_shares(
 def share_of_outputs(
     pools: list[list[Layer]]  # of one layer each
 ) -> list[int]:               # groups that each pool drops
-    "The same number from each output"
+    "Drop the same number of groups from each output"
     def rows(l): return l.shape[l.output_axis]
     return [rows(l) * n_dropped(l.n // rows(l), l.sparsity) for (l,) in pools]
 
@@ -82,7 +82,7 @@ restrictions = dict(
 # %% ../../nbs/44_core.context.ipynb #aa70da84
 @dataclass(frozen=True)
 class Context:
-    "Who competes with whom for what is dropped"
+    "Which layers compete, how many groups each pool drops, and how scores compare"
     name: str                            # what reports and errors call it
     pools: Callable = each_layer         # layers → lists of those that compete
     counts: Callable = share_of_pool     # pools → how many groups each drops
@@ -128,7 +128,7 @@ def available_contexts() -> list[str]:
 def add_context(
     context: Context  # with a name that is not taken
 ) -> None:
-    "Let the name of `context` stand for it, in this process"
+    "Register `context` under its name, for this process"
     if not isinstance(context, Context): raise TypeError(f'A `Context` expected, got {context!r}')
     if contexts.get(context.name, context) != context: raise ValueError(f'There is a context {context.name!r} already: choose another name')
     contexts[context.name] = context
@@ -136,7 +136,7 @@ def add_context(
 def as_context(
     context: Context|str  # a context, or its name
 ) -> Context:
-    "What `context` stands for"
+    "Return the context that `context` is, or names"
     if isinstance(context, Context): return context
     if not isinstance(context, str) or context not in contexts: raise ValueError(_unknown('context', context, contexts))
     return contexts[context]
@@ -187,7 +187,7 @@ budgets = {b.name: b for b in (
 def as_budget(
     budget: Budget|str  # a budget, or its name: `'groups'`, `'params'` or `'flops'`
 ) -> Budget:
-    "What `budget` stands for"
+    "Return the budget that `budget` is, or names"
     if isinstance(budget, Budget): return budget
     if not isinstance(budget, str) or budget not in budgets: raise ValueError(_unknown('budget', budget, budgets))
     return budgets[budget]

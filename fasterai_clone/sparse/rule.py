@@ -82,7 +82,7 @@ class Prune(Rule):
 def as_rule(
     rule: Rule|None  # a rule, or None for `Prune`
 ) -> Rule:
-    "What `rule` stands for"
+    "Return `rule`, or `Prune()` for None"
     if rule is None: return Prune()
     if not isinstance(rule, Rule):
         raise TypeError(f'`rule` must be a `Rule`, such as `Prune()`, got {rule!r}')

@@ -208,7 +208,7 @@ def follow(self:Trace, call):
     except Unforeseen: unknown(self, call)
     except Exception as e:
         warnings.warn(f'The rule for `{call.name}` fails in {self.where}: {type(e).__name__}: {e}. This is a bug in '
-                      'the rule: please report it. Until then what the operator touches stays', RuleFailed)
+                      'the rule: please report it. The channels that the operator touches are kept', RuleFailed)
         unknown(self, call)
     if hands_on:
         for t in outs: self.get(t).unless = tuple(u for v in used for u in v.unless)
