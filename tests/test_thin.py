@@ -389,7 +389,7 @@ def test_our_models(name, sparsity, context):
 
 @pytest.mark.parametrize('name', zoo)
 def test_architectures(name):
-    "At 50 % inside groups and at 80 % over all, on another batch than the example; the check of `thin` once"
+    "At 50 % inside groups and, if it is small, at 80 % over all, on another batch than the example; the check of `thin` once"
     size, before, after = zoo[name]
     model, x, other = torchvision_model(name), torch.randn(2, 3, size, size), torch.randn(3, 3, size, size)
     groups = coupled_groups(model, x)
@@ -397,7 +397,7 @@ def test_architectures(name):
     why    = [g.why_not for g in groups if g.why_not and g.why_not != 'it is the output of the model']
     assert {w.split(') ')[-1]: len(why) for w in why} == fixed.get(name, {})
     assert n_params(model) == before
-    for sparsity,context in [(50, 'local'), (80, 'global')]:
+    for sparsity,context in [(50, 'local'), (80, 'global')][:1 if before > 1e7 else 2]:
         zeros = masked(model, coupled_masks(groups, worth, sparsity, context))
         small = thin(zeros, None, x, check=(sparsity, context) == (50, 'local'))
         assert list(small.state_dict()) == list(model.state_dict())
