@@ -131,6 +131,8 @@ def signatures(site):
 
 def names():
     for m,n,v in public():
+        home = sys.modules.get(getattr(v, '__module__', None), m)
+        if home is not m and n in getattr(home, '__all__', ()): continue  # its entry is in the room it comes from
         yield f'{m.__name__}.{n}', v
         if inspect.isclass(v): yield from ((f'{f.__module__}.{n}.{k}', f) for k,f in methods(v))
 
