@@ -438,6 +438,7 @@ def check_prune_state(
     for e in entry['used'].each(): e.text()
     for _,e in entry['refs'].named('tensor'): e.tensor()
 
+# %% ../../nbs/75_prune.prune_callback.ipynb #cc185975
 def _check_saved(state, model):
     "Refuse a state that came with a checkpoint and does not fit it"
     check_prune_state(entry := Entry(state, state.place))

@@ -79,6 +79,7 @@ class Prune(Rule):
     "The lowest scores go, and what is gone stays so while the numbers rise"
     def __call__(self, pool, n): return pool.choose(n)
 
+# %% ../../nbs/47_sparse.rule.ipynb #334add62
 def as_rule(
     rule: Rule|None  # a rule, or None for `Prune`
 ) -> Rule:

@@ -934,6 +934,7 @@ def _all_gone(mask):
     "Is nothing kept? The beginning says no for most masks, and to look at all of each would take as long as half of the choice"
     return not mask.reshape(-1)[:1024].any() and not mask.any()
 
+# %% ../../nbs/50_sparse.sparsifier.ipynb #bcc06587
 @patch
 def _round(self:Sparsifier, scores, keep, old, round_to):
     "As `keep`, but with a multiple of `round_to` kept"
