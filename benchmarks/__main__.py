@@ -10,14 +10,18 @@ from .timing import machine
 def arguments():
     "The command line, and what it makes of the sizes"
     p = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__)
-    p.add_argument('--quick', action='store_true', help='small sizes and few rounds, under two minutes: to see that it works')
-    p.add_argument('--only', default=','.join(MEASURES), help='which of a (choosing masks), b (step), c (training), d (memory), e (start)')
-    p.add_argument('--rounds', type=int, help='rounds after a warm-up (default 7; quick 2, without it); (b) takes 8 times as many')
+    p.add_argument('--quick', action='store_true',
+                   help='small sizes and few rounds, under two minutes: to see that it works')
+    p.add_argument('--only', default=','.join(MEASURES),
+                   help='which of a (choosing masks), b (step), c (training), d (memory), e (start)')
+    p.add_argument('--rounds', type=int,
+                   help='rounds after a warm-up (default 7; quick 2, without it); (b) takes 8 times as many')
     p.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     p.add_argument('--out', type=Path, default=Path('benchmarks/results'))
     args = p.parse_args()
     args.only = args.only.split(',')
-    if unknown := set(args.only) - set(MEASURES): p.error(f'--only takes {", ".join(MEASURES)}, got {", ".join(sorted(unknown))}')
+    if unknown := set(args.only) - set(MEASURES):
+        p.error(f'--only takes {", ".join(MEASURES)}, got {", ".join(sorted(unknown))}')
     args.rounds = args.rounds or (2 if args.quick else 7)
     args.steps, args.starts, args.workers = (2, 1, 2) if args.quick else (8*args.rounds, 3, 1)
     args.sizes, args.detail = (list(SIZES)[:1], 0) if args.quick else (list(SIZES), 1)

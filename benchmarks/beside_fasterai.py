@@ -1,4 +1,5 @@
-"The same calls to fasterai 0.4.1 and to this library, and what was counted: `python -m benchmarks.beside_fasterai` (about a minute)"
+"""The same calls to fasterai 0.4.1 and to this library, and what was counted: `python -m benchmarks.beside_fasterai`
+(about a minute)"""
 import argparse, contextlib, copy, csv, io, pickle, re, tempfile, warnings
 from functools import partial
 from pathlib import Path
@@ -18,24 +19,27 @@ def peers():
     import fasterai_clone.sparse.all as ours
     theirs = SimpleNamespace(**{k: v for m in (fc, fs, fp, fb) for k,v in vars(m).items() if not k.startswith('_')},
                              share=lambda s: s/100)
-    theirs.names = ['random', 'large_final', 'squared_final', 'small_final', 'large_init', 'small_init', 'large_init_large_final',
-                    'small_init_small_final',
-                    'magnitude_increase', 'movement', 'updating_magnitude_increase', 'updating_movement', 'updating_movmag', 'wanda']
+    theirs.names = ['random', 'large_final', 'squared_final', 'small_final', 'large_init', 'small_init',
+                    'large_init_large_final', 'small_init_small_final',
+                    'magnitude_increase', 'movement', 'updating_magnitude_increase', 'updating_movement',
+                    'updating_movmag', 'wanda']
     return {'fasterai 0.4.1': theirs,
-            'fasterai_clone': SimpleNamespace(**{k: v for k,v in vars(ours).items() if not k.startswith('_')}, share=lambda s: s,
-                                              names=theirs.names)}
+            'fasterai_clone': SimpleNamespace(**{k: v for k,v in vars(ours).items() if not k.startswith('_')},
+                                              share=lambda s: s, names=theirs.names)}
 
 def learner(seed=0, batches=8, **kwargs):
     "The same small learner each time, with so many batches of 16 digits an epoch"
     data = digits_dls()
     set_seed(seed, reproducible=True)
     train, valid = list(data.train.dataset)[:16*batches], list(data.valid.dataset)[:64]
-    dls = DataLoaders(DataLoader(TfmdLists(train, noop), bs=16, shuffle=True, drop_last=True), DataLoader(TfmdLists(valid, noop), bs=64))
+    dls = DataLoaders(DataLoader(TfmdLists(train, noop), bs=16, shuffle=True, drop_last=True),
+                      DataLoader(TfmdLists(valid, noop), bs=64))
     return Learner(dls, digits_net(8), loss_func=CrossEntropyLossFlat(), path=Path.cwd(), **kwargs)
 
 def callback(lib, sparsity=90, schedule='agp', granularity='weight', **kwargs):
     schedule = copy.deepcopy(getattr(lib, schedule)) if isinstance(schedule, str) else schedule
-    return lib.SparsifyCallback(lib.share(sparsity) if not isinstance(sparsity, dict) else {k: lib.share(v) for k,v in sparsity.items()},
+    return lib.SparsifyCallback(lib.share(sparsity) if not isinstance(sparsity, dict)
+                                else {k: lib.share(v) for k,v in sparsity.items()},
                                 granularity, 'local', kwargs.pop('criteria', lib.large_final), schedule, **kwargs)
 
 def fit(learn, epochs, *cbs):
@@ -45,11 +49,13 @@ def fit(learn, epochs, *cbs):
     return said.getvalue()
 
 def zeros(model, kind=nn.Conv2d): return [int((m.weight == 0).sum()) for m in model.modules() if isinstance(m, kind)]
-def percent(model): return 100 * sum(zeros(model)) / sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
+def percent(model):
+    return 100 * sum(zeros(model)) / sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
 def printed(said): return [float(s) for s in re.findall(r'end of epoch \d+: \[?([\d.]+)', said)]
 def shown(numbers): return ' '.join(f'{n:g}' for n in numbers)
 def error(e):
-    lines = [l.strip() for l in str(e).splitlines() if l.strip() and not l.startswith('Exception occured in')]  # fastai adds that line
+    # fastai adds that line
+    lines = [l.strip() for l in str(e).splitlines() if l.strip() and not l.startswith('Exception occured in')]
     return f'{type(e).__name__}: {" ".join(lines)[:150]}'
 
 class Count(Callback):
@@ -171,7 +177,8 @@ def after_ctrl_c_a_new_learner_with_the_same_schedule(lib):
     with contextlib.suppress(KeyboardInterrupt): fit(learn, 2, callback(lib, schedule=lib.one_shot), Stop())
     left = {*learn.model.state_dict()} - before
     said = fit(fresh, 2, callback(lib, schedule=lib.one_shot))
-    return (f'{len(left)} tensors left on the first model; printed {shown(printed(said)[-1:])}, counted {percent(fresh.model):.2f} '
+    return (f'{len(left)} tensors left on the first model; printed {shown(printed(said)[-1:])}, counted '
+            f'{percent(fresh.model):.2f} '
             'on the second')
 
 def with_2_of_4_and_equal_weights(lib):
@@ -192,7 +199,8 @@ def main():
     args = p.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
-    about = {k: v for k,v in machine('cpu').items() if k in ('date', 'python', 'torch', 'fastai', 'fasterai', 'fasterai-clone')}
+    about = {k: v for k,v in machine('cpu').items() if k in ('date', 'python', 'torch', 'fastai', 'fasterai',
+                                                             'fasterai-clone')}
     out = args.out.resolve()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         table = [(f.__name__.replace('_', ' '), *[f(lib) for lib in peers().values()]) for f in ASKED]

@@ -20,7 +20,8 @@ def startup(contestant, device):
             Stop.at = time.perf_counter() - START
             raise CancelFitException
     learn = learner('digits net', device)
-    with redirect_stdout(io.StringIO()): learn.fit(1, cbs=[cb for cb in (contestant.call('callback', 'local'), Stop()) if cb])
+    with redirect_stdout(io.StringIO()):
+        learn.fit(1, cbs=[cb for cb in (contestant.call('callback', 'local'), Stop()) if cb])
     return dict(imported=imported, first=Stop.at)
 
 def peak(device, reset=False):
@@ -30,7 +31,8 @@ def peak(device, reset=False):
         if reset: torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     if reset: Path('/proc/self/clear_refs').write_text('5')
-    return 1024 * int(next(l for l in Path('/proc/self/status').read_text().split('\n') if l.startswith('VmHWM')).split()[1])
+    return 1024 * int(next(l for l in Path('/proc/self/status').read_text().split('\n')
+                           if l.startswith('VmHWM')).split()[1])
 
 def held():
     "Bytes of all tensors that are alive"
@@ -48,7 +50,8 @@ def memory(contestant, device):
     weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 4)
     gc.collect()
     peak(device, reset=True)
-    step = stepper(contestant, model, 'Adam', torch.randn(16, 3, 64, 64, device=device), torch.zeros(16, dtype=torch.long, device=device))
+    step = stepper(contestant, model, 'Adam', torch.randn(16, 3, 64, 64, device=device),
+                   torch.zeros(16, dtype=torch.long, device=device))
     for _ in range(3): step()
     top, _, now, file = peak(device), gc.collect(), held(), io.BytesIO()
     torch.save(model.state_dict(), file)

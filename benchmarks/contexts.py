@@ -1,9 +1,12 @@
-"Who survives: contexts and criteria on a deep, narrow network: `python -m benchmarks.contexts` (about 20 minutes)"
+"Contexts and criteria on a deep, narrow network, at high sparsity: `python -m benchmarks.contexts` (about 20 minutes)"
 import argparse, csv, time, warnings
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
 from fasterai_clone.digits import digits_dls
-from fasterai_clone.sparse.all import LayerCollapse, Schedule, Sparsifier, large_final, passes_signal, sched_agp, snip, synflow
+from fasterai_clone.sparse.all import Schedule, Sparsifier, large_final, sched_agp
+from fasterai_clone.sparse.measure import snip, synflow
+from fasterai_clone.sparse.paths import passes_signal
+from fasterai_clone.sparse.signal import LayerCollapse
 from .timing import machine
 
 WIDTHS  = (16, 16, 32, 32, 64, 64, 16, 16, 64, 64, 32, 32)  # filters of each convolution; the narrow ones are a waist
@@ -11,35 +14,40 @@ HALVES  = (2, 6)                                            # which of them halv
 METHODS = dict(magnitude=('global', large_final), snip=('global', snip), synflow=('global', synflow),
                lamp=('lamp', large_final), erk=('erk', large_final), uniform=('local', large_final))
 REGIMES = dict(
-    init    = dict(methods=tuple(METHODS), sparsities=(90, 95, 98, 99, 99.5)),                             # masks, then training
-    kaiming = dict(methods=('magnitude', 'synflow', 'erk', 'uniform'), sparsities=(90, 95, 98, 99, 99.5)), # the same, from normal weights
-    gradual = dict(methods=('magnitude', 'lamp', 'erk', 'uniform'), sparsities=(95, 98, 99)))              # masks while training, by `agp`
+    # masks, then training
+    init    = dict(methods=tuple(METHODS), sparsities=(90, 95, 98, 99, 99.5)),
+    # the same, from normal weights
+    kaiming = dict(methods=('magnitude', 'synflow', 'erk', 'uniform'), sparsities=(90, 95, 98, 99, 99.5)),
+    # masks while training, by `agp`
+    gradual = dict(methods=('magnitude', 'lamp', 'erk', 'uniform'), sparsities=(95, 98, 99)))
 FIELDS  = 'regime method sparsity seed weights zeros smallest empty passes accuracy'.split()
 
 def images():
-    "Training and validation digits, each as `(x, y)`"
+    "Return training and validation digits, each as `(x, y)`"
     dls = digits_dls()
     return [tuple(map(torch.stack, zip(*dl.dataset))) for dl in (dls.train, dls.valid)]
 
 def deep_net(seed, init=None):
-    "Twelve convolutions in a row, no shortcuts; `init(weight)` fills them, None: as PyTorch does"
+    "Stack twelve convolutions without shortcuts; `init(weight)` initialises them (None: as PyTorch does)"
     torch.manual_seed(seed)
     blocks, i = [], 1
     for k,o in enumerate(WIDTHS):
-        blocks += [nn.Conv2d(i, o, 3, stride=2 if k in HALVES else 1, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+        blocks += [nn.Conv2d(i, o, 3, stride=2 if k in HALVES else 1, padding=1, bias=False),
+                   nn.BatchNorm2d(o), nn.ReLU()]
         if init: init(blocks[-3].weight)
         i = o
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(i, 10))
 
 def sparsifier(net, method, batch):
-    "For single weights of the convolutions, as `METHODS` has it"
+    "Prune single weights of the convolutions, as listed in `METHODS`"
     context, criteria = METHODS[method]
     return Sparsifier(net, 'weight', context, criteria, data=batch, loss_func=F.cross_entropy)
 
 def kept(net): return [int(m.weight.count_nonzero()) for m in net if isinstance(m, nn.Conv2d)]
 
 def fit(net, data, seed, sp=None, sparsity=None, epochs=8, bs=64, lr=1e-2):
-    "Accuracy in percent after training; zeros of `sp` are held, or reached by `agp` at three quarters if there is a `sparsity`"
+    """Train and return the accuracy in percent; hold the zeros of `sp`, or with a `sparsity` reach it by `agp` at three
+    quarters"""
     (x, y), (vx, vy) = data
     torch.manual_seed(seed)
     opt, steps, done = torch.optim.Adam(net.parameters()), len(x)//bs * epochs, 0
@@ -57,7 +65,7 @@ def fit(net, data, seed, sp=None, sparsity=None, epochs=8, bs=64, lr=1e-2):
     with torch.no_grad(): return 100 * (net(vx).argmax(1) == vy).float().mean().item()
 
 def row(regime, method, sparsity, seed, data):
-    "One network: its masks counted, and how well it does"
+    "Prune and train one network; return its counted masks and its accuracy"
     net, (x, y) = deep_net(seed, nn.init.kaiming_normal_ if regime == 'kaiming' else None), data[0]
     sp = None if method == 'dense' else sparsifier(net, method, (x[:128], y[:128]))
     with warnings.catch_warnings():
@@ -77,7 +85,8 @@ def main():
     args = p.parse_args()
     torch.set_num_threads(1)
     data, start, rows = images(), time.perf_counter(), []
-    about = {k: v for k,v in machine('cpu').items() if k in ('date', 'cpu', 'python', 'torch', 'numpy', 'fasterai-clone')}
+    about = {k: v for k,v in machine('cpu').items() if k in ('date', 'cpu', 'python', 'torch', 'numpy',
+                                                             'fasterai-clone')}
     for seed in range(args.seeds):
         rows.append(row('dense', 'dense', 0, seed, data))
         for regime, what in REGIMES.items():

@@ -1,10 +1,10 @@
-"What makes a network faster, smaller or quicker to train, and what does not: `python -m benchmarks.faster` (about 8 minutes)"
+"""What makes a network faster, smaller or quicker to train, and what does not: `python -m benchmarks.faster` (about 8
+minutes)"""
 import argparse, copy, csv, io, tempfile, time, warnings, zipfile
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
 from safetensors.torch import save_file
-from fasterai_clone.prune.all import thin
-from fasterai_clone.sparse.all import Granularities, Sparsifier
+from fasterai_clone.sparse.all import Sparsifier
 from .models import resnet
 from .structured import lively_resnet, ours
 from .timing import interleave, machine, spread, timed
@@ -20,11 +20,14 @@ def sparse(model, sparsity, **kwargs):
     return model, sp.masks
 
 def in_turns(part, case, jobs, rounds, reference, calls=1):
-    "Seconds of each of `jobs`, the least of so many `calls` each, and how much faster each is than `reference` in the same round"
-    results, failed = interleave({k: lambda f=f: min(timed(f, 'cpu')[0] for _ in range(calls)) for k,f in jobs.items()}, rounds)
+    """Seconds of each of `jobs`, the least of so many `calls` each, and how much faster each is than `reference` in the
+    same round"""
+    results, failed = interleave({k: lambda f=f: min(timed(f, 'cpu')[0] for _ in range(calls)) for k,f in jobs.items()},
+                                 rounds)
     if failed: raise RuntimeError(f'{part}, {case}: {failed}')
     for k,v in results.items(): yield part, case, k, 'seconds', *spread(v)
-    for k,v in results.items(): yield part, case, k, 'times as fast', *spread([a/b for a,b in zip(results[reference], v)])
+    for k,v in results.items():
+        yield part, case, k, 'times as fast', *spread([a/b for a,b in zip(results[reference], v)])
 
 @torch.inference_mode()
 def networks(rounds):
@@ -32,7 +35,8 @@ def networks(rounds):
     model, x = lively_resnet(), torch.randn(1, 3, 224, 224)
     halved   = sparse(model, 50, granularity='filter')[0].eval()
     with torch.inference_mode(False): thinned = ours(model, x)[0]
-    models = {'dense': model, 'dense, again': copy.deepcopy(model), **{f'{s} % of weights zero': sparse(model, s)[0] for s in (90, 99)},
+    models = {'dense': model, 'dense, again': copy.deepcopy(model),
+              **{f'{s} % of weights zero': sparse(model, s)[0] for s in (90, 99)},
               '2:4 zeros, dense tensors': sparse(model, 50, nm=True, exclude='conv1')[0],
               '50 % of filters zero': halved, '50 % of filters out': thinned}
     for batch,few in ((1, 1), (16, 4)):
@@ -115,7 +119,8 @@ PARTS = dict(network=networks, matrix=matrices, file=lambda rounds: file_sizes()
 def main():
     p = argparse.ArgumentParser(prog='python -m benchmarks.faster', description=__doc__)
     p.add_argument('--rounds', type=int, default=11)
-    p.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), help='parts to measure; rows of the others stay')
+    p.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS),
+                   help='parts to measure; rows of the others stay')
     p.add_argument('--out', type=Path, default=Path('benchmarks/results/faster.csv'))
     args = p.parse_args()
     torch.set_num_threads(1)
@@ -126,7 +131,8 @@ def main():
         lines = [l for l in args.out.read_text(encoding='utf-8').splitlines() if not l.startswith('#')]
         for row in csv.reader(lines): table.setdefault(row[0], []).append(row)
     for k in args.only:
-        table[k] = [(*r[:4], *[f'{v:.6g}' if isinstance(v, float) else v for v in r[4:]]) for r in PARTS[k](args.rounds)]
+        table[k] = [(*r[:4], *[f'{v:.6g}' if isinstance(v, float) else v for v in r[4:]])
+                    for r in PARTS[k](args.rounds)]
         print(f'{k} done, {time.perf_counter() - start:.0f} s', flush=True)
     about |= dict(measured=' '.join(args.only), rounds=args.rounds, mkl=torch.backends.mkl.is_available(),
                   minutes=round((time.perf_counter() - start) / 60, 1))

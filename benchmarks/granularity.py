@@ -1,4 +1,5 @@
-"What larger groups cost: granularities at the same sparsity, over seeds: `python -m benchmarks.granularity` (about 2 minutes)"
+"""What larger groups cost: granularities at the same sparsity, over seeds: `python -m benchmarks.granularity` (about 2
+minutes)"""
 from functools import partial
 from fasterai_clone.sparse.all import SparsifyCallback, agp
 from .schedules import EPOCHS, LR, counted, percent, study, trained
@@ -9,8 +10,10 @@ SPARSITIES    = 50, 75, 90
 FIELDS        = 'seed granularity sparsity weights zeros accuracy'.split()
 
 def pruned(granularity, sparsity, seed=0):
-    "A learner after training, and its callback; the first layer stays dense, as 8 filters of 9 weights are too few to be cut so"
-    cb = SparsifyCallback(sparsity, granularity, 'local', schedule=partial(agp, end_pct=0.7), exclude='0', verbose=False)
+    """A learner after training, and its callback; the first layer stays dense, as 8 filters of 9 weights are too few to
+    be cut so"""
+    cb = SparsifyCallback(sparsity, granularity, 'local', schedule=partial(agp, end_pct=0.7),
+                          exclude='0', verbose=False)
     return trained(seed, cb, **NET), cb
 
 def rows(seed):

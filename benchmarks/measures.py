@@ -41,13 +41,16 @@ def choosing(args):
         for context, criteria, start, end in cases:
             counts, part = {}, 'choose' if criteria == 'magnitude' else 'criteria'
             jobs = {PASS: lambda: memory_pass(deepcopy(base), args.device)}
-            jobs |= {c.name: partial(choice, base, noise, c, context, criteria, start, end, counts, args.device) for c in taking_part(part)}
-            case = f'{size}, {context}, {f"{start} to {end}" if start else end} %' + (f', {criteria}' if part == 'criteria' else '')
+            jobs |= {c.name: partial(choice, base, noise, c, context, criteria, start, end, counts, args.device)
+                     for c in taking_part(part)}
+            case = f'{size}, {context}, {f"{start} to {end}" if start else end} %'
+            if part == 'criteria': case += f', {criteria}'
             yield from rows('a choosing masks', case, *interleave(jobs, args.rounds, not args.quick), 's', PASS, counts)
 
 def steps(args):
     "(b) Time of a training step with masks held"
-    x, y, base = torch.randn(16, 3, 64, 64, device=args.device), torch.randint(10, (16,), device=args.device), resnet(18).to(args.device)
+    x, y = torch.randn(16, 3, 64, 64, device=args.device), torch.randint(10, (16,), device=args.device)
+    base = resnet(18).to(args.device)
     for optimizer in OPTIMIZERS:
         models, steppers = {}, {}
         def one(c):
@@ -61,7 +64,7 @@ def steps(args):
 
 def fit(contestant, net, context, epochs, batches, counts, device):
     "Seconds an epoch of a whole training"
-    from fastai.callback import progress  # gives `Learner` its `no_bar`
+    from fastai.callback import progress  # noqa: F401, gives `Learner` its `no_bar`
     torch.manual_seed(0)
     learn, cb = learner(net, device, batches), contestant.call('callback', context)
     with learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO()):
@@ -74,7 +77,8 @@ def training(args):
     for net, epochs in (('digits net', args.digits_epochs), ('ResNet-18', args.epochs)):
         for context in args.contexts:
             counts = {}
-            jobs = {c.name: partial(fit, c, net, context, epochs, args.batches, counts, args.device) for c in taking_part('train')}
+            jobs = {c.name: partial(fit, c, net, context, epochs, args.batches, counts, args.device)
+                    for c in taking_part('train')}
             results = interleave(jobs, args.rounds, not args.quick)
             yield from rows('c training with agp', f'{net}, {context}', *results, 's/epoch', BASELINE, counts)
 
@@ -83,7 +87,8 @@ class ChildError(Exception): "The last line of a process that failed"
 def child(contestant, device):
     "What `benchmarks.child` measured in a process of its own"
     env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')  # freed memory goes back to the system at once
-    out = subprocess.run([sys.executable, '-m', 'benchmarks.child', contestant.name, device], env=env, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, '-m', 'benchmarks.child', contestant.name, device], env=env,
+                         capture_output=True, text=True)
     if out.returncode: raise ChildError(out.stderr.strip().split('\n')[-1])
     return json.loads(out.stdout.split('\n')[-2])
 
@@ -118,6 +123,7 @@ def memory(args):
 def startup(args):
     "(e) Time to import, and to the first batch"
     results, failed = children(args.device, args.starts, args.workers)
-    yield from by_key('e start', dict(imported=('import', 's'), first=('digits net: first batch done', 's')), results, failed, BASELINE)
+    yield from by_key('e start', dict(imported=('import', 's'), first=('digits net: first batch done', 's')), results,
+                      failed, BASELINE)
 
 MEASURES = dict(a=choosing, b=steps, c=training, d=memory, e=startup)

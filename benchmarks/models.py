@@ -15,7 +15,8 @@ def vit_linears():
     for m in model: nn.init.normal_(m.weight, std=.02)
     return model
 
-SIZES = {'ResNet-18, 11 M': lambda: resnet(18), 'ResNet-50, 23 M': lambda: resnet(50), 'ViT-B linear, 86 M': vit_linears}
+SIZES = {'ResNet-18, 11 M': lambda: resnet(18), 'ResNet-50, 23 M': lambda: resnet(50),
+         'ViT-B linear, 86 M': vit_linears}
 
 def layer_type(model): return nn.Conv2d if any(isinstance(m, nn.Conv2d) for m in model.modules()) else nn.Linear
 
@@ -43,7 +44,8 @@ def count(model, context, sparsity=SPARSITY, masks=None):
     return verdict(pools(zeros, context), pools([w.numel() for w in ws], context), sparsity)
 
 def agp_callback(make):
-    "A fastai callback for a library that has none: `make(model)` gives a function of a sparsity, called after each step"
+    """A fastai callback for a library that has none: `make(model)` gives a function of a sparsity, called after each
+    step"""
     from fastai.callback.core import Callback
     class Agp(Callback):
         def before_fit(self): self.prune_to = make(self.learn.model)
@@ -63,7 +65,8 @@ def learner(net, device, batches=None):
         dls, model = DataLoaders(DataLoader(data, bs=16, shuffle=True), DataLoader(data[:16], bs=16)), resnet(18)
     return Learner(dls.to(device), model.to(device), loss_func=CrossEntropyLossFlat())
 
-OPTIMIZERS = {'SGD, momentum': lambda ps: torch.optim.SGD(ps, lr=.01, momentum=.9), 'Adam': lambda ps: torch.optim.Adam(ps, lr=1e-3)}
+OPTIMIZERS = {'SGD, momentum': lambda ps: torch.optim.SGD(ps, lr=.01, momentum=.9),
+              'Adam': lambda ps: torch.optim.Adam(ps, lr=1e-3)}
 
 def stepper(contestant, model, optimizer, x, y):
     "A function that makes one training step with the masks of `contestant` held"

@@ -1,37 +1,43 @@
-"""Half of the filters of real architectures removed, by this library and by Torch-Pruning: `python -m benchmarks.networks`.
+"""Half of the filters of real architectures removed, by this library and by Torch-Pruning:
+`python -m benchmarks.networks`.
 
-Ours: `Sparsifier(model, 'filter', coupled=True)` at 50 % for all convolutions and linear layers, then `thin`. Nothing is said about the network.
-Torch-Pruning: the recipe of its timm example: `BasePruner`, `GroupMagnitudeImportance`, ratio 0.5, `num_heads` for every module that has `qkv`
-and `num_heads`, fused attention off; `head_dim` (and timm's `attn_dim`) are set afterwards. The layers that make the output are ignored.
+Ours: `Sparsifier(model, 'filter', coupled=True)` at 50 % for all convolutions and linear layers, then `thin`. Nothing
+is said about the network. Torch-Pruning: the recipe of its timm example: `BasePruner`, `GroupMagnitudeImportance`,
+ratio 0.5, `num_heads` for every module that has `qkv` and `num_heads`, fused attention off; `head_dim` (and timm's
+`attn_dim`) are set afterwards. The layers that make the output are ignored.
 
-Each job has a process and `--limit` seconds of CPU for pruning. Weights are random, and so are norms and layer scales, which would otherwise
-hide differences. A pruned network is `exact` if it computes in float64, to a relative 1e-6, what the whole network computes with the removed
-channels set to zero; if not, it is `another function`. Torch-Pruning does not promise the same function: one trains after it."""
-import argparse, copy, csv, json, multiprocessing, os, resource, signal, time, warnings
+Each job has a process and `--limit` seconds of CPU for pruning. Weights are random, and so are norms and layer scales,
+which would otherwise hide differences. A pruned network is `exact` if it computes in float64, to a relative 1e-6, what
+the whole network computes with the removed channels set to zero; if not, it is `another function`. Torch-Pruning does
+not promise the same function: one trains after it."""
+import argparse, copy, csv, multiprocessing, os, resource, signal, time, warnings
 os.environ['TIMM_FUSED_ATTN'] = '0'  # before timm is imported, as in Torch-Pruning's example
 from collections import Counter
 from pathlib import Path
-import timm, torch, torch.nn as nn, torchvision
+import timm, torch, torch.nn as nn
 import torch_pruning as tp
 from torchvision.models import detection, segmentation
-from fasterai_clone.core.flow import tensors_in
+from fasterai_clone.model.run import tensors_in
 from fasterai_clone.prune.all import thin
 from fasterai_clone.sparse.all import Sparsifier
 from .timing import installed, machine
 
 SPARSITY = 50
 FIELDS = 'network parameters contestant seed result left difference seconds why'.split()
-TIMM   = '''ghostnet_050 ese_vovnet19b_slim efficientvit_m0 edgenext_xx_small mobilevit_xxs mobilevitv2_050 convnext_atto convnextv2_atto
-            fastvit_t8 mixnet_s efficientvit_b0 levit_128s levit_conv_128s deit_tiny_patch16_224 eva02_tiny_patch14_224 ese_vovnet19b_dw
-            maxvit_rmlp_pico_rw_256 ghostnetv2_100 repvgg_a0 resnest14d coatnet_pico_rw_224 skresnet18 dpn48b dpn68 hrnet_w18_small
-            nf_resnet26 nfnet_l0 resnetv2_50 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 tresnet_m inception_v4
+TIMM   = '''ghostnet_050 ese_vovnet19b_slim efficientvit_m0 edgenext_xx_small mobilevit_xxs mobilevitv2_050
+            convnext_atto convnextv2_atto fastvit_t8 mixnet_s efficientvit_b0 levit_128s
+            levit_conv_128s deit_tiny_patch16_224 eva02_tiny_patch14_224 ese_vovnet19b_dw
+            maxvit_rmlp_pico_rw_256 ghostnetv2_100 repvgg_a0 resnest14d coatnet_pico_rw_224
+            skresnet18 dpn48b dpn68 hrnet_w18_small nf_resnet26 nfnet_l0 resnetv2_50
+            swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 tresnet_m inception_v4
             beit_base_patch16_224'''.split()
 
 
 # Networks: each is made by a function of no arguments; its layers whose outputs leave the network are found by name
 
 class MTCNN(nn.Module):
-    "A cascade network of Zhang et al. 2016: convolutions with PReLU, then a dense layer (or none), and a head for each output"
+    """A cascade network of Zhang et al. 2016: convolutions with PReLU, then a dense layer (or none), and a head for
+    each output"""
     def __init__(self, convs, pools, dense, heads):
         super().__init__()
         layers, i = [], 3
@@ -61,22 +67,28 @@ class TwoStages(nn.Module):
     def forward(self, x):
         found, size = self.backbone(x), [tuple(x.shape[-2:])]
         boxes = [torch.tensor([[4., 4., 60., 90.], [10., 20., 120., 100.]], dtype=x.dtype)]
-        out   = [self.rpn([*found.values()]), self.roi.box_predictor(self.roi.box_head(self.roi.box_roi_pool(found, boxes, size)))]
+        out   = [self.rpn([*found.values()]),
+                 self.roi.box_predictor(self.roi.box_head(self.roi.box_roi_pool(found, boxes, size)))]
         if self.roi.has_keypoint():
-            out.append(self.roi.keypoint_predictor(self.roi.keypoint_head(self.roi.keypoint_roi_pool(found, boxes, size))))
+            features = self.roi.keypoint_roi_pool(found, boxes, size)
+            out.append(self.roi.keypoint_predictor(self.roi.keypoint_head(features)))
         return out
 
-def resnet18_fpn(**kwargs): return detection.backbone_utils.resnet_fpn_backbone(backbone_name='resnet18', weights=None, trainable_layers=5, **kwargs)
+def resnet18_fpn(**kwargs):
+    return detection.backbone_utils.resnet_fpn_backbone(backbone_name='resnet18', weights=None,
+                                                        trainable_layers=5, **kwargs)
 def random(make, **kwargs): return make(weights=None, weights_backbone=None, **kwargs)
 
 OTHERS = {  # name → (makes it, size of the image, names of the layers that make its output)
     'mtcnn_pnet': (lambda: MTCNN([(10, 3), (16, 3), (32, 3)], [2, 0, 0], None, (2, 4)), 12, 'heads'),
     'mtcnn_rnet': (lambda: MTCNN([(28, 3), (48, 3), (64, 2)], [3, 3, 0], (576, 128), (2, 4)), 24, 'heads'),
-    'mtcnn_onet': (lambda: MTCNN([(32, 3), (64, 3), (64, 3), (128, 2)], [3, 3, 2, 0], (1152, 256), (2, 4, 10)), 48, 'heads'),
+    'mtcnn_onet': (lambda: MTCNN([(32, 3), (64, 3), (64, 3), (128, 2)], [3, 3, 2, 0], (1152, 256), (2, 4, 10)), 48,
+                   'heads'),
     'tv_lraspp': (lambda: random(segmentation.lraspp_mobilenet_v3_large), 128, 'low_classifier high_classifier'),
     'tv_deeplabv3_mobilenet': (lambda: random(segmentation.deeplabv3_mobilenet_v3_large), 128, 'classifier.4'),
     'tv_fcn_r50': (lambda: random(segmentation.fcn_resnet50), 128, 'classifier.4'),
-    'tv_ssdlite320': (lambda: OneStage(random(detection.ssdlite320_mobilenet_v3_large)), 320, 'module_list.0.1 module_list.1.1 '
+    'tv_ssdlite320': (lambda: OneStage(random(detection.ssdlite320_mobilenet_v3_large)), 320,
+                      'module_list.0.1 module_list.1.1 '
                       'module_list.2.1 module_list.3.1 module_list.4.1 module_list.5.1'),
     'tv_retinanet_r18': (lambda: OneStage(detection.RetinaNet(resnet18_fpn(), 91)), 128, 'cls_logits bbox_reg'),
     'tv_fasterrcnn_mobilenet': (lambda: TwoStages(random(detection.fasterrcnn_mobilenet_v3_large_320_fpn)), 128,
@@ -94,10 +106,13 @@ def made(name, seed):
     else: make, size, ends = lambda: timm.create_model(name), None, ''
     model = make().eval()
     size  = size or model.default_cfg['input_size'][-1]
-    last  = [m for n,m in model.named_modules() if any(f'.{n}'.endswith(f'.{e}') or f'.{e}.' in f'.{n}' for e in ends.split())]
+    last  = [m for n,m in model.named_modules() if any(f'.{n}'.endswith(f'.{e}') or f'.{e}.' in f'.{n}'
+                                                       for e in ends.split())]
     if hasattr(model, 'get_classifier'): last.append(model.get_classifier())
-    last += [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == getattr(model, 'num_classes', None)]
-    return lively(model), torch.randn(1, 3, size, size), [m for m in last if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    last += [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features
+             == getattr(model, 'num_classes', None)]
+    return lively(model), torch.randn(1, 3, size, size), [m for m in last
+                                                          if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
 
 @torch.no_grad()
 def lively(model):
@@ -112,7 +127,8 @@ def lively(model):
 # Pruned by each: the smaller network, and the whole one with the removed channels zero
 
 def ours(model, x, last):
-    Sparsifier(model, 'filter', layer_type=(nn.Conv1d, nn.Conv2d, nn.Linear), coupled=True, example_inputs=x).sparsify_model(SPARSITY)
+    Sparsifier(model, 'filter', layer_type=(nn.Conv1d, nn.Conv2d, nn.Linear), coupled=True,
+               example_inputs=x).sparsify_model(SPARSITY)
     return thin(model, example_inputs=x), model
 
 def theirs(model, x, last):
@@ -120,8 +136,8 @@ def theirs(model, x, last):
     for (n,m),twin in zip(model.named_modules(), small.modules()): names[twin] = n, m
     heads   = {m.qkv: m.num_heads for m in small.modules() if hasattr(m, 'num_heads') and hasattr(m, 'qkv')}
     ignored = [twin for twin,(_,m) in names.items() if any(m is l for l in last)]
-    pruner  = tp.pruner.BasePruner(small, x, tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=SPARSITY/100, num_heads=heads,
-                                   ignored_layers=ignored)
+    pruner  = tp.pruner.BasePruner(small, x, tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=SPARSITY/100,
+                                   num_heads=heads, ignored_layers=ignored)
     for group in pruner.step(interactive=True):
         for dep,channels in group:
             if dep.layer in names and 'out_channels' in dep.pruning_fn.__name__: zero(names[dep.layer][1], channels)
@@ -160,11 +176,14 @@ def job(name, who, seed, limit, said):
     used  = time.process_time()
     resource.setrlimit(resource.RLIMIT_CPU, (int(used + limit) + 1, resource.RLIM_INFINITY))
     try: small, whole = CONTESTANTS[who](model, x, last)
-    except Exception as e: return said.send(dict(result=failure(who, e), why=f'{type(e).__name__}: {e}'.split('\n')[0][:200]))
+    except Exception as e:
+        return said.send(dict(result=failure(who, e), why=f'{type(e).__name__}: {e}'.split('\n')[0][:200]))
     resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY,)*2)
-    said.send(dict(seconds=round(time.process_time() - used, 1), left=round(sum(p.numel() for p in small.parameters()) / total, 4)))
+    said.send(dict(seconds=round(time.process_time() - used, 1),
+                   left=round(sum(p.numel() for p in small.parameters()) / total, 4)))
     try: apart = difference(whole, small, x)
-    except Exception as e: return said.send(dict(result='does not run', why=f'{type(e).__name__}: {e}'.split('\n')[0][:200]))
+    except Exception as e:
+        return said.send(dict(result='does not run', why=f'{type(e).__name__}: {e}'.split('\n')[0][:200]))
     said.send(dict(result='exact' if apart < 1e-6 else 'another function', difference=f'{apart:.1e}'))
 
 def failure(who, error):
@@ -203,7 +222,8 @@ def save(rows, about, file):
         writer.writerows(rows)
 
 def main():
-    p = argparse.ArgumentParser(prog='python -m benchmarks.networks', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog='python -m benchmarks.networks', description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--only', default='', help='names of networks, separated by commas (default: all)')
     p.add_argument('--seeds', type=int, default=3, help='how many random initialisations of each')
     p.add_argument('--contestants', default=','.join(CONTESTANTS), help='ours, theirs, or both')
@@ -213,7 +233,8 @@ def main():
     names = args.only.split(',') if args.only else NAMES
     if unknown := set(names) - set(NAMES): p.error(f'--only takes {", ".join(NAMES)}; got {", ".join(sorted(unknown))}')
     about = {k: v for k,v in machine('cpu').items() if k in ('cpu', 'python', 'torch', 'torchvision', 'fasterai-clone')}
-    about |= {k: installed(k) for k in ('timm', 'torch-pruning')} | dict(sparsity=SPARSITY, limit=args.limit, seeds=args.seeds)
+    about |= {k: installed(k) for k in ('timm', 'torch-pruning')} | dict(sparsity=SPARSITY, limit=args.limit,
+                                                                         seeds=args.seeds)
     rows  = []
     for name in names:
         for seed in range(args.seeds):

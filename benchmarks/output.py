@@ -17,15 +17,18 @@ def number(v):
 
 def span(row, key):
     "Median (min–max), in ms below a second"
-    scale, unit = (1000, row['unit'].replace('s', 'ms', 1)) if row['unit'] in ('s', 's/epoch') and row['median'] < 1 else (1, row['unit'])
+    small = row['unit'] in ('s', 's/epoch') and row['median'] < 1
+    scale, unit = (1000, row['unit'].replace('s', 'ms', 1)) if small else (1, row['unit'])
     if key == 'ratio': scale, unit = 1, '×'
-    mid, lo, hi = (number(row[k] * scale) for k in (('ratio', 'ratio_min', 'ratio_max') if key == 'ratio' else ('median', 'min', 'max')))
+    mid, lo, hi = (number(row[k] * scale)
+                   for k in (('ratio', 'ratio_min', 'ratio_max') if key == 'ratio' else ('median', 'min', 'max')))
     return f'{mid} {unit}' + (f' ({lo}–{hi})' if len(row['rounds']) > 1 else '')
 
 def line(row):
     "One contestant"
     if row['why']: return f'  {row["contestant"]:28}not run: {row["why"]}'
-    return f'  {row["contestant"]:28}{span(row, "median"):32}{span(row, "ratio") if "ratio" in row else "":28}{row["count"]}'.rstrip()
+    ratio = span(row, 'ratio') if 'ratio' in row else ''
+    return f'  {row["contestant"]:28}{span(row, "median"):32}{ratio:28}{row["count"]}'.rstrip()
 
 def table(rows):
     "Text, case by case"
@@ -41,12 +44,15 @@ def panel(ax, case, group):
     key = 'ratio' if any('ratio' in r for r in group) else 'median'
     for i, r in enumerate(group):
         if key not in r or r[key] <= 0:
-            ax.text(.01, i, 'not run' if r['why'] else number(r.get(key, 0)), transform=ax.get_yaxis_transform(), va='center', fontsize=8)
+            ax.text(.01, i, 'not run' if r['why'] else number(r.get(key, 0)), transform=ax.get_yaxis_transform(),
+                    va='center', fontsize=8)
             continue
         lo, hi = (r[k] for k in (('ratio_min', 'ratio_max') if key == 'ratio' else ('min', 'max')))
-        ax.barh(i, r[key], color=COLORS.get(r['contestant'], '#000000'), xerr=[[r[key] - lo], [hi - r[key]]], error_kw=dict(lw=1))
+        ax.barh(i, r[key], color=COLORS.get(r['contestant'], '#000000'), xerr=[[r[key] - lo], [hi - r[key]]],
+                error_kw=dict(lw=1))
         ax.text(hi, i, f' {number(r[key])}', va='center', fontsize=8)
-    ax.set(xscale='log', yticks=range(len(group)), title=case, xlabel=f'times {group[0]["reference"]}' if key == 'ratio' else group[0]['unit'])
+    ax.set(xscale='log', yticks=range(len(group)), title=case,
+           xlabel=f'times {group[0]["reference"]}' if key == 'ratio' else group[0]['unit'])
     ax.set_yticklabels([r['contestant'] for r in group])
     ax.title.set_fontsize(9)
     ax.xaxis.set_major_formatter(ticker.LogFormatter())

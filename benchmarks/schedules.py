@@ -1,17 +1,19 @@
-"The classic study, over seeds: dense, at once, in steps, gradually, for equal epochs: `python -m benchmarks.schedules` (about 5 minutes on an idle core)"
+"""The classic study, over seeds: dense, at once, in steps, gradually, for equal epochs:
+`python -m benchmarks.schedules` (about 5 minutes on an idle core)"""
 import argparse, copy, csv, time
 from functools import partial
 from pathlib import Path
 import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, set_seed
-import fastai.callback.schedule  # gives a learner `fit_one_cycle`
+import fastai.callback.schedule  # noqa: F401, gives a learner `fit_one_cycle`
 from fasterai_clone.digits import digits_dls, digits_net
 from fasterai_clone.sparse.all import Sparsifier, SparsifyCallback, agp, iterative, one_shot
 from .timing import machine
 
 EPOCHS, LR, SPARSITIES = 10, 1e-2, (80, 90, 95, 98)
 KINDS  = {'one-shot': one_shot, 'iterative': iterative, 'gradual': agp,
-          'iterative, done at 70 %': partial(iterative, end_pct=0.7), 'gradual, done at 70 %': partial(agp, end_pct=0.7)}
+          'iterative, done at 70 %': partial(iterative, end_pct=0.7),
+          'gradual, done at 70 %': partial(agp, end_pct=0.7)}
 FIELDS = 'seed kind sparsity weights zeros accuracy'.split()
 
 def trained(seed, cbs=None, epochs=EPOCHS, lr=LR, width=16, bs=64):
@@ -27,7 +29,8 @@ def percent(learn):
 
 def counted(sp):
     "Weights of the targets, and how many are zero"
-    return sum(t.weight.numel() for t in sp.targets), sum(t.weight.numel() - int(t.weight.count_nonzero()) for t in sp.targets)
+    return sum(t.weight.numel() for t in sp.targets), sum(t.weight.numel() - int(t.weight.count_nonzero())
+                                                          for t in sp.targets)
 
 def rows(seed):
     "A row for each training, and for the dense network pruned after it"

@@ -1,21 +1,22 @@
-"Half of the filters of a digits net go while it trains, then they are taken out: `python -m benchmarks.structured_digits` (about 4 minutes)"
+"""Prune half of the filters of a digits net during training, then remove them: `python -m benchmarks.structured_digits`
+(about 4 minutes)"""
 import argparse, copy, csv, time
 from pathlib import Path
 import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, set_seed
-import fastai.callback.schedule  # gives a learner `fit_one_cycle`
+import fastai.callback.schedule  # noqa: F401, gives a learner `fit_one_cycle`
 from fasterai_clone.digits import digits_dls, digits_net
 from fasterai_clone.prune.all import compare, thin
 from fasterai_clone.sparse.all import Sparsifier, SparsifyCallback, agp
 from .timing import machine
 
 WIDTH, EPOCHS, LR, SPARSITY = 16, 15, 5e-3, 50
-END = 9  # the epoch by which all that is to go is gone; six are left to recover in
+END = 9  # pruning is done by this epoch; six are left for recovery
 FIELDS = 'seed kind correct of accuracy params multiply_adds file speedup_1 speedup_64 changed difference'.split()
 EXAMPLE = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def trained(seed, width=WIDTH, cbs=None):
-    "A digits net after `EPOCHS`, in eval mode"
+    "Train a digits net for `EPOCHS` and return it in eval mode"
     set_seed(seed, reproducible=True)
     learn = Learner(digits_dls(), digits_net(width), loss_func=CrossEntropyLossFlat())
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(EPOCHS, LR, cbs=cbs)
@@ -24,7 +25,7 @@ def trained(seed, width=WIDTH, cbs=None):
 def pruning(end): return SparsifyCallback(SPARSITY, 'filter', schedule=agp, end_epoch=end, verbose=False)
 
 def zeroed(net):
-    "The same half of the filters by magnitude of `net`, at once and without training"
+    "Prune half of the filters of `net` by magnitude, at once and without training"
     Sparsifier(net, 'filter').sparsify_model(SPARSITY)
     return net
 
@@ -42,8 +43,8 @@ def row(seed, kind, dense, net, masked=None):
     changed = int((out.argmax(1) != same.argmax(1)).sum()), ((out - same).abs().max() / same.abs().max()).item()
     correct = int((out.argmax(1) == y).sum())
     c = costs.after
-    return dict(zip(FIELDS, (seed, kind, correct, len(y), round(100*correct/len(y), 2), c.params, c.multiply_adds, c.file,
-                             *[round(s, 3) for s in speed], changed[0], f'{changed[1]:.1e}')))
+    return dict(zip(FIELDS, (seed, kind, correct, len(y), round(100*correct/len(y), 2), c.params,
+                             c.multiply_adds, c.file, *[round(s, 3) for s in speed], changed[0], f'{changed[1]:.1e}')))
 
 def rows(seed):
     "A row for each kind of network"
@@ -63,11 +64,13 @@ def main():
     args = p.parse_args()
     torch.set_num_threads(1)
     start, table = time.perf_counter(), []
-    about = {k: v for k,v in machine('cpu').items() if k in ('date', 'cpu', 'threads', 'load', 'python', 'torch', 'fastai', 'fasterai-clone')}
+    about = {k: v for k,v in machine('cpu').items() if k in ('date', 'cpu', 'threads', 'load', 'python', 'torch',
+                                                             'fastai', 'fasterai-clone')}
     for seed in range(args.seeds):
         table += rows(seed)
         print(f'seed {seed} done, {time.perf_counter() - start:.0f} s', flush=True)
-    about |= dict(seeds=args.seeds, epochs=EPOCHS, end=END, lr=LR, width=WIDTH, minutes=round((time.perf_counter() - start) / 60, 1))
+    about |= dict(seeds=args.seeds, epochs=EPOCHS, end=END, lr=LR, width=WIDTH,
+                  minutes=round((time.perf_counter() - start) / 60, 1))
     with open(args.out, 'w', newline='', encoding='utf-8') as f:
         f.writelines(f'# {k}: {v}\n' for k,v in about.items())
         writer = csv.DictWriter(f, FIELDS, lineterminator='\n')

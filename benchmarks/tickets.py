@@ -6,26 +6,28 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fasterai_clone.digits import digits_dls
-from fasterai_clone.sparse.tickets import find_ticket
+from fasterai_clone.sparse.tickets_callback import find_ticket
 from .timing import machine
 
-SPARSITY = {'*': 98, '5': 80}   # percent after the last round; the output layer ('5') at about half the rate, as Frankle & Carbin have it
+# percent after the last round; the output layer ('5') at about half the rate, as Frankle & Carbin have it
+SPARSITY = {'*': 98, '5': 80}
 SEARCH   = dict(n_epoch=20, lr=2e-3, rounds=5, layer_type=nn.Linear)
 KINDS    = ('ticket', 'reinit', 'random')
 FIELDS   = 'seed round kind sparsity epoch train_loss valid_loss accuracy'.split()
 
 def lenet(seed):
-    "LeNet-300-100 for 8×8 images"
+    "Build LeNet-300-100 for 8×8 images"
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(),
+                         nn.Linear(100, 10))
 
 def search(seed, **kwargs):
-    "What `find_ticket` finds from the weights and batches of `seed`"
+    "Run `find_ticket` with the weights and batches of `seed`"
     learn = Learner(digits_dls(60), lenet(seed), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     return find_ticket(learn, **{**SEARCH, 'sparsity': SPARSITY, 'seed': seed, 'verbose': False, **kwargs})
 
 def rows(seed, found):
-    "A row for each epoch of each training, accuracy in percent"
+    "Return a row for each epoch of each training run, with the accuracy in percent"
     for r in found.runs:
         for e in r.epochs:
             numbers = [round(v, 4) for v in (e['train_loss'], e['valid_loss'], 100*e['accuracy'])]
@@ -38,11 +40,13 @@ def main():
     args = p.parse_args()
     torch.set_num_threads(1)
     start, table = time.perf_counter(), []
-    about = {k: v for k,v in machine('cpu').items() if k in ('date', 'cpu', 'python', 'torch', 'fastai', 'numpy', 'fasterai-clone')}
+    about = {k: v for k,v in machine('cpu').items() if k in ('date', 'cpu', 'python', 'torch', 'fastai', 'numpy',
+                                                             'fasterai-clone')}
     for seed in range(args.seeds):
         table += rows(seed, search(seed))
         print(f'seed {seed} done, {time.perf_counter() - start:.0f} s', flush=True)
-    about |= dict(seeds=args.seeds, epochs=SEARCH['n_epoch'], lr=SEARCH['lr'], minutes=round((time.perf_counter() - start) / 60, 1))
+    about |= dict(seeds=args.seeds, epochs=SEARCH['n_epoch'], lr=SEARCH['lr'],
+                  minutes=round((time.perf_counter() - start) / 60, 1))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, 'w', newline='', encoding='utf-8') as f:
         f.writelines(f'# {k}: {v}\n' for k,v in about.items())

@@ -18,7 +18,8 @@ def timed(f, device):
     finally: gc.enable()
 
 def interleave(jobs, rounds, warm_up=True):
-    "Call each of `jobs` (name → function that gives a number) once a round, in rotating order: the numbers, and why some failed"
+    """Call each of `jobs` (name → function that gives a number) once a round, in rotating order: the numbers, and why
+    some failed"""
     results, failed = {k: [] for k in jobs}, {}
     for r in range(rounds + warm_up):
         gc.collect()
@@ -36,11 +37,12 @@ def spread(values):
     "Median, minimum and maximum"
     return [median(values), min(values), max(values)]
 
-def rows(part, case, results, failed, unit, reference=None, counts={}):
+def rows(part, case, results, failed, unit, reference=None, counts=None):
     "One record for each contestant; ratios to the `reference` of the same round"
     base = results.get(reference)
     for k in [*results, *failed]:
-        row = dict(part=part, case=case, contestant=k, unit=unit, count=counts.get(k, ''), why=failed.get(k, ''))
+        row = dict(part=part, case=case, contestant=k, unit=unit, count=(counts or {}).get(k, ''),
+                   why=failed.get(k, ''))
         if k in results:
             row |= dict(zip(('median', 'min', 'max'), spread(results[k])), rounds=results[k])
             ratios = [a/b for a, b in zip(results[k], base or [])]
@@ -59,5 +61,6 @@ def machine(device):
     "What the numbers were measured on"
     return dict(date=str(date.today()), cpu=cpu_model(), cores=os.cpu_count(), threads=torch.get_num_threads(),
                 load=round(os.getloadavg()[0], 2),
-                device=torch.cuda.get_device_name() if device == 'cuda' else 'cpu', system=platform.platform(), python=platform.python_version(),
+                device=torch.cuda.get_device_name() if device == 'cuda' else 'cpu', system=platform.platform(),
+                python=platform.python_version(),
                 **{p: installed(p) for p in ('torch', 'torchvision', 'fastai', 'fasterai-clone', 'fasterai', 'numpy')})

@@ -1,5 +1,5 @@
 "Sphinx's settings, for `python tools/build_docs.py`"
-import json, re
+import html, json, re
 from pathlib import Path
 
 from docutils import nodes
@@ -15,7 +15,8 @@ project          = 'fasterai_clone'
 author           = 'The fasterai_clone authors'
 copyright        = author
 version = release = re.search(r'__version__ = "(.+?)"', (root/project/'__init__.py').read_text(encoding='utf-8'))[1]
-extensions       = ['myst_nb', 'sphinx_copybutton', 'sphinx.ext.mathjax', 'sphinx-mathjax-offline', 'sphinx.ext.linkcode']
+extensions       = ['myst_nb', 'sphinx_copybutton', 'sphinx.ext.mathjax', 'sphinx-mathjax-offline',
+                    'sphinx.ext.linkcode']
 exclude_patterns = ['_extra']
 
 nb_execution_mode         = 'off'
@@ -34,7 +35,8 @@ html_domain_indices = html_use_index = False
 html_favicon       = '_static/logo.svg'
 html_logo          = '_static/logo.svg'
 html_theme_options = dict(top_of_page_buttons=[], navigation_with_keys=True,
-                          footer_icons=[dict(name='GitHub', url='https://github.com/fasterai-clone/fasterai_clone', html='GitHub', **{'class': ''})])
+                          footer_icons=[dict(name='GitHub', url='https://github.com/fasterai-clone/fasterai_clone',
+                                             html='GitHub', **{'class': ''})])
 copybutton_selector = '.cell_input pre, .highlight-python pre, .highlight-bash pre'
 add_module_names    = False
 toc_object_entries_show_parents = 'hide'
@@ -73,7 +75,8 @@ class LinkNames(SphinxPostTransform):
             if full:
                 to  = objects[full]
                 ref = make_refnode(self.app.builder, self.env.docname, to.docname, to.node_id, literal.deepcopy())
-            elif self._is_file(text): ref = nodes.reference('', '', literal.deepcopy(), refuri=f'{blob}/{text.split("::")[0]}')
+            elif self._is_file(text):
+                ref = nodes.reference('', '', literal.deepcopy(), refuri=f'{blob}/{text.split("::")[0]}')
             else: continue
             literal.replace_self(ref)
 
@@ -98,16 +101,36 @@ def link_code(app, pagename, templatename, context, doctree):
     "Names in blocks of code lead to their entries, if they can be taken for nothing else"
     objects = app.env.get_domain('py').objects
     body    = context.get('body') or ''
-    defined = set(re.findall(r'<span class="k">(?:def|class)</span><span class="w"> </span><span class="n[cf]">(\w+)</span>', body))
-    to      = {name: objects[full] for full,(name,_) in _known.items() if full in objects and re.search('[A-Z]|._', name) and name not in defined}
+    defined = set(re.findall(r'<span class="k">(?:def|class)</span><span class="w"> </span><span '
+                             r'class="n[cf]">(\w+)</span>', body))
+    to      = {name: objects[full] for full,(name,_) in _known.items()
+               if full in objects and re.search('[A-Z]|._', name) and name not in defined}
     def link(m):
         if m[2] not in to: return m[0]
-        return f'<a class="in-code" href="{app.builder.get_relative_uri(pagename, to[m[2]].docname)}#{to[m[2]].node_id}">{m[1]}</a>'
-    def breaks(m): return re.sub(r'(?<=<span class="pre">)[^<]+', lambda w: re.sub(r'(?<=\w)(::|[_(])(?=\w)', r'\1<wbr>', w[0]), m[0])
+        page = app.builder.get_relative_uri(pagename, to[m[2]].docname)
+        return f'<a class="in-code" href="{page}#{to[m[2]].node_id}">{m[1]}</a>'
+    def breaks(m):
+        return re.sub(r'(?<=<span class="pre">)[^<]+', lambda w: re.sub(r'(?<=\w)(::|[_(])(?=\w)',
+                                                                        r'\1<wbr>', w[0]), m[0])
     if doctree is not None:
         body = re.sub(r'<td.*?</td>', breaks, body, flags=re.S)  # long names in tables break between words
         context['body'] = re.sub(r'(<span class="n[cfn]?">(\w+)</span>)(?!<span class="o">=</span>)', link, body)
 
+
+def fit_code(app, pagename, templatename, context, doctree):
+    """Every line of code and of output is an element of its own: a long one goes on below, indented. A block knows its
+    longest line, and output gets smaller before it breaks"""
+    def line(text):
+        plain  = html.unescape(re.sub(r'<[^>]*>', '', text))
+        indent = len(plain) - len(plain.lstrip(' '))
+        style  = f' style="--indent: {indent}"' if indent and plain.strip() else ''
+        return f'<span class="line"{style}>{text}\n</span>', len(plain)
+    def block(m):
+        lines, widths = zip(*map(line, m[1].removesuffix('\n').split('\n')))
+        return f'<pre style="--columns: {max(widths)}">{"".join(lines)}</pre>'
+    if doctree is not None:
+        context['body'] = re.sub(r'(?<=<div class="highlight">)<pre>(?:<span></span>)?(.*?)</pre>', block,
+                                 context['body'], flags=re.S)
 
 def setup(app):
     _known.update(json.loads((Path(app.srcdir)/'names.json').read_text(encoding='utf-8')))
@@ -115,3 +138,4 @@ def setup(app):
     app.add_transform(NameAnchors)
     app.add_post_transform(LinkNames)
     app.connect('html-page-context', link_code)
+    app.connect('html-page-context', fit_code, priority=600)

@@ -4,8 +4,9 @@ from fractions import Fraction
 from functools import cache
 
 import torch, torch.nn as nn
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, TfmdLists, accuracy, noop, set_seed
-from fasterai_clone.core.measure import as_criteria
+from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, TfmdLists, accuracy, noop,
+                           set_seed)
+from fasterai_clone.sparse.measure import as_criteria
 from fasterai_clone.digits import digits_dls, digits_net
 
 
@@ -27,6 +28,9 @@ def measured(model, kind=nn.Conv2d): return 100 * sum(zeros(model, kind)) / sum(
 def weights (model): return {k: v.detach().clone() for k,v in model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
+def shown(x):
+    "`str(x)` without addresses: the ids of tests must be the same in all processes"
+    return re.sub(r' (object )?at 0x[0-9a-f]+', '', str(x))
 
 def fit_for(criteria):
     "A granularity that the criterion can score"
@@ -48,7 +52,8 @@ def learner(n=128, bs=16, width=4, seed=0, model=None, **kwargs):
     images()  # reading them the first time draws random numbers
     set_seed(seed, reproducible=True)
     kwargs = {'metrics': accuracy, 'path': '.', **kwargs}
-    return Learner(loaders(n, bs), digits_net(width) if model is None else model, loss_func=CrossEntropyLossFlat(), **kwargs)
+    return Learner(loaders(n, bs), digits_net(width) if model is None else model,
+                   loss_func=CrossEntropyLossFlat(), **kwargs)
 
 def spy(event, f, order=100):
     "A callback that calls `f` at `event`"
@@ -56,5 +61,7 @@ def spy(event, f, order=100):
     cb.order = order
     return cb
 
-def column(learn, name='sparsity'): return [v[list(learn.recorder.metric_names[1:]).index(name)] for v in learn.recorder.values]
-def lines(out): return [(int(e), float(s)) for e,s in re.findall(r'^Sparsity at the end of epoch (\d+): \[([\d.]+)\]%', out, re.M)]
+def column(learn, name='sparsity'):
+    return [v[list(learn.recorder.metric_names[1:]).index(name)] for v in learn.recorder.values]
+def lines(out):
+    return [(int(e), float(s)) for e,s in re.findall(r'^Sparsity at the end of epoch (\d+): \[([\d.]+)\]%', out, re.M)]

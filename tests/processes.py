@@ -9,9 +9,11 @@ LIMIT = 300  # seconds until what hangs has failed
 
 def start(file, world, folder):
     "Run `file` as a script in `world` processes; each one's results by the name of the case"
-    env   = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', CUDA_VISIBLE_DEVICES='', TORCH_CPP_LOG_LEVEL='ERROR')
+    env   = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', CUDA_VISIBLE_DEVICES='',
+                 TORCH_CPP_LOG_LEVEL='ERROR')
     logs  = [open(folder/f'{r}.log', 'w+') for r in range(world)]
-    procs = [subprocess.Popen([sys.executable, file, str(r), str(world), str(folder)], stdout=l, stderr=l, env=env, cwd=folder)
+    procs = [subprocess.Popen([sys.executable, file, str(r), str(world), str(folder)], stdout=l, stderr=l,
+                              env=env, cwd=folder)
              for r,l in enumerate(logs)]
     until = time.time() + LIMIT
     try:

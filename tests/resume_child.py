@@ -1,4 +1,5 @@
-"Resumes trainings in a process of its own: `python resume_child.py folder` reads cases from there and writes final weights"
+"""Resumes trainings in a process of its own: `python resume_child.py folder` reads cases from there and writes final
+weights"""
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import json, sys, warnings

@@ -6,8 +6,8 @@ from itertools import accumulate
 import pytest, torch, torch.nn as nn
 from hypothesis import given, settings, strategies as st
 
-from fasterai_clone.core.budget import *
-from fasterai_clone.core.budget import _order
+from fasterai_clone.sparse.budget import *
+from fasterai_clone.sparse.budget import _order
 from fasterai_clone.core.selection import keep_mask, keep_masks, n_dropped
 from helpers import exact, naive_keep
 
@@ -18,8 +18,10 @@ seeds    = st.integers(0, 999)
 def generator(seed): return torch.Generator().manual_seed(seed)
 def drops(masks): return [int((~m).sum()) for m in masks]
 def ranked(scores, pruned=None):
-    "(layer, index) of all groups in the order they go: what was dropped before first, then by score, ties by layer and index"
-    old = [torch.ones(s.shape, dtype=torch.bool) if p is None else p for s,p in zip(scores, pruned or [None]*len(scores))]
+    """(layer, index) of all groups in the order they go: what was dropped before first, then by score, ties by layer
+    and index"""
+    old = [torch.ones(s.shape, dtype=torch.bool) if p is None else p
+           for s,p in zip(scores, pruned or [None]*len(scores))]
     keys = [(kept, x, l, i) for l,(s,p) in enumerate(zip(scores, old))
             for i,(kept,x) in enumerate(zip(p.flatten().tolist(), s.flatten().tolist()))]
     return [(l, i) for *_,l,i in sorted(keys)]
@@ -27,9 +29,11 @@ def ranked(scores, pruned=None):
 @st.composite
 def layers_of_scores(draw, least=-3, most=3):
     "A few layers of whole numbers, so that there are ties, in any dtype, and earlier masks of some"
-    sizes, seed, dtype = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)), draw(seeds), draw(st.sampled_from(DTYPES))
+    sizes, seed = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)), draw(seeds)
+    dtype = draw(st.sampled_from(DTYPES))
     scores = [torch.randint(least, most + 1, (n,), generator=generator(seed + i)).to(dtype) for i,n in enumerate(sizes)]
-    pruned = [None if draw(st.booleans()) else torch.rand(n, generator=generator(seed - i)) > 0.5 for i,n in enumerate(sizes)]
+    pruned = [None if draw(st.booleans()) else torch.rand(n, generator=generator(seed - i)) > 0.5
+              for i,n in enumerate(sizes)]
     return scores, draw(st.sampled_from([None, pruned]))
 
 @st.composite
@@ -43,7 +47,8 @@ def bounds(draw, sizes):
 
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_order_is_that_of_a_stable_sort(dtype):
-    x = torch.cat([torch.randn(500, generator=generator(1)), torch.randint(-2, 3, (500,), generator=generator(2)).float(),
+    x = torch.cat([torch.randn(500, generator=generator(1)),
+                   torch.randint(-2, 3, (500,), generator=generator(2)).float(),
                    torch.tensor([0., -0., 0., -0., 1e-45, -1e-45, 3e38, -3e38, math.inf, -math.inf]*3)]).to(dtype)
     flat = x.tolist()
     assert _order(x).tolist() == sorted(range(len(flat)), key=flat.__getitem__)
@@ -71,7 +76,8 @@ def test_limits_by_name_or_pattern():
     names = ['stem', 'body.0', 'body.1', 'head']
     most = {'body.*': 50, 'body.1': 80, '*d': 20}
     assert limits([10]*4, None, most, names)[1] == [10, 5, 8, 2]
-    assert limits([10]*4, None, {'body.1': 80, 'body.*': 50, 'b*': 60}, names)[1] == [10, 6, 8, 10]  # a name wins, then the last pattern
+    # a name wins, then the last pattern
+    assert limits([10]*4, None, {'body.1': 80, 'body.*': 50, 'b*': 60}, names)[1] == [10, 6, 8, 10]
     assert limits([10]*4, {'head.weight': 30}, None, names)[0] == [0, 0, 0, 3]
 
 @pytest.mark.parametrize('kwargs, error, says', [
@@ -82,7 +88,7 @@ def test_limits_by_name_or_pattern():
     (dict(min_sparsity={'head': 101}),            ValueError, r"min_sparsity\['head'\].*0 to 100"),
     (dict(min_sparsity='50'),                     TypeError,  'min_sparsity'),
     (dict(min_sparsity=60, max_sparsity={'head': 50}), ValueError, "'head' is 60, more than its `max_sparsity` of 50"),
-    (dict(names=['stem']),                        ValueError, 'One name for each of 2')])
+    (dict(names=['stem']),                        ValueError, 'one name for each of 2')])
 def test_limits_refuse(kwargs, error, says):
     with pytest.raises(error, match=says): limits([10, 10], **{'names': ['body.0', 'head'], **kwargs})
 
@@ -94,7 +100,8 @@ def test_limits_that_cannot_be_met_say_what_can(data):
     for n in {0, sum(lows), sum(highs), sum(sizes)}:
         if sum(lows) <= n <= sum(highs): assert check_limits(n, lows, highs, sizes) is None
         else:
-            with pytest.raises(ValueError, match=f'allow {sum(lows):,} to {sum(highs):,}') as e: check_limits(n, lows, highs, sizes)
+            with pytest.raises(ValueError, match=f'allow {sum(lows):,} to {sum(highs):,}') as e:
+                check_limits(n, lows, highs, sizes)
             low, high = map(float, str(e.value).rsplit('from ', 1)[1].split(' %')[0].split(' to '))
             assert n_dropped(sum(sizes), low) >= sum(lows) and n_dropped(sum(sizes), high) <= sum(highs)
 
@@ -104,7 +111,8 @@ def test_limits_that_cannot_be_met_say_what_can(data):
 def naive_webster(weights, n, lows, highs):
     "Kept groups come one by one at ε = (j - 1/2)/weight; the lowest ε first, of equal ones that of the later layer"
     first = [(Fraction(-1), 0, 0, l) for l,lo in enumerate(lows) for _ in range(lo)]
-    rest  = [(Fraction(2*j - 1, 2)/w, -l, j, l) for l,(w,lo,hi) in enumerate(zip(weights, lows, highs)) for j in range(lo + 1, hi + 1)]
+    rest  = [(Fraction(2*j - 1, 2)/w, -l, j, l) for l,(w,lo,hi) in enumerate(zip(weights, lows, highs))
+             for j in range(lo + 1, hi + 1)]
     order = [o[-1] for o in first + sorted(rest)]
     return [order[:n].count(l) for l in range(len(weights))]
 
@@ -132,11 +140,13 @@ def test_erk_is_webster(data, shapes, sparsity):
     lows, highs = data.draw(bounds(sizes))
     if sum(lows) <= n <= sum(highs):
         counts = erk_counts(shapes, sizes, sparsity, lows, highs)
-        kept = naive_webster(weights, sum(sizes) - n, [s-h for s,h in zip(sizes, highs)], [s-l for s,l in zip(sizes, lows)])
+        kept = naive_webster(weights, sum(sizes) - n, [s-h for s,h in zip(sizes, highs)],
+                             [s-l for s,l in zip(sizes, lows)])
         assert [s-k for s,k in zip(sizes, counts)] == kept
         assert all(lo <= k <= hi for lo,k,hi in zip(lows, counts, highs)) and sum(counts) == n
     else:
-        with pytest.raises(ValueError, match='limits of the layers allow'): erk_counts(shapes, sizes, sparsity, lows, highs)
+        with pytest.raises(ValueError, match='limits of the layers allow'):
+            erk_counts(shapes, sizes, sparsity, lows, highs)
 
 @settings(max_examples=60)
 @given(data=st.data(), shapes=st.lists(shape, min_size=2, max_size=5))
@@ -158,7 +168,8 @@ def test_largest_remainder_would_give_back():
 
 resnet = [(64, 3, 7, 7), *[(64, 64, 3, 3)]*4, (128, 64, 3, 3), *[(128, 128, 3, 3)]*3, (128, 64, 1, 1), (256, 128, 3, 3),
           *[(256, 256, 3, 3)]*3, (256, 128, 1, 1), (512, 256, 3, 3), *[(512, 512, 3, 3)]*3, (512, 256, 1, 1)]
-nets = dict(lenet=[(300, 784), (100, 300), (10, 100)], digits=[(4, 1, 3, 3), (8, 4, 3, 3), (16, 8, 3, 3)], resnet18=resnet)
+nets = dict(lenet=[(300, 784), (100, 300), (10, 100)], digits=[(4, 1, 3, 3), (8, 4, 3, 3), (16, 8, 3, 3)],
+            resnet18=resnet)
 
 @pytest.mark.parametrize('sparsity', [10, 50, 80, 90, 95, 98, 99.5])
 @pytest.mark.parametrize('net', nets)
@@ -172,7 +183,8 @@ def test_erk_is_that_of_rigl(net, sparsity):
 
 def test_erk_by_hand():
     shapes, sizes = [(2, 2), (8, 8)], [4, 64]
-    assert {s: erk_counts(shapes, sizes, s) for s in (0, 50, 75, 100)} == {0: [0, 0], 50: [0, 34], 75: [1, 50], 100: [4, 64]}
+    want = {0: [0, 0], 50: [0, 34], 75: [1, 50], 100: [4, 64]}
+    assert {s: erk_counts(shapes, sizes, s) for s in want} == want
     assert erk_counts([(2, 2)]*3, [4]*3, 100/12) == [1, 0, 0]  # ties by index
     assert erk_counts([(4, 2, 1, 1), (8, 4, 3, 3)], [4, 8], 50) == [0, 6]  # filters: 4·8/8 = 4 to 8·18/288 = 1/2 shares
     assert erk_counts([], [], 50) == [] and erk_counts([(0, 3), (2, 2)], [0, 4], 50) == [0, 2]
@@ -182,9 +194,12 @@ def test_erk_of_sparsities_on_the_way_to_the_first_percent():
     assert sum(erk_counts([(30, 30), (50, 50)], [900, 2500], 0.1)) == 3
 
 @pytest.mark.parametrize('args, says', [
-    (([(2, 2)], [4, 4], 50), 'One shape for each of 2'),           (([(2, 2)], [4], 50, [1, 1]), 'One low and one high for each of 1'),
-    (([(2, 2)], [4], 50, [3], [2]), 'Layer 0 has 4 groups'),       (([(2, 2)], [4], 50, [0], [5]), 'Layer 0 has 4 groups'),
-    (([(2, 2)], [4], 100, None, [3]), 'allow 0 to 3, a sparsity from 0 to 75'), (([(2, 2)], [4], 0, [1]), 'from 25 to 100')])
+    (([(2, 2)], [4, 4], 50), 'one shape for each of 2'),
+    (([(2, 2)], [4], 50, [1, 1]), 'one low and one high for each of 1'),
+    (([(2, 2)], [4], 50, [3], [2]), 'Layer 0 has 4 groups'),
+    (([(2, 2)], [4], 50, [0], [5]), 'Layer 0 has 4 groups'),
+    (([(2, 2)], [4], 100, None, [3]), 'allow 0 to 3, a sparsity from 0 to 75'),
+    (([(2, 2)], [4], 0, [1]), 'from 25 to 100')])
 def test_erk_refuses(args, says):
     with pytest.raises(ValueError, match=says): erk_counts(*args)
 
@@ -205,7 +220,8 @@ def same_order(scores, lamps):
     s, l = scores.flatten(), lamps.flatten()
     order = s.argsort(stable=True)
     s, l  = s[order], l[order]
-    return torch.equal(order, lamps.flatten().argsort(stable=True)) and bool(((l[1:] > l[:-1]) | (s[1:] == s[:-1])).all())
+    return torch.equal(order, lamps.flatten().argsort(stable=True)) and bool((
+        (l[1:] > l[:-1]) | (s[1:] == s[:-1])).all())
 
 @given(layers_of_scores(least=0))
 def test_lamp_is_its_formula(given_scores):
@@ -239,7 +255,8 @@ def test_lamp_by_hand():
     a, b = lamp([torch.tensor([[3., 1.], [2., 0.]]), torch.tensor([5.])])
     assert torch.allclose(a, torch.tensor([[1, 1/14], [4/13, 0]], dtype=torch.float64)) and b.tolist() == [1]
     assert lamp([torch.ones(4)])[0].tolist() == [1/4, 1/3, 1/2, 1]
-    assert lamp([torch.zeros(2, 2), torch.empty(0)])[0].tolist() == [[0, 0], [0, 0]] and lamp([torch.empty(0, 3)])[0].shape == (0, 3)
+    assert lamp([torch.zeros(2, 2), torch.empty(0)])[0].tolist() == [[0, 0], [0, 0]]
+    assert lamp([torch.empty(0, 3)])[0].shape == (0, 3)
 
 def test_lamp_does_not_see_the_scale_of_a_layer():
     x = torch.rand(1000, generator=generator(0))
@@ -252,7 +269,8 @@ def test_with_lamp_no_layer_is_emptied_first():
     assert drops(keep_masks(lamp(w), 552)) == [4, 49, 499]
 
 @pytest.mark.parametrize('scores, error, says', [
-    (torch.tensor([1., -1.]), ValueError, 'at least 0.*got -1'),  (torch.tensor([1., math.nan]), ValueError, 'NaN or infinite'),
+    (torch.tensor([1., -1.]), ValueError, 'at least 0.*got -1'),
+    (torch.tensor([1., math.nan]), ValueError, 'NaN or infinite'),
     (torch.tensor([1., math.inf]), ValueError, 'infinite.*layer 1'),
     (torch.tensor([1, 2]), TypeError, 'int64'), ([1., 2.], TypeError, 'list')])
 def test_lamp_refuses(scores, error, says):
@@ -278,7 +296,8 @@ def naive_bounded(scores, n, lows, highs, pruned):
     rank  = {g: sum(1 for o in order[:k] if o[0] == g[0]) for k,g in enumerate(order)}  # within its layer
     gone  = [0 if p is None else int((~p).sum()) for p in pruned or [None]*len(scores)]
     inside = [min(max(g, lo), hi) for g,lo,hi in zip(gone, lows, highs)]
-    place  = {(l, i): 0 if rank[l, i] < lows[l] else 3 if rank[l, i] >= highs[l] else 1 if rank[l, i] < inside[l] and pruned else 2
+    place  = {(l, i): 0 if rank[l, i] < lows[l] else 3 if rank[l, i] >= highs[l] else 1
+              if rank[l, i] < inside[l] and pruned else 2
               for l,i in order}
     value  = {(l, i): scores[l].flatten()[i].item() for l,i in order}
     drop   = set(sorted(order, key=lambda g: (place[g], value[g], g))[:n])
@@ -334,10 +353,11 @@ def test_limits_bring_back_the_best():
 @pytest.mark.parametrize('args, error, says', [
     (([torch.tensor([1., math.inf])], [0], [1]), ValueError, 'NaN or infinite'),
     (([torch.ones(2)], [2], [1]), ValueError, '0 ≤ low ≤ high ≤ 2'),
-    (([torch.ones(2)], [0], [3]), ValueError, 'got 0 and 3'),                    (([torch.ones(2)], [0.5], [1]), TypeError, 'integer'),
+    (([torch.ones(2)], [0], [3]), ValueError, 'got 0 and 3'),
+    (([torch.ones(2)], [0.5], [1]), TypeError, 'integer'),
     (([torch.ones(2)], [0], [1], [torch.ones(2)]), ValueError, 'bool mask'),
-    (([torch.ones(2)], [0], [1], []), ValueError, 'One earlier mask'),
-    (([torch.ones(2)], [0, 0], [1]), ValueError, 'One low and one high')])
+    (([torch.ones(2)], [0], [1], []), ValueError, 'one earlier mask'),
+    (([torch.ones(2)], [0, 0], [1]), ValueError, 'one low and one high')])
 def test_bounded_refuses(args, error, says):
     with pytest.raises(error, match=says): bounded(*args)
 
@@ -353,7 +373,8 @@ def test_affordable_is_exact(data):
     costs  = [data.draw(cost) for _ in scores]
     spent  = list(accumulate((Fraction(costs[l]) for l,_ in ranked(scores, pruned)), initial=Fraction(0)))
     at     = data.draw(st.sampled_from(spent))
-    for budget in {at, max(at - Fraction(1, 10**9), Fraction(0)), at + Fraction(1, 10**9), *([int(at)] if at == int(at) else [])}:
+    for budget in {at, max(at - Fraction(1, 10**9), Fraction(0)), at + Fraction(1, 10**9),
+                   *([int(at)] if at == int(at) else [])}:
         n = affordable(scores, costs, budget, pruned)
         assert n == max(k for k,s in enumerate(spent) if s <= budget)
 
@@ -376,7 +397,8 @@ def test_affordable_beyond_floats():
 def test_affordable_by_hand():
     scores = [torch.tensor([1., 4]), torch.tensor([2., 3])]
     assert [affordable(scores, [100, 10], b) for b in (0, 99, 100, 119, 120, 219, 220)] == [0, 0, 1, 2, 3, 3, 4]
-    assert affordable([torch.ones(2), torch.ones(2)], [1, 5], 6) == 2 + 0 and affordable([torch.ones(2), torch.ones(2)], [1, 5], 7) == 3
+    assert affordable([torch.ones(2), torch.ones(2)], [1, 5], 6) == 2 + 0
+    assert affordable([torch.ones(2), torch.ones(2)], [1, 5], 7) == 3
     assert affordable(scores, [0, 1], 0) == 1  # the 1 is free, the 2 is not
     assert affordable([], [], 5) == 0
 
@@ -385,8 +407,8 @@ def test_affordable_by_hand():
     (([torch.ones(2)], [1], math.inf), ValueError, '`budget`.*finite'),
     (([torch.ones(2)], [1], -1), ValueError, '`budget`'),
     (([torch.ones(2)], [1], '5'), TypeError, '`budget` must be a number'),
-    (([torch.ones(2)], [math.nan], 5), ValueError, 'costs'),
-    (([torch.ones(2)], [1, 2], 5), ValueError, 'One cost for each of 1'),
+    (([torch.ones(2)], [math.nan], 5), TypeError, 'costs'),
+    (([torch.ones(2)], [1, 2], 5), ValueError, 'one cost for each of 1'),
     (([torch.tensor([math.nan])], [1], 5), ValueError, 'NaN'),
     (([torch.ones(2)], [1], 5, [torch.ones(3) > 0]), ValueError, 'bool mask')])
 def test_affordable_refuses(args, error, says):
@@ -419,9 +441,12 @@ def test_rows_by_hand():
     assert row_mask(w, 0, old).all() and not row_mask(w, 4).any() and row_mask(torch.empty(0, 3), 2).shape == (0, 3)
 
 @pytest.mark.parametrize('args, error, says', [
-    ((torch.tensor([[1., math.nan]]), 1), ValueError, 'NaN'),                  ((torch.ones(2, 3), 4), ValueError, 'from 0 to 3'),
-    ((torch.ones(2, 3), -1), ValueError, 'from 0 to 3'),                       ((torch.ones(2, 3), 1.5), TypeError, 'integer'),
-    ((torch.ones(2, 3), 1, torch.ones(3, 2) > 0), ValueError, 'bool mask'),    ((torch.ones(2, 3), 1, None, 2), IndexError, 'range')])
+    ((torch.tensor([[1., math.nan]]), 1), ValueError, 'NaN'),
+    ((torch.ones(2, 3), 4), ValueError, 'from 0 to 3'),
+    ((torch.ones(2, 3), -1), ValueError, 'from 0 to 3'),
+    ((torch.ones(2, 3), 1.5), TypeError, 'integer'),
+    ((torch.ones(2, 3), 1, torch.ones(3, 2) > 0), ValueError, 'bool mask'),
+    ((torch.ones(2, 3), 1, None, 2), IndexError, 'range')])
 def test_rows_refuse(args, error, says):
     with pytest.raises(error, match=says): row_mask(*args)
 
@@ -431,7 +456,9 @@ def test_on_a_gpu_as_on_the_cpu():
     scores = [torch.randint(0, 50, (n,), generator=generator(n)).float() for n in (10, 1000, 50_000)]
     pruned, there = [s > 3 for s in scores], [s.cuda() for s in scores]
     for a,b in zip(lamp(scores), lamp(there)): assert torch.allclose(a, b.cpu(), rtol=1e-12) and same_order(a, b.cpu())
-    a, b = bounded(scores, [5, 0, 10], [9, 500, 50_000], pruned), bounded(there, [5, 0, 10], [9, 500, 50_000], [p.cuda() for p in pruned])
+    a = bounded(scores, [5, 0, 10], [9, 500, 50_000], pruned)
+    b = bounded(there, [5, 0, 10], [9, 500, 50_000], [p.cuda() for p in pruned])
     assert all(torch.equal(x, y.cpu()) for x,y in zip([*a[0], *a[1]], [*b[0], *b[1]]))
-    assert affordable(scores, [3, 2, 1], 20_000, pruned) == affordable(there, [3, 2, 1], 20_000, [p.cuda() for p in pruned])
+    assert affordable(scores, [3, 2, 1], 20_000, pruned) == affordable(there, [3, 2, 1], 20_000,
+                                                                       [p.cuda() for p in pruned])
     assert torch.equal(row_mask(scores[1].reshape(10, -1), 7), row_mask(there[1].reshape(10, -1), 7).cpu())

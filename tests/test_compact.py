@@ -2,7 +2,7 @@
 from functools import partial
 
 import pytest, torch, torch.nn as nn
-from fastai.basics import Callback, OptimWrapper, SGD, Adam, to_detach
+from fastai.basics import OptimWrapper, SGD, Adam
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.callback.tracker import SaveModelCallback
@@ -13,7 +13,8 @@ from helpers import *
 from fasterai_clone.digits import digits_net
 from fasterai_clone.sparse.all import *
 
-optimizers = [Adam, partial(SGD, mom=0.9), partial(SGD, mom=0.9, decouple_wd=False), partial(OptimWrapper, opt=torch.optim.AdamW),
+optimizers = [Adam, partial(SGD, mom=0.9), partial(SGD, mom=0.9, decouple_wd=False),
+              partial(OptimWrapper, opt=torch.optim.AdamW),
               partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=0.9))]
 extras = {'alone': lambda: [], 'clip': lambda: [GradientClip(0.1)], 'accumulate': lambda: [GradientAccumulation(48)],
           'bf16': lambda: [MixedPrecision('bf16')], 'fp16': lambda: [MixedPrecision('fp16')]}
@@ -34,8 +35,9 @@ def test_it_was_compact(capsys):
     learn, state = learner(), []
     cb = SparsifyCallback(90, schedule=one_shot, compact=True)
     def look():
-        full = sum(v.numel() for p in learn.model.parameters() for v in learn.opt.state[p].values() if isinstance(v, torch.Tensor))
-        state.append((full, cb._compact.nbytes if cb._compact else 0))
+        full = sum(v.numel() for p in learn.model.parameters()
+                   for v in learn.opt.state[p].values() if isinstance(v, torch.Tensor))
+        state.append((full, cb.compaction.step.nbytes if cb.compaction else 0))
     learn.fit(4, 1e-2, cbs=[cb, spy('after_batch', lambda: learn.training and look())])
     total = sum(p.numel() for p in learn.model.parameters())
     assert state[0] == (2*total, 0)                   # two moments a weight
@@ -44,7 +46,8 @@ def test_it_was_compact(capsys):
     assert capsys.readouterr().out.count('The masks are final') == 1
     assert all(v['grad_avg'].shape == p.shape for p,v in learn.opt.state.items() if v)   # given back after fit
 
-@pytest.mark.parametrize('schedule, expected', [(one_shot, True), (iterative, True), (agp(end_pct=0.5), True), (dsd, False)])
+@pytest.mark.parametrize('schedule, expected', [(one_shot, True), (iterative, True),
+                                                (agp(end_pct=0.5), True), (dsd, False)])
 def test_only_when_nothing_more_is_to_come(schedule, expected, capsys):
     _, cb = trained(True, schedule=schedule)
     assert ('The masks are final' in capsys.readouterr().out) == expected
@@ -56,7 +59,8 @@ def test_second_fit_is_compact_from_the_start():
 
 def test_unknown_optimizers_stay_dense(capsys):
     learn, _ = trained(True, opt_func=Lamb)
-    assert 'Steps stay dense: the optimizer uses lamb_step' in capsys.readouterr().out and zeros(learn.model) == [32, 259, 1036]
+    assert 'Steps stay dense: the optimizer uses lamb_step' in capsys.readouterr().out
+    assert zeros(learn.model) == [32, 259, 1036]
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize('event', ['after_step', 'before_step', 'after_backward', 'after_batch', 'before_validate'])
@@ -105,4 +109,5 @@ def test_masks_that_change_under_hold():
 
 def test_hold_refuses_what_it_cannot_do():
     net = digits_net(4)
-    with pytest.raises(TypeError, match='Adagrad is none of'): Sparsifier(net).hold(torch.optim.Adagrad(net.parameters()), compact=True)
+    with pytest.raises(TypeError, match='Adagrad is none of'):
+        Sparsifier(net).hold(torch.optim.Adagrad(net.parameters()), compact=True)

@@ -1,10 +1,13 @@
-"The study of contexts: who collapses on a deep, narrow network, at sparsities and with seeds that are fixed; what its table says"
+"""The study of contexts: who collapses on a deep, narrow network, at sparsities and with seeds that are fixed; what its
+table says"""
 import csv, sys, warnings
 from functools import partial
 from pathlib import Path
 
 import pytest, torch.nn as nn
-from fasterai_clone.sparse.all import LayerCollapse, Sparsifier, large_final, passes_signal
+from fasterai_clone.sparse.all import Sparsifier, large_final
+from fasterai_clone.sparse.paths import passes_signal
+from fasterai_clone.sparse.signal import LayerCollapse
 from helpers import exact
 
 root = Path(__file__).resolve().parent.parent
@@ -29,7 +32,8 @@ def pruned(method, sparsity, seed, data):
 
 def table():
     "The rows of the CSV, numbers as such"
-    lines = [l for l in (root/'benchmarks'/'results'/'contexts.csv').read_text(encoding='utf-8').splitlines() if not l.startswith('#')]
+    lines = [l for l in (root/'benchmarks'/'results'/'contexts.csv').read_text(encoding='utf-8').splitlines()
+             if not l.startswith('#')]
     return [{k: v if k in ('regime', 'method') else float(v) for k,v in r.items()} for r in csv.DictReader(lines)]
 
 def where(**kw): return [r for r in table() if all(r[k] == v for k,v in kw.items())]
@@ -45,11 +49,13 @@ def test_global_magnitude_empties_layers_and_synflow_does_not(sparsity, seed, da
     assert sum(kept(cut)) == sum(kept(flows)) == total - exact(total, sparsity)
 
 def test_collapse_is_said():
-    with pytest.warns(LayerCollapse, match='no weight is left in'): sparsifier(deep_net(0), 'magnitude', None).sparsify_model(98)
+    with pytest.warns(LayerCollapse, match='no weight is left in'):
+        sparsifier(deep_net(0), 'magnitude', None).sparsify_model(98)
 
 @pytest.mark.parametrize('seed', seeds)
 def test_collapse_comes_from_the_scale_of_the_layers(seed):
-    "From one scale global magnitude leaves each layer about its 2 %, and from normal weights a little of each: these have tails"
+    """From one scale global magnitude leaves each layer about its 2 %, and from normal weights a little of each: these
+    have tails"""
     net = deep_net(seed, partial(nn.init.uniform_, a=-1, b=1))
     sparsifier(net, 'magnitude', None).sparsify_model(98)
     assert all(0.01*n <= k <= 0.03*n for k,n in zip(kept(net), sizes) if n > 1000)
@@ -90,7 +96,8 @@ def test_totals_of_the_table_are_exact():
     for r in table():
         per_layer = r['method'] == 'uniform'
         assert r['weights'] == total
-        assert r['zeros'] == (sum(exact(n, r['sparsity']) for n in sizes) if per_layer else exact(total, r['sparsity'])), r
+        assert r['zeros'] == (sum(exact(n, r['sparsity']) for n in sizes) if per_layer
+                              else exact(total, r['sparsity'])), r
         assert (r['empty'] > 0) == (r['smallest'] == 0) and not (r['empty'] and r['passes']), r
 
 def test_the_table_counts_what_is_counted_now(data):
@@ -98,10 +105,12 @@ def test_the_table_counts_what_is_counted_now(data):
         net, _, passes = pruned(m, 95, 1, data)
         [r] = where(regime='init', method=m, sparsity=95, seed=1)
         assert r['zeros'] == total - sum(kept(net)) and r['passes'] == passes, m
-        if m != 'snip': assert r['smallest'] == min(kept(net)), m  # gradients differ in the last bit from machine to machine
+        # gradients differ in the last bit from machine to machine
+        if m != 'snip': assert r['smallest'] == min(kept(net)), m
 
 def test_what_the_notebook_says_is_in_the_table():
-    "Magnitude is cut off, SynFlow never; ERK is ahead of uniform for every seed from 98 % on; what is cut off learns nothing"
+    """Magnitude is cut off, SynFlow never; ERK is ahead of uniform for every seed from 98 % on; what is cut off learns
+    nothing"""
     assert not any(r['passes'] for r in where(regime='init', method='magnitude'))
     assert all(r['passes'] for k in ('init', 'kaiming') for r in where(regime=k, method='synflow'))
     accuracy = {(r['regime'], r['method'], r['sparsity'], r['seed']): r['accuracy'] for r in table()}

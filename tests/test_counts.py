@@ -6,7 +6,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from fasterai_clone.model.flops import multiply_adds
 from fasterai_clone.model.formulas import formulas, operator_cost
-from fasterai_clone.prune.report import compare
+from fasterai_clone.analyze.compare import compare
 from fasterai_clone.sparse.sparsifier import Sparsifier
 
 aten, steps = torch.ops.aten, torch.rand(5, 2, 8)  # 5 steps of 2 items
@@ -22,12 +22,13 @@ def cost(name, args, out):
 q, k, v = torch.rand(3, 2, 5, 8), torch.rand(3, 2, 7, 8), torch.rand(3, 2, 7, 8)  # 3 items, 2 heads, 5 queries, 7 keys
 by_hand = 3*2 * 5*7 * (8 + 8)
 
-@pytest.mark.parametrize('kernel', '''flash_attention flash_attention_for_cpu efficient_attention cudnn_attention attention_math
-    fused_attention_overrideable attention_math_for_mps'''.split())
+@pytest.mark.parametrize('kernel', '''flash_attention flash_attention_for_cpu efficient_attention
+    cudnn_attention attention_math fused_attention_overrideable attention_math_for_mps'''.split())
 def test_every_kernel_of_attention_costs_the_same(kernel):
     assert cost(f'_scaled_dot_product_{kernel}', (q, k, v), None) == by_hand
 
-@pytest.mark.parametrize('kernel', ['_flash_attention_forward', '_efficient_attention_forward', '_cudnn_attention_forward'])
+@pytest.mark.parametrize('kernel', ['_flash_attention_forward', '_efficient_attention_forward',
+                                    '_cudnn_attention_forward'])
 def test_heads_last_and_sequences_of_different_lengths(kernel):
     last = [t.transpose(1, 2) for t in (q, k, v)]
     assert cost(kernel, (*last, None, None, None), None) == by_hand
@@ -41,16 +42,19 @@ class Attends(nn.Module):
 def test_attention_as_it_is_called():
     backends = torch.nn.attention.SDPBackend
     for b in (backends.MATH, backends.FLASH_ATTENTION):
-        with torch.nn.attention.sdpa_kernel([b, backends.MATH]): assert multiply_adds(Attends(), (q, k, v)).total == by_hand // 3
+        with torch.nn.attention.sdpa_kernel([b, backends.MATH]):
+            assert multiply_adds(Attends(), (q, k, v)).total == by_hand // 3
 
 def test_fused_encoder_layers():
-    "3 projections and that of the output 4·8·8 for each of 6 tokens, 2·6·6·8 for scores and sums, 2·8·16 for each token after that"
+    """3 projections and that of the output 4·8·8 for each of 6 tokens, 2·6·6·8 for scores and sums, 2·8·16 for each
+    token after that"""
     layer, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.rand(3, 6, 8)
     a, one = layer.self_attn, 6*4*8*8 + 2*6*6*8
     given = (x, x, x, 8, 2, a.in_proj_weight, a.in_proj_bias, a.out_proj.weight, a.out_proj.bias)
     assert operator_cost(aten._native_multi_head_attention.default, given, {}, (x, None)) == 3*one
     n = [layer.norm1.weight, layer.norm1.bias, layer.norm2.weight, layer.norm2.bias]
-    whole = (x, 8, 2, *given[5:], False, False, 1e-5, *n, layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias)
+    whole = (x, 8, 2, *given[5:], False, False, 1e-5, *n, layer.linear1.weight, layer.linear1.bias,
+             layer.linear2.weight, layer.linear2.bias)
     assert operator_cost(aten._transformer_encoder_layer_fwd.default, whole, {}, x) == 3*(one + 6*2*8*16)
     assert multiply_adds(layer, x).total == one + 6*2*8*16
 
@@ -66,7 +70,8 @@ unit = 8 + 6
 def test_recurrent_layers(layer, n):
     counted = multiply_adds(layer, steps)
     assert counted == {'': n} and counted.items == 2
-    first = type(layer)(layer.input_size, 6, layer.num_layers, batch_first=True, bidirectional=layer.bidirectional, proj_size=layer.proj_size) \
+    first = type(layer)(layer.input_size, 6, layer.num_layers, batch_first=True, bidirectional=layer.bidirectional,
+                        proj_size=layer.proj_size) \
         if isinstance(layer, nn.LSTM) else type(layer)(8, 6, batch_first=True, bidirectional=layer.bidirectional)
     assert multiply_adds(first, steps.transpose(0, 1)) == {'': n}
 
@@ -83,7 +88,9 @@ def test_bilinear_and_bags():
 def test_products_of_functions():
     class Net(nn.Module):
         def __init__(self): super().__init__(); self.w = nn.Parameter(torch.rand(8, 3))
-        def forward(self, x): return torch.einsum('btc,co->bto', x, self.w) + torch.baddbmm(torch.zeros(1), x, self.w.expand(len(x), 8, 3))
+        def forward(self, x):
+            return torch.einsum('btc,co->bto', x, self.w) + torch.baddbmm(torch.zeros(1), x,
+                                                                          self.w.expand(len(x), 8, 3))
     assert multiply_adds(Net(), torch.rand(4, 5, 8)) == {'': 2 * 5*8*3}
 
 def test_scripted_parts_are_counted():
@@ -105,7 +112,8 @@ x = torch.rand(4, 8)
 
 @pytest.mark.parametrize('read, inputs, items', [
     (lambda x: x, x, 4), (lambda x: x, x[:1], 1), (lambda x: x, x[0], None),
-    (lambda time, x: x + time, dict(time=torch.ones(1), x=x), 4), (lambda time, x: x + time[:, None], dict(time=torch.ones(4), x=x), 4),
+    (lambda time, x: x + time, dict(time=torch.ones(1), x=x), 4),
+    (lambda time, x: x + time[:, None], dict(time=torch.ones(4), x=x), 4),
     (lambda xs: torch.stack(xs), ([*x],), 4), (lambda xs: torch.stack(xs), ((*x,),), 4),
     (lambda ds: torch.stack([d['x'] for d in ds]), ([dict(x=t) for t in x],), 4), (lambda o: o.x, (NS(x=x),), 4),
     (lambda x: x + torch.randn_like(x), x, 4)])
@@ -116,9 +124,11 @@ def test_items_of_a_batch(read, inputs, items):
 def test_sequences_first():
     "The decoder sees 4 steps, of the encoder's 5"
     counted = multiply_adds(nn.Transformer(8, 2, 1, 1, 16), (torch.rand(5, 2, 8), torch.rand(4, 2, 8)))
-    assert counted.items == 2 and counted['encoder.layers.0.linear1'] == 5*8*16 and counted['decoder.layers.0.linear1'] == 4*8*16
+    assert counted.items == 2 and counted['encoder.layers.0.linear1'] == 5*8*16
+    assert counted['decoder.layers.0.linear1'] == 4*8*16
     class Tagger(nn.Module):
-        def __init__(self): super().__init__(); self.e, self.l, self.d = nn.Embedding(20, 8), nn.LSTM(8, 6), nn.Linear(6, 20)
+        def __init__(self):
+            super().__init__(); self.e, self.l, self.d = nn.Embedding(20, 8), nn.LSTM(8, 6), nn.Linear(6, 20)
         def forward(self, x): return self.d(self.l(self.e(x))[0]).flatten(0, 1)
     assert multiply_adds(Tagger(), torch.randint(20, (5, 3))) == {'e': 0, 'l': 5*4*6*unit, 'd': 5*6*20}
 
@@ -144,7 +154,8 @@ def test_unknown_operators_are_named():
     assert 'fasterai_clone_tests.product (in 1)' in str(compare(net, net, x, runs=1, devices=[]))
     with pytest.raises(ValueError, match='fasterai_clone_tests.product, which 1 calls'):
         Sparsifier(net, 'weight', 'global', layer_type=nn.Linear, budget='flops', example_inputs=x)
-    assert multiply_adds(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU(4), nn.MaxPool2d(2)), torch.rand(2, 3, 8, 8)).uncounted == {}
+    assert multiply_adds(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU(4), nn.MaxPool2d(2)),
+                         torch.rand(2, 3, 8, 8)).uncounted == {}
 
 def test_an_lstm_in_a_comparison():
     class Net(nn.Module):

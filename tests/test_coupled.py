@@ -4,10 +4,12 @@ import copy, pickle
 import fastai.callback.fp16 as fp16
 import pytest, torch, torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
-from helpers import column, exact, learner, same, spy, weights
-from fasterai_clone.core.measure import mean_activation
+from helpers import exact, learner, same, spy, weights
+from fasterai_clone.sparse.measure import mean_activation
 from fasterai_clone.prune.all import thin
 from fasterai_clone.sparse.all import *
+from fasterai_clone.sparse.counted import budget_used
+from fasterai_clone.core.criteria import fpgm, random
 from processes import main, start
 from test_thin import Anything, lively
 
@@ -45,7 +47,7 @@ def coupled(model, context='local', criteria=large_final, **kwargs):
     return Sparsifier(model, 'filter', context, criteria, coupled=True, example_inputs=digits(), **kwargs)
 
 
-# -- which filters go together -----------------------------------------------------------------------------------------------------------
+# -- which filters go together ---------------------------------------------------------------------
 
 def test_parts_and_what_is_held():
     sp = coupled(net())
@@ -62,7 +64,7 @@ def test_scores_are_the_mean_over_all_that_makes_a_channel():
         model.stem.weight.fill_(1)                                      # 9 weights a channel
         model.b.weight.copy_(torch.arange(8.).reshape(8, 1, 1, 1).expand(8, 8, 3, 3))  # 72
     sp = coupled(model)
-    torch.testing.assert_close(sp._scores(sp.targets[0]).flatten(), (9*1 + 72*torch.arange(8.)) / 81)
+    torch.testing.assert_close(sp.scorer.scores(sp.targets[0]).flatten(), (9*1 + 72*torch.arange(8.)) / 81)
     sp.sparsify_model(25)
     for m in (model.stem, model.b, model.bn0, model.bn2): assert [not v.any() for v in m.weight] == [True]*2 + [False]*6
 
@@ -85,7 +87,7 @@ def test_thin_takes_out_what_was_dropped(context, criteria):
     sp = coupled(model, context, criteria)
     sp.sparsify_model(50)
     small, x = thin(model, example_inputs=digits()), digits()
-    gone = {t.layer: int((~sp._group_mask(t)).sum()) for t in sp.targets}
+    gone = {t.layer: int((~sp.found.group_mask(t)).sum()) for t in sp.targets}
     assert sum(gone.values()) == 13 and (context != 'local' or gone == dict(stem=4, a=4, c=3, d=2))
     assert widths(small) == [8 - gone['stem'], 8 - gone['a'], 8 - gone['stem'], 6 - gone['c'], 4 - gone['d']]
     assert error(model, small, x) < 1e-10
@@ -101,7 +103,8 @@ def test_grouped_convolutions():
     assert error(model, small, digits()) < 1e-10
 
 def test_transposed_and_linear():
-    model = nn.Sequential(conv(1, 4), nn.ReLU(), nn.ConvTranspose2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(600, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = nn.Sequential(conv(1, 4), nn.ReLU(), nn.ConvTranspose2d(4, 6, 3), nn.ReLU(), nn.Flatten(),
+                          nn.Linear(600, 8), nn.ReLU(), nn.Linear(8, 2))
     sp = coupled(model, layer_type=nn.Module)
     sp.sparsify_model(50)
     small = thin(model, example_inputs=digits())
@@ -113,21 +116,22 @@ def test_budgets(budget):
     model = net()
     sp = coupled(model, 'global', budget=budget)
     sp.sparsify_model(50)
-    what, zero, total = sp._budget_used()
+    what, zero, total = budget_used(sp.found, sp.plan, sp.budget.unit)
     weights_of = dict(stem=72 + 576, a=576, c=432, d=288)
     if budget == 'params': assert total == sum(weights_of.values())
     else: assert total == 64 * sum(weights_of.values())                 # 64 pixels everywhere
     assert 40 < 100*zero/total <= 50 and error(model, thin(model, example_inputs=digits()), digits()) < 1e-10
 
 
-# -- what is left out, and what is refused -----------------------------------------------------------------------------------------------
+# -- what is left out, and what is refused ---------------------------------------------------------
 
 def test_what_is_left_out_is_named():
     sp = coupled(net(), layer_type=(nn.Conv2d, nn.Linear))
     assert sp.left_out == {'head': 'it is the output of the model'}
     assert 'Left out:\n  head: it is the output of the model' in str(sp.report())
     sp = coupled(net(), exclude='b')
-    assert list(sp.left_out) == ['stem'] and 'b.weight' in sp.left_out['stem'] and [t.layer for t in sp.targets] == ['a', 'c', 'd']
+    assert list(sp.left_out) == ['stem'] and 'b.weight' in sp.left_out['stem']
+    assert [t.layer for t in sp.targets] == ['a', 'c', 'd']
     model = net()
     model.unused = conv(2, 2)
     assert 'seen' in coupled(model).left_out['unused']
@@ -138,13 +142,16 @@ def test_report_counts_each_parameter_once():
     sp.sparsify_model(50)
     r = sp.report()
     assert r.total == sum(p.numel() for p in model.parameters())
-    assert [(o.name, o.groups, o.zero_groups) for o in r.rows] == [('stem', 8, 4), ('b.weight', 0, 0), ('a', 8, 4), ('c', 6, 3), ('d', 4, 2)]
-    assert [o.layer for o in r.rows] == [f'Layer {[*model.modules()].index(m)}' for m in (model.stem, model.b, model.a, model.c, model.d)]
+    assert [(o.name, o.groups, o.zero_groups) for o in r.rows] == [('stem', 8, 4), ('b.weight', 0, 0), ('a', 8, 4),
+                                                                   ('c', 6, 3), ('d', 4, 2)]
+    assert [o.layer for o in r.rows] == [f'Layer {[*model.modules()].index(m)}'
+                                         for m in (model.stem, model.b, model.a, model.c, model.d)]
 
 @pytest.mark.parametrize('kwargs, message', [
     (dict(granularity='weight'), 'filter'), (dict(granularity='kernel'), 'channel'), (dict(coupled=1), 'True or False'),
-    (dict(example_inputs=None), 'example_inputs'), (dict(criteria=mean_activation), 'go together'), (dict(context='output'), 'output'),
-    (dict(include='stem'), 'no channel can go'), (dict(context='global', min_sparsity=100), 'min_sparsity')])
+    (dict(example_inputs=None), 'example_inputs'), (dict(criteria=mean_activation), 'belong together'),
+    (dict(context='output'), 'output'),
+    (dict(include='stem'), 'no channel can be removed'), (dict(context='global', min_sparsity=100), 'min_sparsity')])
 def test_refused(kwargs, message):
     kwargs = dict(granularity='filter', coupled=True, example_inputs=digits()) | kwargs
     with pytest.raises((TypeError, ValueError), match=message): Sparsifier(net(), **kwargs)
@@ -158,7 +165,8 @@ def test_the_last_channel_stays(context):
     if context == 'local': return
     with torch.no_grad(): model.c.weight.mul_(1e-6)
     sp.sparsify_model(80)                                               # of the 20 to go, 6 would be those of `c`
-    assert sum(sp._gone(sp.targets)) == 20 and all(n < t.groups.n for t,n in zip(sp.targets, sp._gone(sp.targets)))
+    assert sum(sp.found.n_pruned(sp.targets)) == 20
+    assert all(n < t.groups.n for t,n in zip(sp.targets, sp.found.n_pruned(sp.targets)))
 
 def test_nothing_is_left_on_the_model():
     model = net()
@@ -171,7 +179,7 @@ def test_nothing_is_left_on_the_model():
     assert all(torch.equal(m, other.masks[k]) for k,m in sp.masks.items())
 
 
-# -- in training -------------------------------------------------------------------------------------------------------------------------
+# -- in training -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('context', ['local', 'global'])
 @pytest.mark.parametrize('criteria', ['large_final', 'gradient', 'updating_movement'])
@@ -180,50 +188,55 @@ def test_training_then_thin(context, criteria):
     cb = SparsifyCallback(50, 'filter', context, criteria, agp, coupled=True, verbose=False)
     with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=cb)
     sp, x = cb.sparsifier, digits()
-    assert sum(sp._gone(sp.targets)) == 13
+    assert sum(sp.found.n_pruned(sp.targets)) == 13
     small = thin(learn.model, example_inputs=x)
-    gone  = dict(zip((t.layer for t in sp.targets), sp._gone(sp.targets)))
+    gone  = dict(zip((t.layer for t in sp.targets), sp.found.n_pruned(sp.targets)))
     assert widths(small) == [8 - gone['stem'], 8 - gone['a'], 8 - gone['stem'], 6 - gone['c'], 4 - gone['d']]
     assert error(learn.model, small, x) < 1e-10
 
 def test_on_schedule():
     learn, seen = learner(model=net()), []
     cb = SparsifyCallback(50, 'filter', schedule='iterative', coupled=True, verbose=False)
-    look = spy('after_train', lambda: seen.append(cb.sparsifier._gone(cb.sparsifier.targets)))
+    look = spy('after_train', lambda: seen.append(cb.sparsifier.found.n_pruned(cb.sparsifier.targets)))
     with learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-2, cbs=[cb, look])
-    asked = [cb._curve.sparsity((e+1)/4, 50) for e in range(4)]
+    asked = [cb.plan.schedule.sparsity((e+1)/4, 50) for e in range(4)]
     assert seen == [[int(s*n/100 + 1e-9) for n in (8, 8, 6, 4)] for s in asked] and seen[-1] == [4, 4, 3, 2]
 
 def test_refused_before_the_first_batch():
     with pytest.raises(ValueError, match='filter'): SparsifyCallback(50, coupled=True)
     learn, seen = learner(model=net()), []
-    with pytest.raises(ValueError, match='no channel would be left'):
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[SparsifyCallback(100, 'filter', coupled=True), spy('before_batch', lambda: seen.append(1))])
+    with pytest.raises(ValueError, match='this would remove every channel'):
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, cbs=[SparsifyCallback(100, 'filter', coupled=True),
+                              spy('before_batch', lambda: seen.append(1))])
     assert not seen
 
 
-# -- whatever the network ----------------------------------------------------------------------------------------------------------------
+# -- whatever the network --------------------------------------------------------------------------
 
 @pytest.mark.parametrize('seed', range(20))
 def test_anything(seed):
     "Random networks: `thin` takes out as many channels of each group as were dropped, and nothing else"
     torch.manual_seed(seed)
     model, x = lively(Anything(seed), seed), torch.randn(2, 3, 5, 5)
-    try: sp = Sparsifier(model, 'filter', ['local', 'global'][seed % 2], layer_type=nn.Module, coupled=True, example_inputs=x)
+    try:
+        sp = Sparsifier(model, 'filter', ['local', 'global'][seed % 2], layer_type=nn.Module, coupled=True,
+                        example_inputs=x)
     except ValueError as e:
-        assert 'no channel can go' in str(e)
+        assert 'no channel can be removed' in str(e)
         return
     before = {k: p.shape for k,p in model.named_parameters()}
     sp.sparsify_model(60)
     small = thin(model, example_inputs=x)
     assert error(model, small, x) < 1e-10
     now = dict(small.named_parameters())
-    for g,n in zip(sp.channel_groups, sp._gone(sp.targets)):
+    for g,n in zip(sp.channel_groups, sp.found.n_pruned(sp.targets)):
         for m in g.members:
-            if m.role == 'producer': assert before[m.name][m.axis] - now[m.name].shape[m.axis] == n * before[m.name][m.axis] // g.n
+            if m.role == 'producer':
+                assert before[m.name][m.axis] - now[m.name].shape[m.axis] == n * before[m.name][m.axis] // g.n
 
 
-# -- leaders, and heads -------------------------------------------------------------------------------------------------------------------
+# -- leaders, and heads ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize('leader', ['stem', ['stem', 'a', 'c', 'd'], 'st*'])
 def test_a_leader_is_scored_alone_and_the_others_follow(leader):
@@ -237,7 +250,8 @@ def test_a_leader_is_scored_alone_and_the_others_follow(leader):
     sp.sparsify_model(50)
     for w in (model.stem.weight, model.b.weight): assert (w == 0).flatten(1).all(1).tolist() == [True]*4 + [False]*4
     x = digits()
-    assert widths(thin(model, example_inputs=x)) == [4, 4, 4, 3, 2] and error(model, thin(model, example_inputs=x), x) < 1e-12
+    assert widths(thin(model, example_inputs=x)) == [4, 4, 4, 3, 2]
+    assert error(model, thin(model, example_inputs=x), x) < 1e-12
 
 def test_without_a_leader_all_are_scored():
     model = net()
@@ -247,9 +261,11 @@ def test_without_a_leader_all_are_scored():
     coupled(model).sparsify_model(50)
     assert (model.stem.weight == 0).flatten(1).all(1).tolist() == [False]*4 + [True]*4
 
-@pytest.mark.parametrize('leader, message', [('stam', "Unknown layer in `coupled` 'stam'. Did you mean 'stem'"), ([], '`coupled` is empty'), (3, '`coupled` must be True or False')])
+@pytest.mark.parametrize('leader, message', [('stam', "Unknown layer in `coupled` 'stam'. Did you mean 'stem'"),
+                                             ([], '`coupled` is empty'), (3, '`coupled` must be True or False')])
 def test_leaders_that_are_none(leader, message):
-    with pytest.raises((TypeError, ValueError), match=message): Sparsifier(net(), 'filter', coupled=leader, example_inputs=digits())
+    with pytest.raises((TypeError, ValueError), match=message):
+        Sparsifier(net(), 'filter', coupled=leader, example_inputs=digits())
 
 def test_heads_go_as_a_whole():
     torch.manual_seed(0)
@@ -260,7 +276,7 @@ def test_heads_go_as_a_whole():
     assert [l.self_attn.in_proj_weight.shape for l in small.layers] == [(24, 16)]*2 and error(model, small, x) < 1e-12
 
 
-# -- channels, by what reads them ---------------------------------------------------------------------------------------------------------
+# -- channels, by what reads them ------------------------------------------------------------------
 
 class Parallel(nn.Module):
     "Two layers read the same channels"
@@ -284,7 +300,8 @@ def same_place(c): return [c]
 def pixels(c): return range(4*c, 4*c + 4)
 def behind(n): return lambda c: [n + c]
 
-# for each: the model, and its groups: how many channels, what reads them (columns) and what makes them (positions on axis 0)
+# for each: the model, and its groups: how many channels, what reads them (columns) and what makes them (positions on
+# axis 0)
 CHANNELS = dict(
     two=(lambda: nn.Sequential(conv(1, 4), nn.ReLU(), conv(4, 6), nn.ReLU(), conv(6, 2)), [
         (4, {'2.weight': same_place}, {'0.weight': same_place, '0.bias': same_place}),
@@ -302,7 +319,8 @@ CHANNELS = dict(
             {k: same_place for k in ('stem.weight', 'bn0.weight', 'bn0.bias', 'b.weight', 'bn2.weight', 'bn2.bias')}),
         (8, {'b.weight': same_place}, {k: same_place for k in ('a.weight', 'a.bias', 'bn1.weight', 'bn1.bias')}),
         (6, {'head.weight': same_place}, {k: same_place for k in ('c.weight', 'c.bias', 'bn3.weight', 'bn3.bias')}),
-        (4, {'head.weight': behind(6)}, {'d.weight': same_place, 'd.bias': same_place, 'bn3.weight': behind(6), 'bn3.bias': behind(6)})]))
+        (4, {'head.weight': behind(6)}, {'d.weight': same_place, 'd.bias': same_place, 'bn3.weight': behind(6),
+                                         'bn3.bias': behind(6)})]))
 
 def numbered(name):
     "The model, the numbers 1, 2, 3, ... of both signs in the weights of each layer, in another order in each"
@@ -315,11 +333,13 @@ def numbered(name):
     return model
 
 def by_channel(model, context='local', criteria=large_final, **kwargs):
-    return Sparsifier(model, 'channel', context, criteria, **dict(layer_type=(nn.Conv2d, nn.Linear), coupled=True, example_inputs=digits()) | kwargs)
+    return Sparsifier(model, 'channel', context, criteria,
+                      **dict(layer_type=(nn.Conv2d, nn.Linear), coupled=True, example_inputs=digits()) | kwargs)
 
 def naive_scores(weights, group):
     n, reads, _ = group
-    return [torch.cat([weights[k][:, list(at(c))].flatten().abs() for k,at in reads.items()]).double().mean().item() for c in range(n)]
+    return [torch.cat([weights[k][:, list(at(c))].flatten().abs() for k,at in reads.items()]).double().mean().item()
+            for c in range(n)]
 
 def naive_masks(weights, groups, dropped):
     masks = {}
@@ -335,7 +355,8 @@ def naive_choice(scores, sparsity, gone, context):
     gone = [list(g) for g in gone]
     for pool in [range(len(scores))] if context == 'global' else [[i] for i in range(len(scores))]:
         while sum(len(gone[i]) for i in pool) < exact(sum(len(scores[i]) for i in pool), sparsity):
-            left = [(x, i, c) for i in pool for c,x in enumerate(scores[i]) if c not in gone[i] and len(gone[i]) < len(scores[i]) - 1]
+            left = [(x, i, c) for i in pool for c,x in enumerate(scores[i])
+                    if c not in gone[i] and len(gone[i]) < len(scores[i]) - 1]
             gone[min(left)[1]].append(min(left)[2])
     return gone
 
@@ -351,9 +372,10 @@ def test_channels_against_a_naive_reference(name, context):
         gone   = naive_choice([naive_scores(before, g) for g in groups], sparsity, gone, context)
         want   = naive_masks(before, groups, gone)
         sp.sparsify_model(sparsity)
-        assert {k: m for k,m in sp.masks.items() if not m.all()}.keys() == want.keys() and all(torch.equal(sp.masks[k], m) for k,m in want.items())
+        assert {k: m for k,m in sp.masks.items() if not m.all()}.keys() == want.keys()
+        assert all(torch.equal(sp.masks[k], m) for k,m in want.items())
         assert same(weights(model), {k: v * want[k] if k in want else v for k,v in before.items()})
-        assert sp._gone(sp.targets) == list(map(len, gone))
+        assert sp.found.n_pruned(sp.targets) == list(map(len, gone))
 
 @pytest.mark.parametrize('name', CHANNELS)
 def test_channels_are_zero_and_thin_takes_out_exactly_those(name):
@@ -362,7 +384,7 @@ def test_channels_are_zero_and_thin_takes_out_exactly_those(name):
     sp.sparsify_model(50)
     want, seen = {k: list(p.shape) for k,p in model.named_parameters()}, []
     for t,(n, reads, makes) in zip(sp.targets, groups):
-        dead = (~sp._group_mask(t)).flatten().nonzero()[:, 0].tolist()
+        dead = (~sp.found.group_mask(t)).flatten().nonzero()[:, 0].tolist()
         assert len(dead) == n//2
         for k,at in reads.items():
             want[k][1] -= sum(len(at(c)) for c in dead)
@@ -381,9 +403,10 @@ def test_channels_by_hand():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     with torch.no_grad(): model[1].weight.copy_(torch.tensor([[1., 6, 1], [-3, 0, 1]]))
     sp = by_channel(model, example_inputs=torch.randn(4, 2))
-    assert sp._scores(sp.targets[0]).flatten().tolist() == [2, 3, 1]
+    assert sp.scorer.scores(sp.targets[0]).flatten().tolist() == [2, 3, 1]
     sp.sparsify_model(n=1)
-    assert model[1].weight.tolist() == [[1, 6, 0], [-3, 0, 0]] and not model[0].weight[2].any() and model[0].bias[2] == 0
+    assert model[1].weight.tolist() == [[1, 6, 0], [-3, 0, 0]] and not model[0].weight[2].any()
+    assert model[0].bias[2] == 0
     assert sp.left_out == {'0': 'it sums over no channels of a layer'}
 
 def test_report_of_channels():
@@ -392,30 +415,37 @@ def test_report_of_channels():
     sp.sparsify_model(50)
     r = sp.report()
     assert r.total == sum(p.numel() for p in model.parameters())
-    assert [(o.name, o.groups, o.zero_groups) for o in r.rows] == [('a', 8, 4), ('c.weight', 0, 0), ('d.weight', 0, 0), ('b', 8, 4), ('head', 10, 5)]
+    assert [(o.name, o.groups, o.zero_groups) for o in r.rows] == [('a', 8, 4), ('c.weight', 0, 0), ('d.weight', 0, 0),
+                                                                   ('b', 8, 4), ('head', 10, 5)]
     for o in r.rows:
         w = model.get_submodule(o.name.removesuffix('.weight')).weight
         assert o.zeros == int((w == 0).sum()) and (w == 0).transpose(0, 1).flatten(1).all(1).sum() == w.shape[1]//2
 
 def test_what_channels_are_left_out():
     sp = by_channel(numbered('residual'), layer_type=nn.Conv2d)         # the linear layer is not asked for
-    assert [t.layer for t in sp.targets] == ['a', 'b'] and sp.left_out == {'stem': 'it sums over no channels of a layer'}
+    assert [t.layer for t in sp.targets] == ['a', 'b']
+    assert sp.left_out == {'stem': 'it sums over no channels of a layer'}
     sp = by_channel(numbered('parallel'), include=['q', 'head'])        # `k` stays dense, and reads zeros
-    assert [[p.name for p in t.parts] for t in sp.targets] == [['q.weight'], ['head.weight']] and 'k.weight' not in {p.name for p in sp.targets[0].held}
+    assert [[p.name for p in t.parts] for t in sp.targets] == [['q.weight'], ['head.weight']]
+    assert 'k.weight' not in {p.name for p in sp.targets[0].held}
     sp = by_channel(numbered('residual'), exclude='c')                  # neither what it reads nor what it makes
-    assert [t.layer for t in sp.targets] == ['b', 'head'] and [p.name for t in sp.targets for p in t.held if 'weight' in p.name] == [
+    assert [t.layer for t in sp.targets] == ['b', 'head']
+    assert [p.name for t in sp.targets for p in t.held if 'weight' in p.name] == [
         'a.weight', 'bn1.weight', 'd.weight', 'bn3.weight']
-    assert sp.left_out['a'] == sp.left_out['d'] == 'its inputs from stem stay: they are those of c.weight too, which is left out'
+    why = 'its inputs from stem stay: they are those of c.weight too, which is left out'
+    assert sp.left_out['a'] == sp.left_out['d'] == why
     assert sp.left_out['head'] == 'its inputs from c stay: they are those of c.weight too, which is left out'
-    with pytest.raises(ValueError, match='no channel can go. q: its inputs from stem stay: they are those of k.weight too'):
+    with pytest.raises(ValueError,
+                       match='no channel can be removed. q: its inputs from stem stay: they are those of k.weight too'):
         by_channel(numbered('parallel'), exclude='k')
 
 @pytest.mark.parametrize('model, why', [
-    (nn.Sequential(conv(1, 4), nn.Sigmoid(), conv(4, 6), nn.ReLU(), conv(6, 2)), 'makes something else of zero'),
+    (nn.Sequential(conv(1, 4), nn.Sigmoid(), conv(4, 6), nn.ReLU(), conv(6, 2)), 'does not keep zero at zero'),
     (nn.Sequential(conv(1, 4), nn.Softmax(1), conv(4, 6), nn.ReLU(), conv(6, 2)), 'takes its `softmax`')])
 def test_channels_that_must_stay_are_named(model, why):
     sp = by_channel(model)
-    assert [t.layer for t in sp.targets] == ['4'] and why in sp.left_out['2'] and sp.left_out['2'].startswith('its inputs from 0 stay: ')
+    assert [t.layer for t in sp.targets] == ['4'] and why in sp.left_out['2']
+    assert sp.left_out['2'].startswith('its inputs from 0 stay: ')
 
 @pytest.mark.parametrize('leader', ['c', ['c', 'head', 'b'], ['c*']])
 def test_channels_of_a_leader(leader):
@@ -425,9 +455,10 @@ def test_channels_of_a_leader(leader):
         model.c.weight.copy_(torch.arange(1., 9).reshape(1, 8, 1, 1).expand(6, 8, 3, 3))
         model.a.weight.copy_(100*torch.arange(8., 0, -1).reshape(1, 8, 1, 1).expand(8, 8, 3, 3))
     sp = by_channel(model, coupled=leader)
-    assert [p.name for p in sp.targets[0].parts] == ['c.weight'] and {'a.weight', 'd.weight'} <= {p.name for p in sp.targets[0].held}
+    assert [p.name for p in sp.targets[0].parts] == ['c.weight']
+    assert {'a.weight', 'd.weight'} <= {p.name for p in sp.targets[0].held}
     sp.sparsify_model(50)
-    assert sp._group_mask(sp.targets[0]).flatten().tolist() == [False]*4 + [True]*4
+    assert sp.found.group_mask(sp.targets[0]).flatten().tolist() == [False]*4 + [True]*4
     for m in (model.a, model.c, model.d): assert not m.weight[:, :4].any()
     assert widths(thin(model, example_inputs=digits())) == [4, 4, 4, 3, 2]
 
@@ -436,13 +467,13 @@ def test_one_layer_and_back():
     model = numbered('residual')
     sp = by_channel(model)
     sp.sparsify_layer('b', 50)
-    assert sp._gone(sp.targets) == [0, 4, 0, 0]
+    assert sp.found.n_pruned(sp.targets) == [0, 4, 0, 0]
     sp.sparsify_layer('a', 50)
-    assert sp._gone(sp.targets) == [4, 4, 0, 0]
+    assert sp.found.n_pruned(sp.targets) == [4, 4, 0, 0]
     sp.sparsify_layer('b', 25)
-    assert sp._gone(sp.targets) == [4, 2, 0, 0] and int((~sp.masks['b.weight']).sum()) == 9*(64 - 4*6)
+    assert sp.found.n_pruned(sp.targets) == [4, 2, 0, 0] and int((~sp.masks['b.weight']).sum()) == 9*(64 - 4*6)
     sp.sparsify_layer('head', n=2)                                      # of each of the two that it reads
-    assert sp._gone(sp.targets) == [4, 2, 2, 2] and int((~sp.masks['head.weight']).sum()) == 40
+    assert sp.found.n_pruned(sp.targets) == [4, 2, 2, 2] and int((~sp.masks['head.weight']).sum()) == 40
 
 @pytest.mark.parametrize('context', ['local', 'global', 'lamp', 'erk'])
 @pytest.mark.parametrize('criteria', [squared_final, fpgm, random, movement])
@@ -451,8 +482,9 @@ def test_channels_in_all_contexts(context, criteria):
     model, x = net(), digits()
     sp = by_channel(model, context, criteria)
     sp.sparsify_model(50)
-    gone = sp._gone(sp.targets)
-    assert sum(gone) == 13 and widths(thin(model, example_inputs=x)) == [8 - gone[0], 8 - gone[1], 8 - gone[0], 6 - gone[2], 4 - gone[3]]
+    gone = sp.found.n_pruned(sp.targets)
+    assert sum(gone) == 13
+    assert widths(thin(model, example_inputs=x)) == [8 - gone[0], 8 - gone[1], 8 - gone[0], 6 - gone[2], 4 - gone[3]]
     assert error(model, thin(model, example_inputs=x), x) < 1e-10
 
 @pytest.mark.parametrize('budget', ['params', 'flops'])
@@ -460,7 +492,7 @@ def test_channels_within_a_budget(budget):
     model = numbered('residual')
     sp = by_channel(model, 'global', budget=budget)
     sp.sparsify_model(50)
-    _, zero, total = sp._budget_used()
+    _, zero, total = budget_used(sp.found, sp.plan, sp.budget.unit)
     columns = dict(params=9*(64 + 48 + 32) + 9*64 + 100, flops=64*9*(64 + 48 + 32) + 64*9*64 + 100)
     assert total == columns[budget] and 40 < 100*zero/total <= 50
 
@@ -471,13 +503,15 @@ def test_gradients_are_counted_once():
     model(digits()).sum().backward()
     sp.accumulate_gradients()
     sp.accumulate_gradients()
-    for k,ref in sp.refs.items(): torch.testing.assert_close(ref, 2*sp.criteria.step_fn(model.get_parameter(k), model.get_parameter(k).grad).detach())
+    for k,ref in sp.refs.items():
+        torch.testing.assert_close(ref,
+                                   2*sp.criteria.step_fn(model.get_parameter(k), model.get_parameter(k).grad).detach())
 
 def test_zero_channels_are_adopted():
     model = numbered('residual')
     with torch.no_grad(): model.b.weight[:, :2] = 0; model.head.weight[:, [1, 7]] = 0
     sp = by_channel(model)
-    assert sp.adopt() == 4 and sp._gone(sp.targets) == [0, 2, 1, 1]
+    assert sp.adopt() == 4 and sp.found.n_pruned(sp.targets) == [0, 2, 1, 1]
     sp.apply_masks()
     assert widths(thin(model, example_inputs=digits())) == [8, 6, 8, 5, 3]
 
@@ -492,20 +526,23 @@ def test_channels_go_on_from_a_file(tmp_path):
     other.load_state_dict(state['model'])
     again = by_channel(other, criteria=movement)
     again.load_state_dict(state['sp'])
-    assert again._gone(again.targets) == sp._gone(sp.targets)
+    assert again.found.n_pruned(again.targets) == sp.found.n_pruned(sp.targets)
     for o in (sp, again): o.sparsify_model(70)
-    assert dict(again.masks).keys() == dict(sp.masks).keys() and all(torch.equal(again.masks[k], m) for k,m in sp.masks.items())
+    assert dict(again.masks).keys() == dict(sp.masks).keys()
+    assert all(torch.equal(again.masks[k], m) for k,m in sp.masks.items())
     assert same(weights(model), weights(other)) and len(pickle.loads(pickle.dumps(sp)).targets) == 4
 
 @pytest.mark.parametrize('context', ['local', 'global'])
 def test_channels_in_training(context):
     learn, x = learner(model=net()), digits()
-    cb = SparsifyCallback(50, 'channel', context, 'large_final', agp, coupled=True, layer_type=(nn.Conv2d, nn.Linear), verbose=False)
+    cb = SparsifyCallback(50, 'channel', context, 'large_final', agp, coupled=True,
+                          layer_type=(nn.Conv2d, nn.Linear), verbose=False)
     with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=cb)
-    sp, gone = cb.sparsifier, cb.sparsifier._gone(cb.sparsifier.targets)
+    gone = cb.sparsifier.found.n_pruned(cb.sparsifier.targets)
     assert sum(gone) == 13 and (context == 'global' or gone == [4, 4, 3, 2])
     small = thin(learn.model, example_inputs=x)
-    assert widths(small) == [8 - gone[0], 8 - gone[1], 8 - gone[0], 6 - gone[2], 4 - gone[3]] and small.head.in_features == 10 - gone[2] - gone[3]
+    assert widths(small) == [8 - gone[0], 8 - gone[1], 8 - gone[0], 6 - gone[2], 4 - gone[3]]
+    assert small.head.in_features == 10 - gone[2] - gone[3]
     assert error(learn.model, small, x) < 1e-10
 
 @pytest.mark.parametrize('seed', range(20))
@@ -513,23 +550,26 @@ def test_channels_of_anything(seed):
     "Random networks: `thin` takes out as many channels of each group as were dropped, and nothing else"
     torch.manual_seed(seed)
     model, x = lively(Anything(seed), seed), torch.randn(2, 3, 5, 5)
-    try: sp = Sparsifier(model, 'channel', ['local', 'global'][seed % 2], layer_type=nn.Module, coupled=True, example_inputs=x)
+    try:
+        sp = Sparsifier(model, 'channel', ['local', 'global'][seed % 2], layer_type=nn.Module, coupled=True,
+                        example_inputs=x)
     except ValueError as e:
-        assert 'no channel can go' in str(e)
+        assert 'no channel can be removed' in str(e)
         return
     before = {k: p.shape for k,p in model.named_parameters()}
     sp.sparsify_model(60)
-    gone = sp._gone(sp.targets)
+    gone = sp.found.n_pruned(sp.targets)
     assert sum(gone) == exact(sum(sp.sizes), 60) if seed % 2 else gone == [exact(n, 60) for n in sp.sizes]
     small = thin(model, example_inputs=x)
     assert error(model, small, x) < 1e-10
     lost, now = {}, dict(small.named_parameters())
     for g,n in zip(sp.channel_groups, gone):
-        for m in g.members: lost[m.name, m.axis] = lost.get((m.name, m.axis), 0) + n * int((m.channel >= 0).sum()) // g.n
+        for m in g.members:
+            lost[m.name, m.axis] = lost.get((m.name, m.axis), 0) + n * int((m.channel >= 0).sum()) // g.n
     for k,p in now.items(): assert list(p.shape) == [n - lost.get((k, i), 0) for i,n in enumerate(before[k])]
 
 
-# -- in half precision, and in two processes ----------------------------------------------------------------------------------------------
+# -- in half precision, and in two processes -------------------------------------------------------
 
 @pytest.mark.parametrize('granularity', ['filter', 'channel'])
 @pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
@@ -542,7 +582,7 @@ def test_autocast(monkeypatch, half, granularity):
     cb = SparsifyCallback(50, granularity, coupled=True, layer_type=(nn.Conv2d, nn.Linear), verbose=False)
     def look():
         seen.add(learn.pred.dtype)
-        dropped = [p[~cb.sparsifier.masks[k]] for k,p in cb.sparsifier._params().items() if k in cb.sparsifier.masks]
+        dropped = [p[~cb.sparsifier.masks[k]] for k,p in cb.sparsifier.params.items() if k in cb.sparsifier.masks]
         assert not any(d.any() for d in dropped)
     watch = spy('after_pred', look, order=5)                            # before fastai makes it a float
     with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=[cb, watch])
@@ -557,7 +597,8 @@ def both_train(rank, world):
         for criteria in ('gradient', 'random'):
             model = DistributedDataParallel(net(seed=rank))
             torch.manual_seed(10 + rank)
-            sp  = Sparsifier(model, granularity, 'global', criteria, layer_type=(nn.Conv2d, nn.Linear), coupled=True, example_inputs=digits())
+            sp  = Sparsifier(model, granularity, 'global', criteria, layer_type=(nn.Conv2d, nn.Linear), coupled=True,
+                             example_inputs=digits())
             opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
             with sp.hold(opt):
                 for sparsity in (20, 40, 30, 60):
@@ -566,7 +607,8 @@ def both_train(rank, world):
                     opt.zero_grad()
                     sp.sparsify_model(sparsity)
                     masks = {k: m.clone() for k,m in sp.masks.items()}
-                    found.setdefault((granularity, criteria), []).append((sp._gone(sp.targets), masks, {k: p.detach().clone() for k,p in sp._params().items()}))
+                    found.setdefault((granularity, criteria), []).append((
+                        sp.found.n_pruned(sp.targets), masks, {k: p.detach().clone() for k,p in sp.params.items()}))
             found[granularity, criteria].append(widths(thin(model.module, example_inputs=digits())))
     return found
 
@@ -582,4 +624,5 @@ def test_two_processes_drop_the_same(tmp_path):
         assert small == [8 - gone[0], 8 - gone[1], 8 - gone[0], 6 - gone[2], 4 - gone[3]]
         for (_, masks, params),(_, same_masks, same_params) in zip(steps, others):
             assert masks.keys() == same_masks.keys() and all(torch.equal(m, same_masks[k]) for k,m in masks.items())
-            assert all(torch.equal(p, same_params[k]) and not p[~masks[k]].any() for k,p in params.items() if k in masks)
+            assert all(torch.equal(p, same_params[k]) and not p[~masks[k]].any()
+                       for k,p in params.items() if k in masks)

@@ -1,10 +1,10 @@
-"Schedules of Distiller: what they ask for is compared with its formula, epoch by epoch; what cannot be done is refused by name"
+"""Schedules of Distiller: what they ask for is compared with its formula, epoch by epoch; what cannot be done is
+refused by name"""
 import math, pickle
 
 import pytest, torch, torch.nn as nn
 
 from fasterai_clone.prune.distiller_callback import from_distiller_yaml
-from fasterai_clone.sparse.sparsify_callback import SparsifyCallback
 from fasterai_clone.digits import digits_net
 from helpers import learner, spy, weights
 
@@ -44,7 +44,8 @@ def test_values_of_agp_by_the_end_of_each_epoch(start, end, freq):
     for e in range(n):
         want = 100*distiller_agp(e, start, end, freq, .1, .5)
         assert s.sparsity((e + 1)/n, cb.sparsity)      == pytest.approx(want, abs=1e-9)
-        assert s.sparsity((e + 1e-3)/n, cb.sparsity)   == pytest.approx(want, abs=1e-9)  # the whole epoch, from its first step
+        # the whole epoch, from its first step
+        assert s.sparsity((e + 1e-3)/n, cb.sparsity)   == pytest.approx(want, abs=1e-9)
     assert s.sparsity(1, cb.sparsity) == 50
 
 def test_what_is_configured():
@@ -56,18 +57,22 @@ def test_what_is_configured():
     assert all(again.progress(i/9) == cb.schedule.progress(i/9) for i in range(10))
 
 @pytest.mark.parametrize('group,weight,granularity', [
-    ('Filters', 3, 'filter'), ("'3D'", 3, 'filter'), ('Channels', 3, 'shared_kernel'), ('Channels', 11, 'column'), ('Rows', 11, 'column')])
+    ('Filters', 3, 'filter'), ("'3D'", 3, 'filter'), ('Channels', 3, 'shared_kernel'), ('Channels', 11, 'column'),
+    ('Rows', 11, 'column')])
 def test_group_types(group, weight, granularity):
     assert one(L1, AGP + f'group_type: {group}\n    weights: [{weight}.weight]').granularity == granularity
 
 def test_channels_of_two_kinds_of_layers_are_two_callbacks():
-    cbs = from_distiller_yaml(yaml(L1, AGP + 'group_type: Channels\n    weights: [3.weight, 11.weight, 6.weight]'), digits_net(4))
-    assert [(cb.granularity, cb.include) for cb in cbs] == [('shared_kernel', ['3.weight', '6.weight']), ('column', ['11.weight'])]
+    cbs = from_distiller_yaml(yaml(L1, AGP + 'group_type: Channels\n    weights: [3.weight, 11.weight, 6.weight]'),
+                              digits_net(4))
+    assert [(cb.granularity, cb.include) for cb in cbs] == [('shared_kernel', ['3.weight', '6.weight']),
+                                                            ('column', ['11.weight'])]
 
 def test_blocks():
     rest = AGP + 'group_type: Blocks\n    kwargs: {block_shape: %s}\n    weights: [3.weight]'
     assert one(L1, rest % '[1, 4, 1, 1]').granularity == 'block_1x4x1x1'
-    with pytest.raises(ValueError, match=r'`p`: `block_shape` must be \[1, d, 1, 1\], got \[2, 4, 1, 1\]'): one(L1, rest % '[2, 4, 1, 1]')
+    with pytest.raises(ValueError, match=r'`p`: `block_shape` must be \[1, d, 1, 1\], got \[2, 4, 1, 1\]'):
+        one(L1, rest % '[2, 4, 1, 1]')
 
 def test_names_inside_of_data_parallel():
     net = nn.Sequential(); net.add_module('features', digits_net(4))
@@ -90,9 +95,11 @@ def test_filters_of_a_real_fit_are_those_of_the_formula():
 
 def test_the_first_update_drops_the_filters_with_the_smallest_norm():
     learn = learner(lr=0.)
-    with torch.no_grad(): learn.model[3].weight.copy_(torch.tensor([5., 3, 8, 1, 6, 2, 7, 4]).reshape(8, 1, 1, 1).expand(8, 4, 3, 3))
+    with torch.no_grad():
+        learn.model[3].weight.copy_(torch.tensor([5., 3, 8, 1, 6, 2, 7, 4]).reshape(8, 1, 1, 1).expand(8, 4, 3, 3))
     with learn.no_bar(), learn.no_logging():
-        learn.fit(4, cbs=from_distiller_yaml(yaml(when='starting_epoch: 0\n    ending_epoch: 4\n    frequency: 3'), learn, verbose=False))
+        learn.fit(4, cbs=from_distiller_yaml(yaml(when='starting_epoch: 0\n    ending_epoch: 4\n    frequency: 3'),
+                                             learn, verbose=False))
     assert [bool((f != 0).any()) for f in learn.model[3].weight] == [True, False, True, False, True, False, True, False]
 
 def test_two_pruners_of_one_weight_one_after_the_other():
@@ -122,7 +129,7 @@ def test_two_pruners_of_one_weight_one_after_the_other():
 def test_levels():
     cb = one('SparsityLevelParameterPruner', 'levels: {module.0.weight: 0.25, module.3.weight: 0.5}', 'epochs: [2, 4]')
     assert cb.sparsity == {'0.weight': 25, '3.weight': 50} and (cb.start_epoch, cb.end_epoch) == (2, 3)
-    learn, zeros = learner(), []
+    learn = learner()
     text = yaml('SparsityLevelParameterPruner', 'levels: {0.weight: 0.25, 3.weight: 0.5}', 'epochs: [2, 4]')
     cbs  = from_distiller_yaml(text, learn, verbose=False)
     with learn.no_bar(), learn.no_logging(): learn.fit(4, cbs=cbs)
@@ -143,7 +150,9 @@ class Residual(nn.Module):
     "A block whose sum needs the same channels from both sides"
     def __init__(self):
         super().__init__()
-        self.conv1, self.conv2, self.conv3 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 10, 3)
+        self.conv1 = nn.Conv2d(1, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv3 = nn.Conv2d(8, 10, 3)
     def forward(self, x):
         x = self.conv1(x).relu()
         return self.conv3(x + self.conv2(x)).mean((2, 3))
@@ -173,25 +182,34 @@ def test_channels_with_a_leader():
 def test_from_a_file_and_a_learner(tmp_path):
     (tmp_path/'s.yaml').write_text(yaml())
     learn = learner()
-    for path in (tmp_path/'s.yaml', str(tmp_path/'s.yaml')): assert from_distiller_yaml(path, learn)[0].include == ['3.weight']
+    for path in (tmp_path/'s.yaml', str(tmp_path/'s.yaml')):
+        assert from_distiller_yaml(path, learn)[0].include == ['3.weight']
     with pytest.raises(FileNotFoundError, match='no file'): from_distiller_yaml(str(tmp_path/'other.yaml'), learn)
 
 
 @pytest.mark.parametrize('kind,instead', [
     ('SensitivityPruner', 'SparsityLevelParameterPruner'), ('MagnitudeParameterPruner', 'SparsityLevelParameterPruner'),
     ('StructuredAGP', L1), ('SplicingPruner', 'AutomatedGradualPruner'), ('BaiduRNNPruner', 'AutomatedGradualPruner'),
-    ('ActivationAPoZRankedFilterPruner_AGP', "criteria='apoz'"), ('GradientRankedFilterPruner_AGP', "criteria='gradient'")])
+    ('ActivationAPoZRankedFilterPruner_AGP', "criteria='apoz'"),
+    ('GradientRankedFilterPruner_AGP', "criteria='gradient'")])
 def test_classes_that_cannot_be_honoured(kind, instead):
     with pytest.raises(ValueError, match=f'`p`: {kind} cannot be honoured. Use .*{instead}'): one(kind)
 
 @pytest.mark.parametrize('args,message', [
-    (('L1RankedStructureParameterPruner_AGB',),                    "Unknown class .* Did you mean 'L1RankedStructureParameterPruner_AGP'"),
-    ((L1, FILTERS.replace('Filters', 'Filter')),                   "Unknown group type 'Filter'. Did you mean 'Filters'"),
-    ((L1, FILTERS.replace('Filters', 'Rows')),                     'Rows of 3.weight, a Conv2d, are not defined in Distiller'),
-    ((L1, FILTERS.replace('module.3.weight', '4.weight')),                'Filters of 4.weight, a BatchNorm2d, are not defined'),
-    ((L1, FILTERS.replace('module.3.weight', '3.wieght')),                "Unknown weights '3.wieght'. Did you mean '3.weight'"),
-    ((L1, FILTERS.replace('0.5', '50')),                           '`final_sparsity` must be a fraction from 0 to 1, .*, got 50'),
-    ((L1, FILTERS.replace('0.1', '0.6')),                          'must be more than `initial_sparsity`, got 0.5 and 0.6'),
+    (('L1RankedStructureParameterPruner_AGB',),
+     "Unknown class .* Did you mean 'L1RankedStructureParameterPruner_AGP'"),
+    ((L1, FILTERS.replace('Filters', 'Filter')),
+     "Unknown group type 'Filter'. Did you mean 'Filters'"),
+    ((L1, FILTERS.replace('Filters', 'Rows')),
+     'Rows of 3.weight, a Conv2d, are not defined in Distiller'),
+    ((L1, FILTERS.replace('module.3.weight', '4.weight')),
+     'Filters of 4.weight, a BatchNorm2d, are not defined'),
+    ((L1, FILTERS.replace('module.3.weight', '3.wieght')),
+     "Unknown weights '3.wieght'. Did you mean '3.weight'"),
+    ((L1, FILTERS.replace('0.5', '50')),
+     '`final_sparsity` must be a fraction from 0 to 1, .*, got 50'),
+    ((L1, FILTERS.replace('0.1', '0.6')),
+     'must be more than `initial_sparsity`, got 0.5 and 0.6'),
     ((L1, FILTERS + '\n    noise: 0.3'),                           "Unknown key of L1.* 'noise'"),
     ((L1, FILTERS + '\n    desired_sparsity: 0.3'),                "Unknown key of L1.* 'desired_sparsity'"),
     ((L1, FILTERS, 'epochs: [1, 2]'),                              'AGP needs `starting_epoch`'),
@@ -222,4 +240,5 @@ def test_policies_and_sections_that_cannot_be_honoured():
         said(more, f'`{section}` \\(z\\)')
         assert len(from_distiller_yaml(more, net, ignore=section)) == 1
     said(yaml(), "Unknown section in `ignore` 'extension'. Did you mean 'extensions'", ignore='extension')
-    assert len(from_distiller_yaml(yaml().replace('instance_name: p', 'instance_name: p, args: {keep_mask: True}'), net)) == 1
+    assert len(from_distiller_yaml(yaml().replace('instance_name: p',
+                                                  'instance_name: p, args: {keep_mask: True}'), net)) == 1

@@ -1,12 +1,11 @@
 "Two processes that train one model together have the same masks at every step"
-import copy, io, os, pickle, re, sys
-from contextlib import nullcontext
+import copy, os, pickle, re
 from unittest.mock import patch
 
 import pytest, torch, torch.distributed as dist, torch.nn as nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
-from fasterai_clone.core.measure import as_criteria, available_criterias
+from fasterai_clone.sparse.measure import as_criteria, available_criterias
 from fasterai_clone.sparse.all import Sparsifier, SparsifyCallback, Schedule
 from helpers import exact, fit_for, learner, naive_keep, spy
 from processes import main, start
@@ -26,12 +25,14 @@ def batch(rank, step):
 def copied(sp):
     "Masks, references and weights as they are now"
     def clones(d): return {k: v.clone() for k,v in d.items()}
-    return dict(masks=clones(sp.masks), refs=clones(sp.refs), used=set(sp.used), updates=sp.updates, weights=clones(sp._params()))
+    return dict(masks=clones(sp.masks), refs=clones(sp.refs), used=set(sp.used), updates=sp.updates,
+                weights=clones(sp.params))
 
 def loop(model, criteria, rank, **kwargs):
     "Four steps of a training of one's own; what there is after each"
     g  = fit_for(criteria)
-    sp = Sparsifier(model, g, criteria=criteria, loss_func=cross_entropy, data=None if as_criteria(criteria).reference in (None, 'init', 'update') else
+    sp = Sparsifier(model, g, criteria=criteria, loss_func=cross_entropy,
+                    data=None if as_criteria(criteria).reference in (None, 'init', 'update') else
                     [batch(rank, s) for s in (90, 91)], **kwargs)
     opt, found = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01), []
     torch.manual_seed(rank)  # other dropout, and other random scores
@@ -96,7 +97,8 @@ def largest(rank, world):
 def unwrapped_is_silent(rank, world):
     "Nothing may be sent if the model is of this process alone: the other process does not come along here"
     if rank == 0: return None
-    with patch.object(dist, 'broadcast', side_effect=AssertionError), patch.object(dist, 'broadcast_object_list', side_effect=AssertionError):
+    with (patch.object(dist, 'broadcast', side_effect=AssertionError),
+          patch.object(dist, 'broadcast_object_list', side_effect=AssertionError)):
         for c in available_criterias(): loop(net(), c, rank)
         sp = Sparsifier(net())
         sp.sparsify_model(50)
@@ -171,8 +173,8 @@ def _fit(learn, cb):
 
 def fastai(rank, world):
     from fastai.distributed import DistributedDL
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT='29511',
-                      ACCELERATE_USE_CPU='true')
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT='29511', ACCELERATE_USE_CPU='true')
     found = {}
     with patch.object(DistributedDL, '_broadcast', _on_cpu):
         for c in available_criterias():
@@ -214,7 +216,8 @@ def fastai_again(rank, world):
     "First a fit of each process alone, then one of both with the same callback, then one alone again"
     from fastai.distributed import DistributedDL
     learn = learner(n=64, model=net(), metrics=[])
-    cb = SparsifyCallback(60, criteria='random', schedule=Schedule(lambda start, end, pos: start + pos*(end - start)), verbose=False)
+    cb = SparsifyCallback(60, criteria='random', schedule=Schedule(lambda start, end, pos: start + pos*(end - start)),
+                          verbose=False)
     learn.add_cb(cb)
     with patch.object(DistributedDL, '_broadcast', _on_cpu), learn.no_bar(), learn.no_logging():
         learn.fit(1)
@@ -230,12 +233,13 @@ def fastai_tickets(rank, world):
     from safetensors.torch import load_file
     learn = learner(n=64, model=net(), metrics=[])
     with patch.object(DistributedDL, '_broadcast', _on_cpu), learn.no_bar(), learn.no_logging():
-        _fit(learn, SparsifyCallback(50, criteria='random', schedule='one_shot', lth=True, save_tickets=True, verbose=False))
+        _fit(learn, SparsifyCallback(50, criteria='random', schedule='one_shot', lth=True,
+                                     save_tickets=True, verbose=False))
     dist.barrier()
     return list(load_file('models/winning_ticket_50.00.safetensors')), list(learn.model.state_dict())
 
-CASES = [plain, compact, drawn, largest, unwrapped_is_silent, names, failures, refused, synced, copies, fastai, fastai_data, fastai_prints,
-         fastai_untraced, fastai_again, fastai_tickets]
+CASES = [plain, compact, drawn, largest, unwrapped_is_silent, names, failures, refused, synced, copies, fastai,
+         fastai_data, fastai_prints, fastai_untraced, fastai_again, fastai_tickets]
 if __name__ == '__main__': main(CASES)
 
 
@@ -287,7 +291,8 @@ def test_names_are_plain_and_one_process_prints(ranks, both):
 
 def test_what_fails_in_the_first_process_is_raised_in_all(both):
     (a, fine), (b, also) = both(failures)
-    assert a[:2] == ('ZeroDivisionError', 'no more data in process 0') and b[:2] == ('RuntimeError', 'no more data in process 0')
+    assert a[:2] == ('ZeroDivisionError', 'no more data in process 0')
+    assert b[:2] == ('RuntimeError', 'no more data in process 0')
     assert alike(a[2], a[3]) and alike(a[2:], b[2:])                   # nothing has changed, and it can go on
     assert fine[:2] == (None, None) and alike(fine, also)              # the data of the second one is not looked at
 

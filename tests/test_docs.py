@@ -1,4 +1,5 @@
-"The documentation site: it builds without network, every name has its entry, every link leads somewhere, and a browser shows every page as it should be"
+"""The documentation site: it builds without network, every name has its entry, every link leads somewhere, and a
+browser shows every page as it should be"""
 import importlib, inspect, json, os, re, shutil, subprocess, sys, threading
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -12,10 +13,12 @@ from fastcore.docments import docments
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'tools'))
 import build_docs
-from build_docs import BrokenLink, Page, TUTORIALS, link_locally, problems, site_pages
+import navigation
+from build_docs import WRITTEN, BrokenLink, link_locally, problems, site_pages
+from navigation import FOLDERS, GROUPS, INTERNALS
 
 blob  = 'https://github.com/fasterai-clone/fasterai_clone/blob/main/'
-docs  = [p.doc for p in site_pages()] + ['api', 'changelog', 'contributing']
+docs  = [p.doc for p in site_pages()] + WRITTEN
 pages = pytest.mark.parametrize('doc', docs)
 
 
@@ -50,7 +53,8 @@ def cut_off(tmp_path_factory):
     guard = tmp_path_factory.mktemp('guard')
     (guard/'sitecustomize.py').write_text(no_network)
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(guard), str(root)]), 'PYTHONDONTWRITEBYTECODE': '1'}
-    return lambda *args: subprocess.run([*own_net(), sys.executable, *map(str, args)], env=env, capture_output=True, text=True, timeout=300)
+    return lambda *args: subprocess.run([*own_net(), sys.executable, *map(str, args)], env=env, capture_output=True,
+                                        text=True, timeout=900)
 
 @pytest.fixture(scope='session')
 def site(cut_off, tmp_path_factory):
@@ -87,21 +91,78 @@ def test_every_notebook_has_its_page(site):
 
 def test_no_link_leads_nowhere(site): assert list(problems(site)) == []
 
-def test_the_first_page_has_everything_in_reading_order(site):
-    tree  = soup(site/'index.html').select_one('.sidebar-tree')
-    links = [a['href'].removesuffix('.html') for a in tree.select('a')]
-    assert set(links) >= set(docs) - {'index'} and len(links) == len(set(links))
-    numbered = [p for p in site_pages() if re.match(r'\d', p.path.name)]
-    for group in ('Core', 'Model', 'Sparse', 'Prune'):
-        own = [p.doc for p in sorted(numbered, key=lambda p: p.path.name) if p.group == group]
-        assert [l for l in links if l in own] == own
-    ours = [l.removeprefix('tutorials/') for l in links if l.startswith('tutorials/')]
-    assert ours == [t for t in TUTORIALS if t in ours] + [t for t in ours if t not in TUTORIALS]
-    assert [c.text for c in tree.select('.caption-text')][0] == 'Tutorials'
+def sidebar(site):
+    "Group → addresses of the pages that its list shows, and of those one level below"
+    tree = soup(site/'index.html').select_one('.sidebar-tree')
+    def links(ul): return [a['href'].removesuffix('.html') for a in ul.select('a')]
+    return {c.text.strip(): links(c.find_next_sibling('ul')) for c in tree.select('.caption')}
+
+def test_the_sidebar_is_sorted_by_what_people_want(site):
+    "Every page once; what a newcomer needs first, and single modules of the code last"
+    groups = sidebar(site)
+    assert list(groups) == ['Start', 'Guides', 'Choosing', 'Studies', 'Reference', 'Internals']
+    links = [l for g in groups.values() for l in g]
+    assert sorted(links) == sorted(set(docs) - {'index'})
+    assert groups['Start'][0] == 'tutorials/quickstart'
+    tutorials = {p.doc for p in site_pages() if p.is_tutorial}
+    assert tutorials <= {l for g in ('Start', 'Guides', 'Choosing', 'Studies') for l in groups[g]}
+    for name in ('criteria', 'contexts_and_collapse', 'schedules'): assert f'tutorials/{name}' in groups['Choosing']
+    assert groups['Reference'][:3] == ['api', 'sparse.sparsify_callback', 'sparse.sparsifier']
+    assert 'core.style' in groups['Internals'] and 'contributing' in groups['Internals']
+
+def test_named_pages_are_in_the_order_of_their_names_in_the_sidebar(site):
+    for group,links in sidebar(site).items():
+        shown = [l.removeprefix('tutorials/') for l in links]
+        named = [n for n in GROUPS.get(group, ()) if n in shown]
+        assert [l for l in shown if l in named] == named
+        assert group == INTERNALS or set(GROUPS[group]) <= set(shown), 'a page that is named does not exist'
+
+def test_modules_with_public_names_are_in_the_reference(site):
+    assert navigation.public_modules() <= set(sidebar(site)['Reference'])
+    assert {'sparse.sparsifier', 'core.masks', 'model.channels.groups'} <= navigation.public_modules()
+
+def test_internals_are_listed_in_the_order_of_their_numbers(site):
+    for folder in FOLDERS:
+        listed = [l['href'].removesuffix('.html')
+                  for l in soup(site/f'internals-{folder}.html').select('article li > p > a:first-child')]
+        want   = [p.doc for p in site_pages() if p.group == INTERNALS and p.doc.split('.')[0] == folder]
+        assert listed == want, folder
+
+def title(site, doc): return soup(site/f'{doc}.html').select_one('article h1').find(string=True).strip()
+
+def test_titles_of_pages_are_unique(site):
+    titles = [title(site, d) for d in docs]
+    assert {t for t in titles if titles.count(t) > 1} == set()
+
+def test_the_first_page_argues(site):
+    "Claim, measured table, three benefits, one snippet, and links by task"
+    page = soup(site/'index.html').select_one('article')
+    assert page.select_one('h1 + blockquote')
+    order = ['table' if e.name == 'table' else 'code' if e.name == 'pre' else 'card'
+             for e in page.select('table, .card, pre')]
+    assert re.fullmatch('(table )+(card ){3}code (card ){6}', ' '.join(order) + ' ')
+    assert 'SparsifyCallback' in page.select_one('pre').text
+    readme = re.sub(r'\]\([^)]*\)', ']', (root/'README.md').read_text(encoding='utf-8'))  # without addresses
+    for cell in page.select('table td'): assert re.sub(r'\W', '', cell.text) in re.sub(r'\W', '', readme), cell.text
+
+@pytest.mark.parametrize('page', [p for p in site_pages() if p.is_tutorial], ids=lambda p: p.doc)
+def test_a_tutorial_opens_in_colab(site, page):
+    "From the repository that settings.ini names, which the page says how to install"
+    repository = re.search(r'^repository = https://github.com/(\S+)$',
+                           (root/'settings.ini').read_text(encoding='utf-8'), re.M)[1]
+    about = soup(site/f'{page.doc}.html').select_one('p.about')
+    want  = f'https://colab.research.google.com/github/{repository}/blob/main/nbs/tutorials/{page.path.name}'
+    assert about.select_one('a')['href'] == want
+    assert f'!pip install git+https://github.com/{repository}' in about.text
+
+def test_pages_of_the_reference_have_no_badge(site):
+    for p in site_pages():
+        if not p.is_tutorial: assert 'colab' not in (site/f'{p.doc}.html').read_text(encoding='utf-8').lower(), p.doc
 
 def test_the_workflow_builds_it_with_the_same_command():
     text = (root/'.github'/'workflows'/'docs.yml').read_text(encoding='utf-8')
-    for what in ('run: python tools/build_docs.py\n', 'tools/refresh.py --check && git diff --exit-code', 'upload-pages-artifact', '{path: _site}', 'deploy-pages'):
+    for what in ('run: python tools/build_docs.py\n', 'tools/refresh.py --check && git diff --exit-code',
+                 'upload-pages-artifact', '{path: _site}', 'deploy-pages'):
         assert what in text
 
 
@@ -142,7 +203,8 @@ def test_every_public_name_has_an_entry(signatures):
 
 def test_signatures_are_those_of_the_code(signatures):
     for name,v in names():
-        if not inspect.isfunction(v) or name.split('.')[-1] in ('hold', 'sparsity_report', 'sparsify_demo'): continue  # decorated: the code says another
+        # decorated: the code says another
+        if not inspect.isfunction(v) or name.split('.')[-1] in ('hold', 'sparsity_report', 'sparsify_demo'): continue
         given = [e.text.split('=')[0].lstrip('*') for e in signatures[name].select('.sig-param')]
         wants = [p for p in inspect.signature(v).parameters]
         shown = signatures[name].select('.sig-paren')
@@ -183,12 +245,14 @@ def test_names_in_the_text_lead_to_their_entries(site, doc):
     known = {n for _,n,_ in public()}
     page  = soup(site/f'{doc}.html')
     own   = {id(c) for c in page.select('dl.py td:first-child code')}  # names of arguments are nobody else's
-    bare  = [c for c in page.select('article p code, article li code, article td code') if c.text in known and not c.find_parent('a') and id(c) not in own]
+    bare  = [c for c in page.select('article p code, article li code, article td code')
+             if c.text in known and not c.find_parent('a') and id(c) not in own]
     assert [c.text for c in bare] == []
     assert not any(c.find_parent('a') for c in page.select('dl.py td:first-child code'))
 
 def test_names_in_code_lead_to_their_entries(site):
-    links = {a.text: a['href'] for a in soup(site/'tutorials'/'coming_from_torch_prune.html').select('article pre a.in-code')}
+    links = {a.text: a['href']
+             for a in soup(site/'tutorials'/'coming_from_torch_prune.html').select('article pre a.in-code')}
     assert links['Sparsifier'] == '../sparse.sparsifier.html#fasterai_clone.sparse.sparsifier.Sparsifier'
 
 def test_addresses_that_modules_give_exist(site):
@@ -199,7 +263,7 @@ def test_addresses_that_modules_give_exist(site):
     shown = {m.__name__: m.__all__ for m,_,_ in public()}
     for module,syms in d['syms'].items():
         for full,(url,_) in syms.items():
-            if full.removeprefix(f'{module}.') not in shown[module]: continue
+            if full.removeprefix(f'{module}.') not in shown.get(module, ()): continue
             page, anchor = url.split('#')
             assert soup(site/page).find(id=anchor), url
 
@@ -217,29 +281,40 @@ def test_pictures_have_words(site, doc):
 
 def of(name): return next(p for p in site_pages() if p.path.name == name)
 
-@pytest.mark.parametrize('link', ['nope.ipynb', '../nope.ipynb', 'images/nope.png', 'nope.md', f'{build_docs.github}/nbs/nope.ipynb', f'{build_docs.pages}/nope.html'])
+@pytest.mark.parametrize('link', ['nope.ipynb', '../nope.ipynb', 'images/nope.png', 'nope.md',
+                                  f'{build_docs.github}/nbs/nope.ipynb', f'{build_docs.pages}/nope.html'])
 def test_a_link_to_nothing_is_refused(link):
-    with pytest.raises(BrokenLink, match='nope'): link_locally(f'See [this]({link}).', of('06_core.masks.ipynb'), set())
+    with pytest.raises(BrokenLink, match='nope'):
+        link_locally(f'See [this]({link}).', of('060_core.masks.ipynb'), set())
 
 @pytest.mark.parametrize('link, want', [
-    ('70_prune.coupling.ipynb', 'prune.coupling.ipynb'), ('04_core.selection.ipynb#pieces-of-tensors', 'core.selection.ipynb#pieces-of-tensors'),
-    ('tutorials/lottery_tickets.ipynb', 'tutorials/lottery_tickets.ipynb'), (f'{build_docs.github}/CHANGELOG.md', 'changelog.md'),
-    (f'{build_docs.pages}/core.masks.html#masks', 'core.masks.ipynb#masks'), ('https://arxiv.org/abs/1803.03635', 'https://arxiv.org/abs/1803.03635'),
+    ('700_prune.coupling.ipynb', 'prune.coupling.ipynb'), ('040_core.selection.ipynb#pieces-of-tensors',
+                                                           'core.selection.ipynb#pieces-of-tensors'),
+    ('tutorials/lottery_tickets.ipynb', 'tutorials/lottery_tickets.ipynb'),
+    (f'{build_docs.github}/CHANGELOG.md', 'changelog.md'),
+    (f'{build_docs.pages}/core.masks.html#masks', 'core.masks.ipynb#masks'),
+    ('https://arxiv.org/abs/1803.03635', 'https://arxiv.org/abs/1803.03635'),
     ('../tools/refresh.py', f'{build_docs.github}/tools/refresh.py')])
 def test_links_become_those_to_pages(link, want):
-    assert link_locally(f'[x]({link}) and `[y]({link})`', of('06_core.masks.ipynb'), set()) == f'[x]({want}) and `[y]({link})`'
+    assert link_locally(f'[x]({link}) and `[y]({link})`', of('060_core.masks.ipynb'),
+                        set()) == f'[x]({want}) and `[y]({link})`'
 
 def test_links_of_tutorials_go_up():
-    assert link_locally('[x](../70_prune.coupling.ipynb)', of('lottery_tickets.ipynb'), set()) == '[x](../prune.coupling.ipynb)'
+    assert link_locally('[x](../700_prune.coupling.ipynb)', of('lottery_tickets.ipynb'),
+                        set()) == '[x](../prune.coupling.ipynb)'
 
 def test_what_is_wrong_with_a_site_is_found(tmp_path):
-    (tmp_path/'good.html').write_text('<p id="here">x</p><a href="good.html#here">x</a><img src="data:image/png;base64,">')
+    (tmp_path/'good.html').write_text('<p id="here">x</p><a href="good.html#here">x</a><img '
+                                      'src="data:image/png;base64,">')
     assert list(problems(tmp_path)) == []
-    (tmp_path/'bad.html').write_text('''<p id="a"></p><p id="a"></p><a href="gone.html">x</a><a href="good.html#there">x</a><a href="#b">x</a>
-        <img src="gone.png"><script src="https://cdn.example/x.js"></script><link href="//fonts.example/x.css" rel="stylesheet"><a href="https://ok.example">x</a>''')
+    (tmp_path/'bad.html').write_text('''<p id="a"></p><p id="a"></p>
+        <a href="gone.html">x</a><a href="good.html#there">x</a><a href="#b">x</a>
+        <img src="gone.png"><script src="https://cdn.example/x.js"></script>
+        <link href="//fonts.example/x.css" rel="stylesheet"><a href="https://ok.example">x</a>''')
     (tmp_path/'x.css').write_text('@font-face { src: url("https://fonts.example/x.woff") }')
     found = ' '.join(problems(tmp_path))
-    for what in ('the id a', 'gone.html', 'good.html#there', 'no #b', 'gone.png', 'cdn.example', 'fonts.example/x.css', 'x.woff'): assert what in found
+    for what in ('the id a', 'gone.html', 'good.html#there', 'no #b', 'gone.png', 'cdn.example', 'fonts.example/x.css',
+                 'x.woff'): assert what in found
     assert len(list(problems(tmp_path))) == 8
 
 def test_a_folder_of_others_is_not_replaced(tmp_path):
@@ -250,8 +325,8 @@ def test_a_folder_of_others_is_not_replaced(tmp_path):
 
 # In a browser
 
-flags = '''--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --disable-quic
-    --no-first-run'''.split()
+flags = '''--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update
+    --disable-sync --disable-quic --no-first-run'''.split()
 
 @pytest.fixture(scope='session')
 def address(site):
@@ -266,7 +341,8 @@ def address(site):
 @pytest.fixture(scope='session')
 def browser(tmp_path_factory):
     "Headless Chromium"
-    binary, driver = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None), shutil.which('chromedriver')
+    binary = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    driver = shutil.which('chromedriver')
     if not (binary and driver):
         say = pytest.fail if os.environ.get('NEED_BROWSER') else pytest.skip
         say('there is no Chromium to look at the pages with: `apt-get install chromium chromium-driver`')
@@ -280,51 +356,119 @@ def browser(tmp_path_factory):
     yield chrome
     chrome.quit()
 
-def size(browser, width): browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=844, deviceScaleFactor=1, mobile=width < 500))
+def size(browser, width):
+    browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride',
+                            dict(width=width, height=844, deviceScaleFactor=1, mobile=width < 500))
 
 def show(browser, url):
     "Load `url` and wait until formulas are set"
     browser.get(url)
-    browser.execute_async_script('const done = arguments[0]; (window.MathJax?.startup?.promise ?? Promise.resolve()).then(() => done())')
+    browser.execute_async_script('const done = arguments[0]; (window.MathJax?.startup?.promise ?? '
+                                 'Promise.resolve()).then(() => done())')
 
-# Contrast of what is written with what is behind it, as WCAG computes it, for every element with text of its own that can be seen
+# Contrast of what is written with what is behind it, as WCAG computes it, for every element with text of its own that
+# can be seen
 faint = '''
     document.head.insertAdjacentHTML('beforeend', '<style>* { transition: none !important }</style>')
     const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true})
-    const rgba = c => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data] }
-    const light = c => { const [r, g, b] = c.map(v => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4 }); return 0.2126*r + 0.7152*g + 0.0722*b }
-    const behind = e => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor); if (c[3] > 250) return c } return [255, 255, 255, 255] }
+    const rgba = c => {
+        canvas.clearRect(0, 0, 1, 1)
+        canvas.fillStyle = c
+        canvas.fillRect(0, 0, 1, 1)
+        return [...canvas.getImageData(0, 0, 1, 1).data]
+    }
+    const light = c => {
+        const [r, g, b] = c.map(v => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4 })
+        return 0.2126*r + 0.7152*g + 0.0722*b
+    }
+    const behind = e => {
+        for (; e; e = e.parentElement) {
+            const c = rgba(getComputedStyle(e).backgroundColor)
+            if (c[3] > 250) return c
+        }
+        return [255, 255, 255, 255]
+    }
     const found = []
     for (const e of document.querySelectorAll('article *, .sidebar-tree *, .toc-tree *')) {
-        if (![...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()) || !e.getClientRects().length || e.matches('.headerlink, mjx-container *, option')) continue
-        const a = light(rgba(getComputedStyle(e).color)), b = light(behind(e)), ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)
-        if (ratio < 4.5) found.push(`${ratio.toFixed(2)} ${e.tagName}.${e.className} ${e.textContent.trim().slice(0, 40)}`)
+        if (![...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()) || !e.getClientRects().length) continue
+        if (e.matches('.headerlink, mjx-container *, option')) continue
+        const a = light(rgba(getComputedStyle(e).color)), b = light(behind(e))
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)
+        const text = e.textContent.trim().slice(0, 40)
+        if (ratio < 4.5) found.push(`${ratio.toFixed(2)} ${e.tagName}.${e.className} ${text}`)
     }
+    return found'''
+
+# What does not fit: code and output without a way to see the rest, pictures, and the page itself
+cut_off_blocks = '''
+    document.querySelectorAll('details').forEach(d => { d.open = true })
+    const article = document.querySelector('article, [role=main]')
+    const right = article.getBoundingClientRect().right + 1
+    const out = e => e.scrollWidth > e.clientWidth + 1
+    const found = []
+    for (const p of article.querySelectorAll('pre'))
+        if (out(p) || p.getBoundingClientRect().right > right) found.push('code: ' + p.textContent.slice(0, 60))
+    for (const t of article.querySelectorAll('.wide, .table-wrapper, .output.text_html')) {
+        const scrolls = getComputedStyle(t).overflowX == 'auto' && innerWidth < 500
+        const over = t.getBoundingClientRect().right > right
+        if (out(t) && !scrolls || over) found.push('table: ' + t.textContent.slice(0, 60))
+    }
+    for (const i of article.querySelectorAll('img'))
+        if (i.getBoundingClientRect().right > right) found.push('picture: ' + i.alt)
+    if (document.documentElement.scrollWidth > innerWidth) found.push('the page scrolls sideways')
     return found'''
 
 @pytest.mark.parametrize('doc', [*docs, 'search'])
 def test_a_page_in_the_browser(browser, address, doc):
-    "On a phone: no errors, nothing from elsewhere, every picture there, nothing that makes the page scroll sideways; and legible in both themes"
+    """No errors, nothing from elsewhere, every picture there; nothing is cut off on a phone or on a desk; legible in
+    both themes"""
     size(browser, 390)
     for kind in ('browser', 'performance'): browser.get_log(kind)
     show(browser, f'{address}/{doc}.html')
     errors = [e['message'] for e in browser.get_log('browser') if e['level'] == 'SEVERE']
     assert errors == []
-    sent = [m['params']['request']['url'] for e in browser.get_log('performance') if (m := json.loads(e['message'])['message'])['method'] == 'Network.requestWillBeSent']
+    sent = [m['params']['request']['url'] for e in browser.get_log('performance')
+            if (m := json.loads(e['message'])['message'])['method'] == 'Network.requestWillBeSent']
     assert any(u.startswith(address) for u in sent)
     assert [u for u in sent if not u.startswith((address, 'data:', 'blob:'))] == []
     assert browser.execute_script('return [...document.images].filter(i => !i.naturalWidth).map(i => i.src)') == []
-    assert browser.execute_script('return document.documentElement.scrollWidth') <= 390
     for theme in ('light', 'dark'):
         browser.execute_script('document.body.dataset.theme = arguments[0]', theme)
         assert browser.execute_script(faint) == [], theme
+    for width in (390, 1400):
+        size(browser, width)
+        assert browser.execute_script(cut_off_blocks) == [], width
 
-def test_wide_code_scrolls_inside_itself(browser, address):
+@pytest.mark.parametrize('doc', ['index', 'tutorials/quickstart', 'sparse.sparsifier', 'analyze.compare'])
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+@pytest.mark.parametrize('width', [390, 1400])
+def test_nothing_is_cut_off_in_either_theme(browser, address, doc, theme, width):
+    size(browser, width)
+    show(browser, f'{address}/{doc}.html')
+    browser.execute_script('document.body.dataset.theme = arguments[0]', theme)
+    assert browser.execute_script(cut_off_blocks) == []
+
+def test_what_is_cut_off_is_found(browser, address):
     size(browser, 390)
-    show(browser, f'{address}/core.measure.html')
-    wide = browser.execute_script('''return [...document.querySelectorAll("article pre")].filter(p => p.scrollWidth > p.clientWidth)
-        .map(p => { p.scrollLeft = 50; return [getComputedStyle(p).overflowX, p.scrollLeft] })''')
-    assert wide and all(o == ['auto', 50] or o[0] == 'auto' and o[1] > 0 for o in wide)
+    show(browser, f'{address}/tutorials/quickstart.html')
+    browser.execute_script("""document.head.insertAdjacentHTML('beforeend',
+        '<style>.highlight pre { white-space: pre !important } img { max-width: 50rem !important }</style>')""")
+    found = browser.execute_script(cut_off_blocks)
+    assert any(f.startswith('code') for f in found) and any(f.startswith('picture') for f in found)
+
+def test_88_columns_of_code_fit_on_a_line(browser, address):
+    "On a desk; a longer line goes on below, and copying still gives one line"
+    size(browser, 1400)
+    show(browser, f'{address}/core.granularity.html')
+    lines = browser.execute_script('''
+        document.querySelectorAll('details').forEach(d => { d.open = true })
+        return [...document.querySelectorAll('.cell_input pre .line')].map(l => [l.textContent,
+            l.getBoundingClientRect().height, parseFloat(getComputedStyle(l).lineHeight)])''')
+    assert all(height < 1.5*line for text,height,line in lines if len(text.rstrip()) <= 88)
+    long = [text for text,height,line in lines if height > 1.5*line]
+    assert long and all(t.count('\n') == 1 for t in long)
+    code = json.loads((root/'nbs'/'010_core.granularity.ipynb').read_text(encoding='utf-8'))['cells']
+    assert any(long[0] in ''.join(c['source']) + '\n' for c in code)
 
 def test_search_finds_the_page(browser, address):
     from selenium.webdriver.common.by import By
@@ -345,7 +489,8 @@ def test_the_button_changes_the_theme(browser, address):
     for _ in range(3):
         next(b for b in browser.find_elements(By.CSS_SELECTOR, 'button.theme-toggle') if b.is_displayed()).click()
         theme = browser.execute_script('return document.body.dataset.theme')
-        colours[theme] = browser.execute_script('return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector("article p")).color]')
+        colours[theme] = browser.execute_script('return [getComputedStyle(document.body).backgroundColor, '
+                                                'getComputedStyle(document.querySelector("article p")).color]')
     assert set(colours) == {'auto', 'light', 'dark'}
     for i in (0, 1): assert colours['light'][i] != colours['dark'][i]
     browser.refresh()

@@ -1,28 +1,32 @@
-"""Whatever stops a training, wherever it does: nothing stays on the model, files are whole, and what comes after is exact
+"""Whatever stops a training, wherever it does: nothing stays on the model, files are whole, and what comes after is
+exact
 
-An error, Ctrl-C or SIGKILL at each event of fastai's loop, before, between and after the events of `SparsifyCallback`; Ctrl-C at lines of
-the library itself; SIGKILL in the middle of a write. `tests/test_faults.py worker FOLDER` is the process that forks those that are killed."""
+An error, Ctrl-C or SIGKILL at each event of fastai's loop, before, between and after the events of `SparsifyCallback`;
+Ctrl-C at lines of the library itself; SIGKILL in the middle of a write. `tests/test_faults.py worker FOLDER` is the
+process that forks those that are killed."""
 import copy, json, os, pickle, random, resource, signal, subprocess, sys, zipfile
 from linecache import getline
 from pathlib import Path
 
 import numpy as np, torch, torch.nn as nn
-from fastai.basics import (Adam, Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
-                           CancelStepException, CancelTrainException, CancelValidException, DataLoader, DataLoaders, Learner, accuracy)
+from fastai.basics import (Adam, Callback, CancelBackwardException, CancelBatchException, CancelEpochException,
+                           CancelFitException,
+                           CancelStepException, CancelTrainException, CancelValidException, DataLoader, DataLoaders,
+                           Learner, accuracy)
 from fastai.callback.core import event
 from fastai.callback.progress import ProgressCallback
-from fastai.learner import defaults
 from safetensors.torch import load_file
 
 import fasterai_clone
-from fasterai_clone.sparse.all import (SparsifyCallback, cos, dsd, gradient, iterative, lin, movement, one_shot, synflow, updating_movmag,
-                                       wanda)
+from fasterai_clone.sparse.all import (SparsifyCallback, cos, dsd, gradient, iterative, lin, movement, one_shot,
+                                       updating_movmag, wanda)
+from fasterai_clone.sparse.measure import synflow
 
 N_EPOCH, N_ITER = 3, 3
 
 def network():
-    return nn.Sequential(nn.Conv2d(2, 4, (2, 3)), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, (3, 2)), nn.ReLU(), nn.Dropout(.2), nn.Flatten(),
-                         nn.Linear(12, 4))
+    return nn.Sequential(nn.Conv2d(2, 4, (2, 3)), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, (3, 2)), nn.ReLU(),
+                         nn.Dropout(.2), nn.Flatten(), nn.Linear(12, 4))
 
 def learner(seed=0, **kwargs):
     "A small learner that draws random numbers for weights, order of the examples and dropout"
@@ -32,23 +36,31 @@ def learner(seed=0, **kwargs):
     items = [(torch.randn(2, 4, 5, generator=g), torch.randint(0, 4, (), generator=g)) for _ in range(16)]
     torch.manual_seed(seed)
     dls   = DataLoaders(DataLoader(items[:12], bs=4, shuffle=True), DataLoader(items[12:], bs=4))
-    learn = Learner(dls, network(), loss_func=nn.CrossEntropyLoss(), opt_func=Adam, metrics=accuracy, path='.', **kwargs)
+    learn = Learner(dls, network(), loss_func=nn.CrossEntropyLoss(), opt_func=Adam, metrics=accuracy,
+                    path='.', **kwargs)
     learn.remove_cb(ProgressCallback)
     return learn
 
 KINDS = dict(
     plain    = lambda **kw: SparsifyCallback(80, verbose=False, **kw),
-    filters  = lambda **kw: SparsifyCallback(50, 'filter', 'global', layer_type=(nn.Conv2d, nn.Linear), verbose=False, **kw),
+    filters  = lambda **kw: SparsifyCallback(50, 'filter', 'global', layer_type=(nn.Conv2d, nn.Linear),
+                                             verbose=False, **kw),
     movement = lambda **kw: SparsifyCallback(70, criteria=movement, schedule=lin, verbose=False, **kw),
     gradient = lambda **kw: SparsifyCallback(60, 'row', criteria=gradient, schedule=cos, every=2, verbose=False, **kw),
-    compact  = lambda **kw: SparsifyCallback(75, schedule=one_shot, end_epoch=1, start_epoch=1, compact=True, verbose=False, **kw),
-    lottery  = lambda **kw: SparsifyCallback(66, schedule=one_shot, lth=True, reset_end=True, rewind_epoch=1, verbose=False, **kw),
+    compact  = lambda **kw: SparsifyCallback(75, schedule=one_shot, end_epoch=1, start_epoch=1, compact=True,
+                                             verbose=False, **kw),
+    lottery  = lambda **kw: SparsifyCallback(66, schedule=one_shot, lth=True, reset_end=True, rewind_epoch=1,
+                                             verbose=False, **kw),
     tickets  = lambda **kw: SparsifyCallback(66, schedule=one_shot, save_tickets=True, verbose=False, **kw),
     wanda    = lambda **kw: SparsifyCallback(50, context='output', criteria=wanda, schedule=lin, verbose=False, **kw),
-    synflow  = lambda **kw: SparsifyCallback(50, context='global', criteria=synflow, schedule=one_shot, verbose=False, **kw),
-    updating = lambda **kw: SparsifyCallback(40, 'kernel', criteria=updating_movmag, schedule=iterative, verbose=False, **kw),
+    synflow  = lambda **kw: SparsifyCallback(50, context='global', criteria=synflow, schedule=one_shot,
+                                             verbose=False, **kw),
+    updating = lambda **kw: SparsifyCallback(40, 'kernel', criteria=updating_movmag, schedule=iterative,
+                                             verbose=False, **kw),
     dsd      = lambda **kw: SparsifyCallback(60, schedule=dsd, verbose=False, **kw))
-WANTED = dict(plain=[38, 115], movement=[33, 100], compact=[36, 108], lottery=[31, 95], tickets=[31, 95], wanda=[24, 72], updating=[18, 54])  # zeros
+# zeros
+WANTED = dict(plain=[38, 115], movement=[33, 100], compact=[36, 108], lottery=[31, 95], tickets=[31, 95],
+              wanda=[24, 72], updating=[18, 54])
 
 def fit(learn, *cbs, **kwargs):
     with learn.no_logging(): learn.fit(N_EPOCH, 1e-2, cbs=list(cbs), **kwargs)
@@ -56,7 +68,8 @@ def fit(learn, *cbs, **kwargs):
 
 def numbers(learn):
     "All that training has changed"
-    opt = [[v.clone() for v in s.values() if isinstance(v, torch.Tensor)] for s in (learn.opt.state[p] for p,*_ in learn.opt.all_params())]
+    opt = [[v.clone() for v in s.values() if isinstance(v, torch.Tensor)]
+           for s in (learn.opt.state[p] for p,*_ in learn.opt.all_params())]
     return {k: v.clone() for k,v in learn.model.state_dict().items()}, opt
 
 def equal(a, b):
@@ -72,8 +85,10 @@ HOOKS = [k for k in vars(nn.Module()) if 'hook' in k]
 
 def anatomy(learn):
     "All there is to a learner and its model but numbers"
-    model = [(n, id(m), sorted(vars(m)), [len(getattr(m, h)) for h in HOOKS if getattr(m, h) is not None], sorted(m._buffers),
-              [(k, id(p), type(p), p.requires_grad, len(p._backward_hooks or ())) for k,p in m._parameters.items() if p is not None])
+    model = [(n, id(m), sorted(vars(m)), [len(getattr(m, h)) for h in HOOKS if getattr(m, h) is not None],
+              sorted(m._buffers),
+              [(k, id(p), type(p), p.requires_grad, len(p._backward_hooks or ()))
+               for k,p in m._parameters.items() if p is not None])
              for n,m in learn.model.named_modules()]
     return model, list(learn.model.state_dict()), [id(m) for m in learn.metrics], [id(cb) for cb in learn.cbs]
 
@@ -81,10 +96,12 @@ def check_untouched(learn, before, where):
     assert anatomy(learn) == before, f'{where}: something is left behind'
     assert torch.is_grad_enabled(), where
     params = list(learn.model.parameters())
-    assert [id(p) for p,*_ in learn.opt.all_params()] == list(map(id, params)), f'{where}: the optimizer has other parameters'
+    known = [id(p) for p,*_ in learn.opt.all_params()]
+    assert known == list(map(id, params)), f'{where}: the optimizer has other parameters'
     assert set(map(id, learn.opt.state)) <= set(map(id, params)), f'{where}: the optimizer knows of others'
     for p,s in learn.opt.state.items():
-        assert all(v.shape == p.shape for v in s.values() if isinstance(v, torch.Tensor) and v.ndim), f'{where}: its state is not whole'
+        assert all(v.shape == p.shape for v in s.values() if isinstance(v, torch.Tensor)
+                   and v.ndim), f'{where}: its state is not whole'
     for m in (copy.deepcopy(learn.model), pickle.loads(pickle.dumps(learn.model))):
         assert all(map(torch.equal, m.state_dict().values(), learn.model.state_dict().values())), where
 
@@ -97,13 +114,17 @@ def check_after(kind, learn, cb, want, where):
 
 # Faults
 
-CANCELS = dict(after_cancel_backward=('before_backward', CancelBackwardException), after_cancel_step=('before_step', CancelStepException),
-               after_cancel_batch=('before_batch', CancelBatchException), after_cancel_train=('before_train', CancelTrainException),
-               after_cancel_validate=('before_validate', CancelValidException), after_cancel_epoch=('before_epoch', CancelEpochException),
+CANCELS = dict(after_cancel_backward=('before_backward', CancelBackwardException),
+               after_cancel_step=('before_step', CancelStepException),
+               after_cancel_batch=('before_batch', CancelBatchException),
+               after_cancel_train=('before_train', CancelTrainException),
+               after_cancel_validate=('before_validate', CancelValidException),
+               after_cancel_epoch=('before_epoch', CancelEpochException),
                after_cancel_fit=('before_batch', CancelFitException))
 EVENTS = [e for e in event._fields if e != 'after_create']
 ORDERS = (-5, 16, 75)
-ONCE, EACH_EPOCH = ('before_fit', 'after_fit', 'after_cancel_fit'), ('before_epoch', 'before_train', 'after_train', 'before_validate', 'after_validate',
+ONCE, EACH_EPOCH = ('before_fit', 'after_fit', 'after_cancel_fit'), ('before_epoch', 'before_train', 'after_train',
+                                                                     'before_validate', 'after_validate',
                     'after_epoch', 'after_cancel_train', 'after_cancel_validate', 'after_cancel_epoch')
 
 def at(name, f, order):
@@ -134,7 +155,8 @@ class Fault:
 
 def points(rng, orders=ORDERS):
     "(event, order, nth): each event in each order, at a random batch or epoch"
-    return [(name, o, 0 if name in ONCE and name != 'after_cancel_fit' else rng.randrange(N_EPOCH if name in EACH_EPOCH else N_EPOCH*N_ITER))
+    return [(name, o, 0 if name in ONCE and name != 'after_cancel_fit'
+             else rng.randrange(N_EPOCH if name in EACH_EPOCH else N_EPOCH*N_ITER))
             for name in EVENTS for o in orders]
 
 fired = set()  # points at which something has really happened
@@ -168,12 +190,13 @@ def test_errors_and_interrupts_at_every_event():
 # Ctrl-C at lines of the library
 
 LIBRARY = str(Path(fasterai_clone.__file__).parent)
-CLEANUP = ('_join', '_leave', '_release', 'learn', 'release')  # what puts things back is not undone if it is stopped itself
+CLEANUP = ('join', 'leave', 'learn', 'release')  # what puts things back is not undone if it is stopped itself
 
 class Interrupt:
     """While it is on, counts the lines of the library as they run, and raises at the `nth`; `seen`: line → when it ran
 
-    Not at a `with`: Python runs that line again before it leaves the block, where no signal is looked at and nothing would be closed."""
+    Not at a `with`: Python runs that line again before it leaves the block, where no signal is looked at and nothing
+    would be closed."""
     def __init__(self, nth=None): self.nth, self.n, self.at, self.seen = nth, 0, None, {}
 
     def __call__(self, frame, what, arg):
@@ -239,7 +262,8 @@ class DiesInTime(Saver):
     "Is killed so many seconds after the first file of epoch `when` was begun"
     def __init__(self, when, seconds): self.when, self.seconds = when, seconds
     def save(self):
-        if self.epoch == self.when: signal.setitimer(signal.ITIMER_REAL, self.seconds)  # nobody handles it: the process ends at once
+        # nobody handles it: the process ends at once
+        if self.epoch == self.when: signal.setitimer(signal.ITIMER_REAL, self.seconds)
         super().save()
         if self.epoch == self.when: kill()
 
@@ -296,7 +320,8 @@ def one(job, want):
     signal_ = in_child(lambda: fit(learner(), KINDS[job['kind']](), *killers(job)))
     files   = {f.name: whole(f) for f in Path('models').glob('*') if f.suffix in ('.pth', '.safetensors')}
     epochs  = [int(f.split('_')[1][:-4]) for f in files if f.startswith('epoch_')]
-    found   = dict(job, signal=signal_, broken={k: v for k,v in files.items() if v is not True}, files=sorted(files), epochs=len(epochs), same=None)
+    found   = dict(job, signal=signal_, broken={k: v for k,v in files.items() if v is not True}, files=sorted(files),
+                   epochs=len(epochs), same=None)
     if not signal_ or not epochs or found['broken']: return found
     assert in_child(lambda: go_on(job['kind'], max(epochs))) == 0
     return dict(found, same=equal(torch.load('final.pt'), want))
@@ -318,14 +343,16 @@ def worker(folder):
 def killed(jobs, folder):
     "The `jobs` done in a process that has nothing else to do"
     Path(folder, 'jobs.json').write_text(json.dumps(jobs))
-    env  = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(Path(fasterai_clone.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
+    env  = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([
+        str(Path(fasterai_clone.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
     done = subprocess.run([sys.executable, __file__, 'worker', str(folder)], env=env, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     return json.loads(Path(folder, 'found.json').read_text())
 
 def test_killed_at_every_event(tmp_path):
     rng   = random.Random(3)
-    found = killed([dict(how='event', name=n, order=o, nth=k, kind=rng.choice(list(KINDS))) for n,o,k in points(rng)], tmp_path)
+    found = killed([dict(how='event', name=n, order=o, nth=k, kind=rng.choice(list(KINDS))) for n,o,k in points(rng)],
+                   tmp_path)
     for j in found:
         if j['signal']: fired.add((j['name'], 'SIGKILL', j['order'], j['nth']))
         assert j['signal'] in (0, signal.SIGKILL) and not j['broken'], j
@@ -335,8 +362,10 @@ def test_killed_at_every_event(tmp_path):
 def test_killed_in_the_middle_of_a_write(tmp_path):
     rng   = random.Random(4)
     kinds = [k for k in KINDS if k != 'tickets']
-    found = killed([dict(how='write', epoch=e, name=n, size=s, kind=rng.choice(kinds)) for e in (0, 1, 2) for n in ('last', 'epoch') for s in (100, 9000)] +
-                   [dict(how='time', epoch=1 + i % 2, seconds=1e-5 + .012*i/16, kind=rng.choice(kinds)) for i in range(16)] +
+    found = killed([dict(how='write', epoch=e, name=n, size=s, kind=rng.choice(kinds)) for e in (0, 1, 2)
+                    for n in ('last', 'epoch') for s in (100, 9000)] +
+                   [dict(how='time', epoch=1 + i % 2, seconds=1e-5 + .012*i/16, kind=rng.choice(kinds))
+                    for i in range(16)] +
                    [dict(how='ticket', size=300, kind='tickets')], tmp_path)
     for j in found:
         assert j['signal'] in ((signal.SIGALRM, signal.SIGKILL) if j['how'] == 'time' else (signal.SIGXFSZ,)), j

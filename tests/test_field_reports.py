@@ -1,4 +1,5 @@
-"Reports from the field: layers, optimizers, memory and checkpoints as people have them, with values that can be checked by hand"
+"""Reports from the field: layers, optimizers, memory and checkpoints as people have them, with values that can be
+checked by hand"""
 import re, types, warnings
 from functools import partial
 
@@ -6,12 +7,11 @@ import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, L, Learner, MSELossFlat, OptimWrapper
 from torch.nn.utils import prune
 
-from fasterai_clone.cli import load_tensors, load_weights, sparsity_report
+from fasterai_clone.cli import load_tensors, sparsity_report
 from fasterai_clone.prune.all import PruneCallback, thin
-from fasterai_clone.report import report_tensors, shared_weights, used_weights, weights_in
+from fasterai_clone.sparse.checkpoint import report_tensors
 from fasterai_clone.sparse.all import *
 from fasterai_clone.sparse.compact import stepping_optimizer, why_not_compact
-from fasterai_clone.sparse.targets import find_targets
 
 def refused(f, *says, kind=(ValueError, TypeError)):
     "`f()` raises an error of ours: one that says all of `says`"
@@ -24,7 +24,9 @@ def pct(t): return 100 * int((t == 0).sum()) / t.numel()
 # The stored weight is not the weight that is used
 
 class StdConv(nn.Conv2d):
-    def used(self): return (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / (self.weight.std((1, 2, 3), keepdim=True) + 1e-5)
+    def used(self):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return w / (self.weight.std((1, 2, 3), keepdim=True) + 1e-5)
     def forward(self, x): return F.conv2d(x, self.used(), self.bias)
 
 class BitLinear(nn.Linear):
@@ -63,8 +65,10 @@ def patched():
     m.forward = types.MethodType(lambda m, x: F.conv2d(x, m.weight - m.weight.mean(), m.bias), m)
     return m
 
-changing = dict(std_conv=lambda: StdConv(3, 8, 3), bit=lambda: BitLinear(6, 8), low_rank=lambda: LowRank(6, 8), zero_point=lambda: ZeroPoint(6, 8),
-                embedding=lambda: StdEmbedding(9, 4), transposed=lambda: Transforming(6, 8), hook=rewriting, patched=patched)
+changing = dict(std_conv=lambda: StdConv(3, 8, 3), bit=lambda: BitLinear(6, 8), low_rank=lambda: LowRank(6, 8),
+                zero_point=lambda: ZeroPoint(6, 8),
+                embedding=lambda: StdEmbedding(9, 4), transposed=lambda: Transforming(6, 8), hook=rewriting,
+                patched=patched)
 
 @pytest.mark.parametrize('name', changing)
 def test_weights_changed_in_forward_are_refused_or_left_out(name):
@@ -219,7 +223,8 @@ def warned(f):
 def test_a_tied_head_says_that_the_embedding_becomes_sparse(by_memory):
     net = LanguageModel(by_memory)
     sp, said = warned(lambda: Sparsifier(net, layer_type=nn.Linear))
-    assert len(said) == 1 and all(s in said[0] for s in ('head.weight', 'emb.weight (Embedding)', "exclude='head'")), said
+    assert len(said) == 1 and all(s in said[0]
+                                  for s in ('head.weight', 'emb.weight (Embedding)', "exclude='head'")), said
     sp.sparsify_model(50)
     assert 'head.weight is also emb.weight (Embedding), which was not chosen' in str(sp.report())
     assert sp.report().total == 72 + 64
@@ -231,9 +236,11 @@ def test_a_tied_head_says_that_the_embedding_becomes_sparse(by_memory):
 # All that can be
 
 def everything():
-    return nn.ModuleDict(dict(conv=nn.Conv2d(3, 8, 3), lin=nn.Linear(6, 8), emb=nn.Embedding(9, 6), lstm=nn.LSTM(4, 6), attn=nn.MultiheadAttention(8, 2)))
+    return nn.ModuleDict(dict(conv=nn.Conv2d(3, 8, 3), lin=nn.Linear(6, 8), emb=nn.Embedding(9, 6), lstm=nn.LSTM(4, 6),
+                              attn=nn.MultiheadAttention(8, 2)))
 
-@pytest.mark.parametrize('granularity, has', [('filter', {'conv', 'lin', 'attn.out_proj'}), ('kernel', {'conv'}), ('head', {'attn'}), ('unit', {'lstm'}),
+@pytest.mark.parametrize('granularity, has', [('filter', {'conv', 'lin', 'attn.out_proj'}), ('kernel', {'conv'}),
+                                              ('head', {'attn'}), ('unit', {'lstm'}),
                                               ('vertical_slice', {'conv'}), ('block_9x3', {'emb'})])
 def test_all_that_can_be_leaves_out_what_has_no_such_granularity(granularity, has):
     net = everything()
@@ -248,12 +255,15 @@ def test_all_that_can_be_leaves_out_what_has_no_such_granularity(granularity, ha
 def test_a_pattern_leaves_out_what_has_other_sizes():
     net = everything()
     sp  = Sparsifier(net, nm=(2, 4), layer_type=nn.Module)
-    assert {t.layer for t in sp.targets} == {'lstm', 'attn'} and sp.left_out['conv'] == 'it has 3 inputs, not a multiple of 4'
+    assert {t.layer for t in sp.targets} == {'lstm', 'attn'}
+    assert sp.left_out['conv'] == 'it has 3 inputs, not a multiple of 4'
     refused(lambda: Sparsifier(net, nm=(2, 4), layer_type=nn.Linear), '`nm`', 'lin', '6 inputs', 'exclude')
 
 def test_where_nothing_can_be_that_is_an_error():
-    refused(lambda: Sparsifier(nn.Sequential(nn.Embedding(4, 4), nn.LSTM(4, 4)), 'filter', layer_type=nn.Module), "0: Embedding has no granularity 'filter'", '1: LSTM')
-    refused(lambda: Sparsifier(nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 4)), nm=True, layer_type=nn.Module), '`nm`', '3 inputs')
+    refused(lambda: Sparsifier(nn.Sequential(nn.Embedding(4, 4), nn.LSTM(4, 4)), 'filter', layer_type=nn.Module),
+            "0: Embedding has no granularity 'filter'", '1: LSTM')
+    refused(lambda: Sparsifier(nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 4)), nm=True, layer_type=nn.Module),
+            '`nm`', '3 inputs')
 
 class Pooled(nn.Module):
     def __init__(self, body):
@@ -264,14 +274,16 @@ class Pooled(nn.Module):
         x = x[0] if isinstance(x, tuple) else x
         return self.out(F.relu(self.hidden(x.mean(1))))
 
-bodies = dict(embedding=lambda: (nn.Embedding(10, 16), torch.randint(0, 10, (16, 5))), gru=lambda: (nn.GRU(8, 16, batch_first=True), torch.rand(16, 5, 8)),
+bodies = dict(embedding=lambda: (nn.Embedding(10, 16), torch.randint(0, 10, (16, 5))),
+              gru=lambda: (nn.GRU(8, 16, batch_first=True), torch.rand(16, 5, 8)),
               attention=lambda: (nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), torch.rand(16, 5, 16)))
 
 @pytest.mark.parametrize('name', bodies)
 def test_prune_callback_takes_what_has_filters(name, capsys):
     body, x = bodies[name]()
     items = [(t, torch.tensor(i % 2)) for i,t in enumerate(x)]
-    learn = Learner(DataLoaders.from_dsets(items, items, bs=8, num_workers=0), Pooled(body), loss_func=CrossEntropyLossFlat())
+    learn = Learner(DataLoaders.from_dsets(items, items, bs=8, num_workers=0), Pooled(body),
+                    loss_func=CrossEntropyLossFlat())
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=PruneCallback(50))
     assert learn.model.hidden.out_features == 6
     said = capsys.readouterr().out
@@ -295,7 +307,10 @@ class Plain:
 class Lookahead(torch.optim.Optimizer):
     "Writes to the weights after the step of the inner one"
     def __init__(self, inner):
-        self.optimizer, self.param_groups, self.state, self.defaults = inner, inner.param_groups, inner.state, inner.defaults
+        self.optimizer    = inner
+        self.param_groups = inner.param_groups
+        self.state        = inner.state
+        self.defaults     = inner.defaults
         self.slow = [p.detach().clone() for g in self.param_groups for p in g['params']]
     def step(self, closure=None):
         self.optimizer.step(closure)
@@ -330,8 +345,10 @@ def accelerated(ps):
     accelerate = pytest.importorskip('accelerate')
     return accelerate.Accelerator(cpu=True).prepare(adam(ps))
 
-wrappers = dict(skips_init=lambda ps: Wrapped(adam(ps)), plain=lambda ps: Plain(adam(ps)), lookahead=lambda ps: Lookahead(adam(ps)),
-                sam=lambda ps: Sam(ps, adam), nested=lambda ps: Wrapped(Lookahead(adam(ps))), several=two, accelerate=accelerated)
+wrappers = dict(skips_init=lambda ps: Wrapped(adam(ps)), plain=lambda ps: Plain(adam(ps)),
+                lookahead=lambda ps: Lookahead(adam(ps)),
+                sam=lambda ps: Sam(ps, adam), nested=lambda ps: Wrapped(Lookahead(adam(ps))), several=two,
+                accelerate=accelerated)
 
 def small(): return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
 
@@ -414,9 +431,11 @@ def test_a_lookahead_inside_of_fastais_wrapper(capsys):
     def opt_func(params, **kwargs): return OptimWrapper(opt=Complete(adam(L(params).concat())))
     def learner():
         items = digits_of_two()
-        return Learner(DataLoaders.from_dsets(items, items, bs=8, num_workers=0), small(), loss_func=CrossEntropyLossFlat(), opt_func=opt_func)
+        return Learner(DataLoaders.from_dsets(items, items, bs=8, num_workers=0), small(),
+                       loss_func=CrossEntropyLossFlat(), opt_func=opt_func)
     learn = learner()
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, 0.1, cbs=SparsifyCallback(50, schedule=one_shot, layer_type=nn.Linear, compact=True))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(3, 0.1, cbs=SparsifyCallback(50, schedule=one_shot, layer_type=nn.Linear, compact=True))
     assert all(pct(learn.model[i].weight) == 50 for i in (0, 2))
     assert 'Complete wraps AdamW' in capsys.readouterr().out  # why steps stay dense
     refused(lambda: learner().fit(1, 0.1, cbs=PruneCallback(50, verbose=False)), 'Complete wraps AdamW')
@@ -426,16 +445,17 @@ def test_trainer_of_hugging_face(how, tmp_path):
     T = pytest.importorskip('transformers')
     config = T.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)
     net, ids = T.GPT2LMHeadModel(config), torch.randint(20, (8, 6))
-    args = T.TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], save_strategy='no', use_cpu=True,
-                               learning_rate=0.1, disable_tqdm=True)
+    args = T.TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[],
+                               save_strategy='no', use_cpu=True, learning_rate=0.1, disable_tqdm=True)
     sp = Sparsifier(net, layer_type='Conv1D')
     sp.sparsify_model(50)
     class Keep(T.TrainerCallback):
         def on_train_begin(self, args, state, control, optimizer=None, **kwargs): self.held = sp.hold(optimizer)
-    trainer = T.Trainer(net, args, train_dataset=[dict(input_ids=i, labels=i) for i in ids], callbacks=[Keep()] if how == 'callback' else [])
+    trainer = T.Trainer(net, args, train_dataset=[dict(input_ids=i, labels=i) for i in ids],
+                        callbacks=[Keep()] if how == 'callback' else [])
     if how == 'before':
         trainer.create_optimizer()
-        held = sp.hold(trainer.optimizer)
+        sp.hold(trainer.optimizer)
     before = net.transformer.h[0].mlp.c_fc.weight.detach().clone()
     trainer.train()
     after = net.transformer.h[0].mlp.c_fc.weight
@@ -458,14 +478,18 @@ def by_ao():
     m = dense()
     state = {k: v for k,v in m.state_dict().items() if k != '0.weight'}
     w = m[0].weight.detach()
-    return state | {'0.parametrizations.weight.original': w, '0.parametrizations.weight.0.mask': (w.abs() > w.abs().median()).float()}
+    return state | {'0.parametrizations.weight.original': w,
+                    '0.parametrizations.weight.0.mask': (w.abs() > w.abs().median()).float()}
 
 adam_state = {'state': {0: {'exp_avg': torch.zeros(10, 20)}}, 'param_groups': [{'lr': 0.1}]}
-saved = {'plain': zeroed, 'prune': by_prune, 'ao': by_ao, **{k: partial(lambda k: {'epoch': 3, 'loss': torch.tensor(.3), 'optimizer': adam_state, k: zeroed()}, k)
+saved = {'plain': zeroed, 'prune': by_prune, 'ao': by_ao,
+         **{k: partial(lambda k: {'epoch': 3, 'loss': torch.tensor(.3), 'optimizer': adam_state, k: zeroed()}, k)
          for k in ('state_dict', 'model', 'model_state_dict', 'net', 'module', 'ema', 'my_own_name')},
-         'two levels': lambda: {'ema': {'module': zeroed(), 'decay': 0.99}}, 'three levels': lambda: {'checkpoint': {'ema': {'module': zeroed()}}},
+         'two levels': lambda: {'ema': {'module': zeroed(), 'decay': 0.99}},
+         'three levels': lambda: {'checkpoint': {'ema': {'module': zeroed()}}},
          'masked, one level down': lambda: {'state_dict': by_prune()},
-         'lightning': lambda: {'state_dict': {f'model.{k}': v for k,v in by_prune().items()}, 'optimizer_states': [adam_state], 'callbacks': {'best': zeroed()}},
+         'lightning': lambda: {'state_dict': {f'model.{k}': v for k,v in by_prune().items()},
+                               'optimizer_states': [adam_state], 'callbacks': {'best': zeroed()}},
          'distributed': lambda: {'model': {f'module.{k}': v for k,v in by_ao().items()}, 'optimizer': adam_state}}
 
 @pytest.mark.parametrize('name', saved)
@@ -511,16 +535,18 @@ class Mixer(nn.Module):
 def test_parameters_of_other_names():
     net = nn.Sequential(Mixer(), nn.Linear(4, 4))
     for own in ({}, dict(params='kernel'), dict(params=['kern*'])):
-        refused(lambda: Sparsifier(net, layer_type=Mixer, **own), '0 (Mixer)', 'kernel (4×4)', 'Granularities.add_granularity(Mixer', "param='kernel'")
+        refused(lambda: Sparsifier(net, layer_type=Mixer, **own), '0 (Mixer)', 'kernel (4×4)',
+                'Granularities.add_granularity(Mixer', "param='kernel'")
     refused(lambda: Sparsifier(net, layer_type=(nn.Linear, Mixer)), '0 (Mixer)', 'add_granularity')
     refused(lambda: Sparsifier(net, layer_type=nn.Linear, params='kernel'), "'kernel'", 'weight, bias')
-    builtin = Granularities._dims
+    builtin = Granularities.layouts
     try:
-        Granularities.add_granularity(Mixer, dict(weight=(), row=(1,), column=(0,)), param='kernel')  # what the message says
+        # what the message says
+        Granularities.add_granularity(Mixer, dict(weight=(), row=(1,), column=(0,)), param='kernel')
         sp = Sparsifier(net, layer_type=Mixer)
         sp.sparsify_model(50)
         assert pct(net[0].kernel) == 50
-    finally: Granularities._dims = builtin
+    finally: Granularities.layouts = builtin
 
 class Listed(nn.Module):
     def __init__(self):
@@ -529,13 +555,14 @@ class Listed(nn.Module):
     def forward(self, x): return x @ self.ws[0] @ self.ws[1]
 
 def test_parameters_in_a_list():
-    refused(lambda: Sparsifier(nn.Sequential(Listed()), layer_type=Listed), '0 (Listed)', 'ws.0 (4×4), ws.1 (4×4)', 'add_granularity(Listed')
-    builtin = Granularities._dims
+    refused(lambda: Sparsifier(nn.Sequential(Listed()), layer_type=Listed), '0 (Listed)', 'ws.0 (4×4), ws.1 (4×4)',
+            'add_granularity(Listed')
+    builtin = Granularities.layouts
     try:
         Granularities.add_granularity(Listed, dict(weight=()), param='ws.*')
         Sparsifier(net := nn.Sequential(Listed()), layer_type=Listed).sparsify_model(50)
         assert [pct(w) for w in net[0].ws] == [50, 50]
-    finally: Granularities._dims = builtin
+    finally: Granularities.layouts = builtin
 
 @pytest.mark.parametrize('cell, gates', [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
 def test_cells_split_as_recurrent_layers(cell, gates):
@@ -559,11 +586,13 @@ def test_bilinear_and_embedding_bag():
 
 def test_containers_say_where_their_weights_are():
     T = pytest.importorskip('transformers')
-    net = T.LlamaForCausalLM(T.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2))
-    for granularity in ('weight', 'head'):
-        refused(lambda: Sparsifier(net, granularity, layer_type='LlamaAttention'), 'Attention has no weights of its own', 'q_proj, k_proj, v_proj, o_proj',
-                'Linear', "include='model.layers.0.self_attn.*'")  # in old versions of transformers it is a LlamaSdpaAttention
-    refused(lambda: Sparsifier(net, 'head', layer_type='LlamaAttention'), 'nn.MultiheadAttention', '"filter"', 'coupled=True')
+    net = T.LlamaForCausalLM(T.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                           num_attention_heads=4, num_key_value_heads=2))
+    refused(lambda: Sparsifier(net, layer_type='LlamaAttention'),
+                'Attention has no weights of its own', 'q_proj, k_proj, v_proj, o_proj',
+                # in old versions of transformers it is a LlamaSdpaAttention
+                'Linear', "include='model.layers.0.self_attn.*'")
+    refused(lambda: Sparsifier(net, 'head', layer_type='LlamaAttention'), "'head' needs inputs", 'example_inputs')
     sp = Sparsifier(net, layer_type=nn.Linear, include='model.layers.0.self_attn.*')  # what the message says
     assert [t.layer.split('.')[-1] for t in sp.targets] == ['q_proj', 'k_proj', 'v_proj', 'o_proj']
     refused(lambda: Sparsifier(net, layer_type=nn.Linear, include='model.layers'), "'model.layers'", "'model.layers.*'")
@@ -572,10 +601,12 @@ def test_containers_say_where_their_weights_are():
 
 def test_filters_of_all_that_can_be_in_llama():
     T = pytest.importorskip('transformers')
-    net = T.LlamaForCausalLM(T.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2))
+    net = T.LlamaForCausalLM(T.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                           num_attention_heads=4, num_key_value_heads=2))
     net = net.double().eval()
     ids = torch.randint(32, (2, 6))
-    sp  = Sparsifier(net, 'filter', layer_type=nn.Module, coupled=True, example_inputs=dict(input_ids=ids), exclude='*.self_attn.*')
+    sp  = Sparsifier(net, 'filter', layer_type=nn.Module, coupled=True, example_inputs=dict(input_ids=ids),
+                     exclude='*.self_attn.*')
     sp.sparsify_model(50)
     assert "Embedding has no granularity 'filter'" in sp.left_out['model.embed_tokens']
     out = thin(net, example_inputs=dict(input_ids=ids))
@@ -645,15 +676,19 @@ def test_other_forms_of_weight_dropout():
 def test_weights_that_are_not_there():
     net = small()
     meta = small().to('meta')
-    for f in (lambda: Sparsifier(meta, layer_type=nn.Linear), lambda: Sparsifier(meta, layer_type=nn.Module), lambda: Masks.of(meta),
-              lambda: thin(meta, example_inputs=torch.rand(1, 8, device='meta')), lambda: report_tensors(meta.state_dict())):
+    for f in (lambda: Sparsifier(meta, layer_type=nn.Linear), lambda: Sparsifier(meta, layer_type=nn.Module),
+              lambda: Masks.of(meta),
+              lambda: thin(meta, example_inputs=torch.rand(1, 8, device='meta')),
+              lambda: report_tensors(meta.state_dict())):
         refused(f, 'weight', '"meta"', 'load_state_dict(..., assign=True)', kind=ValueError)
     sp = Sparsifier(net, layer_type=nn.Linear)
     sp.sparsify_model(50)
     masks = Masks(dict(sp.masks))
     net.to('meta')
-    for f in (sp.report, sp.apply_masks, lambda: sp.sparsify_model(60), lambda: sp.hold(torch.optim.SGD(net.parameters(), 0.1)),
-              lambda: masks.apply(meta), lambda: masks.hold(meta, torch.optim.SGD(meta.parameters(), 0.1)), sp.print_sparsity):
+    for f in (sp.report, sp.apply_masks, lambda: sp.sparsify_model(60),
+              lambda: sp.hold(torch.optim.SGD(net.parameters(), 0.1)),
+              lambda: masks.apply(meta), lambda: masks.hold(meta, torch.optim.SGD(meta.parameters(), 0.1)),
+              sp.print_sparsity):
         refused(f, '0.weight', '"meta"', kind=ValueError)
 
 def test_offloaded_by_accelerate():

@@ -4,7 +4,8 @@ from functools import cache
 
 import pytest, torch
 
-from fasterai_clone.core.masks import Masks, _whole_file
+from fasterai_clone.core.masks import Masks
+from fasterai_clone.core.files import whole_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs processes that can be forked')
 
@@ -12,12 +13,13 @@ pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs processes
 @cache
 def version(i):
     "What the i-th file holds: 200,000 weights of one layer, and of another as many as i"
-    return Masks({'0.weight': torch.arange(200_000).reshape(200, 1000) % 7 == i % 7, '1.weight': torch.full((i,), True)})
+    return Masks({'0.weight': torch.arange(200_000).reshape(200, 1000) % 7 == i % 7,
+                  '1.weight': torch.full((i,), True)})
 
 def save_masks(masks, file): masks.save(file)
 
 def save_torch(masks, file):
-    with _whole_file(file) as part: torch.save(dict(masks), part)
+    with whole_file(file) as part: torch.save(dict(masks), part)
 
 def save_in_place(masks, file):
     "What must not be done"
@@ -70,7 +72,7 @@ def test_a_folder_that_is_full_or_missing(tmp_path):
     "An error while writing leaves the old file, and no other"
     file = tmp_path/'new'/'file'
     save_masks(version(3), file.with_suffix('.safetensors'))
-    with pytest.raises(OSError), _whole_file(file.with_suffix('.safetensors')) as part:
+    with pytest.raises(OSError), whole_file(file.with_suffix('.safetensors')) as part:
         part.write_bytes(b'half')
         raise OSError('No space left on device')
     assert Masks.load(file) == version(3) and [p.name for p in file.parent.iterdir()] == ['file.safetensors']

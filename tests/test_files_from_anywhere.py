@@ -2,14 +2,16 @@
 import json, os, random, resource, signal, struct, time, tracemalloc
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version as installed
 from pathlib import Path
 
 import numpy as np, pytest, torch, torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fasterai_clone.core import files
-from fasterai_clone.core.files import read_file, unpack_bits, whole_file
+from fasterai_clone.core import envelope, files
+from fasterai_clone.core.envelope import read_file
+from fasterai_clone.core.files import unpack_bits, whole_file
 from fasterai_clone.core.masks import Masks
 from fasterai_clone.prune.thin import thin
 from fasterai_clone.prune.thinned_files import load_thinned, reshape_to, save_thinned, sizes_of
@@ -23,8 +25,8 @@ unchecked = Path(__file__).parent/'data'/'unchecked'  # written before files had
 
 def make_net(groups=4):
     "The network of the files in `unchecked`"
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(groups, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8),
-                         nn.PReLU(8), nn.Flatten(), nn.Linear(128, 2))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(groups, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8),
+                         nn.BatchNorm2d(8), nn.PReLU(8), nn.Flatten(), nn.Linear(128, 2))
 
 def make_rnn(hidden=6): return nn.Sequential(nn.LSTM(4, hidden, 2, bidirectional=True))
 def make_layer(): return nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
@@ -42,15 +44,18 @@ def masks(): return Masks({k: torch.rand(p.shape, generator=torch.Generator().ma
 def thinned_net():
     small = make_net()
     with torch.no_grad():
-        for k in ('0.weight', '0.bias', '1.weight', '1.bias', '3.weight', '3.bias', '4.weight', '4.bias'): small.get_parameter(k)[:2] = 0
+        for k in ('0.weight', '0.bias', '1.weight', '1.bias', '3.weight', '3.bias', '4.weight', '4.bias'):
+            small.get_parameter(k)[:2] = 0
     return thin(small, None, torch.randn(2, 3, 8, 8))
 
 @cache
 def thinned_layer():
     "Without one of four heads and without 20 of 32 hidden units"
     layer, sizes = make_layer(), sizes_of(make_layer())
-    for k,shape in {'self_attn.in_proj_weight': [36, 16], 'self_attn.in_proj_bias': [36], 'self_attn.out_proj.weight': [16, 12],
-                    'linear1.weight': [12, 16], 'linear1.bias': [12], 'linear2.weight': [16, 12]}.items(): sizes['tensors'][k] = shape
+    for k,shape in {'self_attn.in_proj_weight': [36, 16], 'self_attn.in_proj_bias': [36],
+                    'self_attn.out_proj.weight': [16, 12],
+                    'linear1.weight': [12, 16], 'linear1.bias': [12],
+                    'linear2.weight': [16, 12]}.items(): sizes['tensors'][k] = shape
     sizes['heads'], sizes['modules'] = dict(self_attn=[0, 1, 3]), {}
     return reshape_to(layer, sizes)
 
@@ -80,8 +85,8 @@ def save_net(file): return save_thinned(thinned_net(), file)
 def save_rnn(file): return save_thinned(make_rnn(3), file)
 def save_layer(file): return save_thinned(thinned_layer(), file)
 
-KINDS = dict(masks=(save_masks, read_masks), ticket=(save_a_ticket, read_ticket), info=(save_a_ticket, read_info), net=(save_net, read_thinned),
-             rnn=(save_rnn, read_thinned_rnn), layer=(save_layer, read_thinned_layer))
+KINDS = dict(masks=(save_masks, read_masks), ticket=(save_a_ticket, read_ticket), info=(save_a_ticket, read_info),
+             net=(save_net, read_thinned), rnn=(save_rnn, read_thinned_rnn), layer=(save_layer, read_thinned_layer))
 by_kind = pytest.mark.parametrize('kind', KINDS)
 
 def equal(a, b):
@@ -106,8 +111,8 @@ def signed(data):
     header, tensors = parts(data)
     about, entries = header['__metadata__'], {k: v for k,v in header.items() if k != '__metadata__'}
     about.pop('checksums', None)
-    sums = {'__metadata__': files._checksum_of_metadata(about)}
-    for k,e in entries.items(): sums[k] = files._checksum_of_tensor(k, e, tensors[slice(*e['data_offsets'])])
+    sums = {'__metadata__': envelope._checksum_of_metadata(about)}
+    for k,e in entries.items(): sums[k] = envelope._checksum_of_tensor(k, e, tensors[slice(*e['data_offsets'])])
     return joined({'__metadata__': {**about, 'checksums': json.dumps(sums)}, **entries}, tensors)
 
 def flip_bits(data, rng):
@@ -122,7 +127,8 @@ def cut(data, rng): return data[:rng.randrange(len(data))]
 def longer(data, rng): return data + rng.randbytes(rng.choice([1, 8, 1000]))
 
 def lie_about_the_header(data, rng):
-    data[:8] = struct.pack('<Q', rng.choice([0, 1, 7, len(data) - 8, len(data), 2**31, 2**40, 2**63, 2**64 - 1, rng.randrange(len(data))]))
+    data[:8] = struct.pack('<Q', rng.choice([0, 1, 7, len(data) - 8, len(data), 2**31, 2**40, 2**63, 2**64 - 1,
+                                             rng.randrange(len(data))]))
     return data
 
 def overwrite(data, rng):
@@ -130,7 +136,8 @@ def overwrite(data, rng):
     data[at:at+n] = rng.choice([bytes(n), rng.randbytes(n), data[:n]])[:len(data[at:at+n])]
     return data
 
-hostile = [None, True, -1, 0, 1, 2, 2**20, 2**31, 2**48, 2**63, 2**70, 1e308, float('nan'), '', 'x', '0.weight', [], {}, [[]], [-1], [2**40], [2**32, 2**32],
+hostile = [None, True, -1, 0, 1, 2, 2**20, 2**31, 2**48, 2**63, 2**70, 1e308, float('nan'), '', 'x', '0.weight', [], {},
+           [[]], [-1], [2**40], [2**32, 2**32],
            [0], {'a': []}, 'a\n\x1b[2K', 'x'*10_000]
 
 def changed(o, rng, depth=0):
@@ -160,8 +167,12 @@ def change_entries(data, rng):
     about, names = header.pop('__metadata__'), list(header)
     k, how = rng.choice(names), rng.randrange(5)
     if how == 0: header[k] = changed(header[k], rng)
-    if how == 1: header[k]['dtype'] = rng.choice(['I8', 'U8', 'BOOL', 'F16', 'BF16', 'I32', 'F32', 'I64', 'F64', 'C64', 'F4', 'X', 7])
-    if how == 2: header[k]['shape'] = rng.choice([header[rng.choice(names)]['shape'], [*reversed(header[k]['shape'])], [2**40, 2**40], [-1], [0], [1]*70])
+    if how == 1:
+        header[k]['dtype'] = rng.choice(['I8', 'U8', 'BOOL', 'F16', 'BF16', 'I32', 'F32', 'I64', 'F64',
+                                         'C64', 'F4', 'X', 7])
+    if how == 2:
+        header[k]['shape'] = rng.choice([header[rng.choice(names)]['shape'], [*reversed(header[k]['shape'])],
+                                         [2**40, 2**40], [-1], [0], [1]*70])
     if how == 3: header[k]['data_offsets'] = [rng.choice([0, 8, -8, 2**40]) + o for o in header[k]['data_offsets']]
     if how == 4:
         other = rng.choice([n for n in names if header[n]['shape'] != header[k]['shape']])
@@ -172,15 +183,15 @@ DAMAGES = [flip_bits, flip_header, cut, longer, lie_about_the_header, overwrite,
 
 def outcome(read, file, want=None):
     "`'refused'` or `'equal'`; anything else is what went wrong"
-    start = time.perf_counter()
+    start = time.process_time()
     try: got = read(file)
     except (ValueError, OSError) as e:
         text = str(e)
         if file.name not in text: return f'no name of a file: {text[:200]}'
         if len(text) > 2500 or any(c in text for c in '\n\x1b'): return f'foreign text: {text[:200]!r}'
-        return 'refused' if time.perf_counter() - start < 2 else 'slow'
+        return 'refused' if time.process_time() - start < 2 else 'slow'
     except BaseException as e: return f'{type(e).__name__}: {str(e)[:200]}'
-    if time.perf_counter() - start > 2: return 'slow'
+    if time.process_time() - start > 2: return 'slow'
     return 'equal' if want is None or equal(got, want) else 'something else was read'
 
 @contextmanager
@@ -193,13 +204,15 @@ def memory_limit(n):
     try: yield
     finally: resource.setrlimit(resource.RLIMIT_AS, old)
 
-def fuzz(kind, tmp_path, n, damages=DAMAGES, sign=lambda data: data, start=None, want=None):
-    "The outcomes of `n` damaged files, by what was done"
+def fuzz(kind, tmp_path, n, damages=DAMAGES, sign=lambda data: data, start=None):
+    "The outcomes of `n` damaged files of one `kind`, by what was done"
     save, read = KINDS[kind]
     file = save(tmp_path/'saved') if start is None else start
-    whole, found = file.read_bytes(), {}
-    want = read(file) if want is None else want
-    rng, file = random.Random(kind), tmp_path/'damaged.safetensors'
+    return outcomes(read, file, tmp_path/'damaged.safetensors', n, damages, sign, random.Random(kind))
+
+def outcomes(read, saved, file, n, damages, sign, rng):
+    "The outcomes of reading `file`, `n` damaged copies of `saved`, by what was done"
+    whole, want, found = saved.read_bytes(), read(saved), {}
     with memory_limit(200_000_000):
         for i in range(n):
             damage = damages[i % len(damages)]
@@ -220,15 +233,18 @@ def test_damaged_files(kind, tmp_path):
     found = fuzz(kind, tmp_path, 400)
     assert {o for _,o in found} <= {'refused', 'equal'}, found
     equal = [len(v) for (_,o),v in found.items() if o == 'equal']
-    assert sum(equal) < (100 if kind == 'info' else 20), 'only changes of spaces, and of tensors where they are not read'
+    assert sum(equal) < (100 if kind == 'info'
+                         else 20), 'only changes of spaces, and of tensors where they are not read'
 
 @by_kind
 def test_forged_files(kind, tmp_path):
     "Names, dtypes, shapes, sizes and metadata are changed, and the checksums are right"
     found = fuzz(kind, tmp_path, 200, [change_metadata, change_entries], signed)
     wrong = {k: v for k,v in found.items() if k[1] not in ('refused', 'equal')}
-    if kind == 'info': wrong.pop(('change_metadata', 'something else was read'), None)  # what users write down may be anything
-    if kind == 'layer': wrong.pop(('change_metadata', 'something else was read'), None)  # other heads of the same number
+    # what users write down may be anything
+    if kind == 'info': wrong.pop(('change_metadata', 'something else was read'), None)
+    # other heads of the same number
+    if kind == 'layer': wrong.pop(('change_metadata', 'something else was read'), None)
     assert not wrong, {k: v[:5] for k,v in wrong.items()}
 
 OLD = dict(masks='masks', ticket='ticket', info='ticket', net='thin')
@@ -249,8 +265,10 @@ def test_files_of_earlier_versions_are_read():
     found = Masks.load(unchecked/'masks')
     for k,bits in by_hand.items():
         assert np.unpackbits(bits.numpy())[:found[k].numel()].tolist() == found[k].flatten().int().tolist()
-    assert {k: tuple(m.shape) for k,m in found.items()} == {'0.weight': (8, 3, 3, 3), '3.weight': (8, 1, 3, 3), '7.weight': (2, 128)}
-    assert load_ticket(unchecked/'ticket', model) == found and same(weights(model), load_file(unchecked/'ticket.safetensors'))
+    assert {k: tuple(m.shape) for k,m in found.items()} == {'0.weight': (8, 3, 3, 3), '3.weight': (8, 1, 3, 3),
+                                                            '7.weight': (2, 128)}
+    assert load_ticket(unchecked/'ticket', model) == found
+    assert same(weights(model), load_file(unchecked/'ticket.safetensors'))
     assert ticket_info(unchecked/'ticket') == dict(version=1, sparsity=found.sparsity, round=2, names=['a'])
     small = load_thinned(make_net, unchecked/'thin')
     assert same(weights(small), load_file(unchecked/'thin.safetensors'))
@@ -261,16 +279,22 @@ def test_other_programs_read_what_is_saved(save, tmp_path):
     file = save(tmp_path/'saved')
     about, tensors = read_file(file)
     assert same(load_file(file), tensors)
-    with safe_open(file, 'pt') as f: assert f.metadata().keys() == {*about, 'checksums'} and f.metadata()['version'] == '1'
+    with safe_open(file, 'pt') as f:
+        assert f.metadata().keys() == {*about, 'checksums'} and f.metadata()['version'] == '1'
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool,
+                                   torch.complex64, torch.float8_e5m2], ids=str)
 def test_every_dtype(dtype, tmp_path):
-    state = {'a': torch.arange(6).to(dtype).reshape(3, 2).T, 'b': torch.tensor(1).to(dtype), 'c': torch.empty(0, 4, dtype=dtype)}
+    state = {'a': torch.arange(6).to(dtype).reshape(3, 2).T, 'b': torch.tensor(1).to(dtype),
+             'c': torch.empty(0, 4, dtype=dtype)}
     file  = save_ticket(tmp_path/'t', state, {})
-    back  = read_file(file)[1]
+    found = [read_file(file)[1]]
+    complex_is_known = tuple(map(int, installed('safetensors').split('.')[:2])) >= (0, 7)  # by their own reader
+    if not dtype.is_complex or complex_is_known: found.append(load_file(file))
     for k,t in state.items():
-        for other in (back[k], load_file(file)[k]):
-            assert other.dtype == dtype and other.shape == t.shape and torch.equal(other.to(torch.complex128), t.to(torch.complex128))
+        for other in (f[k] for f in found):
+            assert other.dtype == dtype and other.shape == t.shape
+            assert torch.equal(other.to(torch.complex128), t.to(torch.complex128))
 
 
 # What does not fit together
@@ -301,10 +325,12 @@ def test_bits_behind_the_last_weight():
     for bits in (torch.zeros(1), torch.zeros(1, 1, dtype=torch.uint8), [0], None):
         with pytest.raises(ValueError, match='must have 1 bytes'): unpack_bits(bits, (3,))
 
-@pytest.mark.parametrize('shape', [[20, 40], [1600, 2], [-40, -40], [40.0, 40], '40', None, [2**62, 4], [True, 1600], [1]*100])
+@pytest.mark.parametrize('shape', [[20, 40], [1600, 2], [-40, -40], [40.0, 40], '40', None, [2**62, 4],
+                                   [True, 1600], [1]*100])
 def test_masks_of_a_wrong_shape(shape, tmp_path):
     def change(about, state): about['shapes'] = json.dumps({'weight': shape})
-    refuses(Masks.load, rewritten(Masks({'weight': torch.ones(40, 40).bool()}).save(tmp_path/'m'), change), "the mask of 'weight'")
+    refuses(Masks.load, rewritten(Masks({'weight': torch.ones(40, 40).bool()}).save(tmp_path/'m'), change),
+            "the mask of 'weight'")
 
 def test_masks_of_another_sparsity_than_stated(tmp_path):
     def change(about, state): state['weight'][0] = 0  # eight weights
@@ -322,7 +348,8 @@ def test_the_masks_of_a_ticket_fit_its_tensors(tmp_path):
             about['masks'] = json.dumps(found)
         return change
     for f,words in ((lambda m: m.update({'0.weight': [[8, 27], m['0.weight'][1]]}), ["'0.weight'", '(8, 3, 3, 3)']),
-                    (lambda m: m.update({'0.weight': [[8, 3, 3, 3], m['0.weight'][1][:8]]}), ["'0.weight'", '27 bytes']),
+                    (lambda m: m.update({'0.weight': [[8, 3, 3, 3], m['0.weight'][1][:8]]}),
+                     ["'0.weight'", '27 bytes']),
                     (lambda m: m.update({'0.weight': [[8, 3, 3, 3], '!' + m['0.weight'][1][1:]]}), ["'0.weight'"]),
                     (lambda m: m.update({'0.weight': m['0.weight'][1]}), ["'0.weight'", 'a shape and bits']),
                     (lambda m: m.update({'1.scale': m['0.weight']}), ["'1.scale'"])):
@@ -335,8 +362,10 @@ def sizes_as(f):
         about['sizes'] = json.dumps(sizes)
     return change
 
-@pytest.mark.parametrize('module, key, value', [('1', 'num_groups', 2), ('1', 'num_groups', 6), ('3', 'groups', 3), ('0', 'out_channels', 8),
-                                                ('4', 'num_features', 8), ('7', 'in_features', 128), ('5', 'num_parameters', 1)])
+@pytest.mark.parametrize('module, key, value', [('1', 'num_groups', 2), ('1', 'num_groups', 6), ('3', 'groups', 3),
+                                                ('0', 'out_channels', 8),
+                                                ('4', 'num_features', 8), ('7', 'in_features', 128),
+                                                ('5', 'num_parameters', 1)])
 def test_numbers_of_a_layer_that_are_not_those_of_its_tensors(module, key, value, tmp_path):
     "Six channels of eight are left: three groups of four"
     change = sizes_as(lambda s: s['modules'][module].update({key: value}))
@@ -355,8 +384,10 @@ def test_recurrent_layers_and_attentions_that_do_not_go_together(tmp_path):
         sizes_as(lambda s: s['tensors'].update({'0.weight_hh_l1': [12, 4]}))(about, state)
     refuses(read_thinned_rnn, rewritten(save_rnn(tmp_path/'r'), lstm), "'0.weight_hh_l1'")
     for heads in ([0, 1], [0, 0, 1], [1, 0, 3], [0, 1, 4], [0, 1, -1], [], 3, [0, 1, 2.0]):
-        refuses(read_thinned_layer, rewritten(save_layer(tmp_path/'l'), sizes_as(lambda s: s['heads'].update(self_attn=heads))), 'self_attn')
-    refuses(read_thinned_layer, rewritten(save_layer(tmp_path/'l'), sizes_as(lambda s: s['heads'].update(linear1=[0]))), 'linear1')
+        refuses(read_thinned_layer, rewritten(save_layer(tmp_path/'l'),
+                                              sizes_as(lambda s: s['heads'].update(self_attn=heads))), 'self_attn')
+    refuses(read_thinned_layer, rewritten(save_layer(tmp_path/'l'), sizes_as(lambda s: s['heads'].update(linear1=[0]))),
+            'linear1')
 
 def test_weights_are_not_converted(tmp_path):
     def to(dtype):
@@ -365,7 +396,8 @@ def test_weights_are_not_converted(tmp_path):
     for dtype in (torch.int8, torch.float16, torch.float64):
         refuses(read_thinned, rewritten(save_net(tmp_path/'n'), to(dtype)), "'7.weight'", str(dtype))
         refuses(read_ticket, rewritten(save_a_ticket(tmp_path/'t'), to(dtype)), "'7.weight'", str(dtype))
-    half = load_thinned(lambda: make_net().half(), save_thinned(reshape_to(make_net().half(), sizes_of(thinned_net())), tmp_path/'half'))
+    half = load_thinned(lambda: make_net().half(),
+                        save_thinned(reshape_to(make_net().half(), sizes_of(thinned_net())), tmp_path/'half'))
     assert half[7].weight.dtype == torch.float16 and half[7].in_features == 96
 
 def test_a_later_version(tmp_path):
@@ -433,7 +465,8 @@ def test_memory_of_large_files(tmp_path):
     "Weights of 16 MB are held at most three times, the model itself among them"
     def make(): return nn.Linear(2000, 2000)
     model = make()
-    ticket = save_ticket(tmp_path/'t', model.state_dict(), {'weight': torch.arange(4_000_000).reshape(2000, 2000) % 2 == 0})
+    ticket = save_ticket(tmp_path/'t', model.state_dict(),
+                         {'weight': torch.arange(4_000_000).reshape(2000, 2000) % 2 == 0})
     thinned = save_thinned(model, tmp_path/'n')
     del model
     with memory_limit(56_000_000): load_ticket(ticket, make())
@@ -451,7 +484,8 @@ def test_names_that_forge_a_line(tmp_path):
     for wrong in (Masks({k: t.bool() for k,t in state.items()}).save(tmp_path/'m'), ):
         with pytest.raises(ValueError) as e: Masks.load(wrong, nn.Linear(2, 2))
         assert str(e.value).isprintable() and len(str(e.value)) < 500
-    with pytest.raises(ValueError) as e: load_thinned(lambda: nn.Linear(2, 2, bias=False), save_thinned(nn.Linear(2, 2), tmp_path/'a\nb'))
+    with pytest.raises(ValueError) as e:
+        load_thinned(lambda: nn.Linear(2, 2, bias=False), save_thinned(nn.Linear(2, 2), tmp_path/'a\nb'))
     assert '\n' not in str(e.value) and 'a\\nb' in str(e.value)
 
 
@@ -504,7 +538,8 @@ def test_a_name_that_is_too_long(save, tmp_path):
     with pytest.raises(OSError) as e: save(tmp_path/('a'*244))
     assert e.value.filename == str(tmp_path/('a'*244 + '.safetensors')) and os.listdir(tmp_path) == []
 
-@pytest.mark.parametrize('name, file', [('m', 'm.safetensors'), ('m.st', 'm.st'), ('m_90.5', 'm_90.5.safetensors'), ('m.1', 'm.1.safetensors')])
+@pytest.mark.parametrize('name, file', [('m', 'm.safetensors'), ('m.st', 'm.st'), ('m_90.5', 'm_90.5.safetensors'),
+                                        ('m.1', 'm.1.safetensors')])
 def test_one_rule_for_extensions(name, file, tmp_path):
     for save, read in KINDS.values():
         assert save(tmp_path/name).name == file

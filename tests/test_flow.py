@@ -5,12 +5,14 @@ from dataclasses import FrozenInstanceError
 
 import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
 
-from fasterai_clone.core.flow import Flow, multiply_adds, trace_flow
+from fasterai_clone.model.flops import multiply_adds
+from fasterai_clone.model.flow import Flow, trace_flow
 
 kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 def layers(model): return {n: m for n,m in model.named_modules() if isinstance(m, kinds)}
-def norms_of(model): return {n: m for n,m in model.named_modules() if type(m).__name__.endswith('Norm') or 'Norm' in type(m).__name__}
+def norms_of(model):
+    return {n: m for n,m in model.named_modules() if type(m).__name__.endswith('Norm') or 'Norm' in type(m).__name__}
 def channels(m): return m.out_features if isinstance(m, nn.Linear) else m.out_channels
 def conv(i=4, o=4, k=3, **kwargs): return nn.Conv2d(i, o, k, padding=k//2, **kwargs)
 
@@ -50,7 +52,8 @@ def seen(model, x, names, mode):
     "name → [(input, output)] of each call"
     found, hooks = {n: [] for n in names}, []
     for n in names:
-        hooks.append(model.get_submodule(n).register_forward_hook(lambda m, i, o, n=n: found[n].append((i[0].clone(), o.clone()))))
+        hooks.append(model.get_submodule(n).register_forward_hook(lambda m, i, o, n=n: found[n].append((
+            i[0].clone(), o.clone()))))
     model.train(mode == 'train')
     with torch.no_grad(): model(x)
     for h in hooks: h.remove()
@@ -75,12 +78,14 @@ def check_law(model, x):
     return flow
 
 def by_trial(model, x):
-    "The naive reference: zero a filter, see in which norms every call gets a zero channel and can make it zero, zero those too, look again"
+    """The naive reference: zero a filter, see in which norms every call gets a zero channel and can make it zero, zero
+    those too, look again"""
     found = {}
     for l in layers(model):
         model_l, held = stir(deepcopy(model)), []
         layer = layers(model_l)[l]
-        fit = [n for n,m in norms_of(model_l).items() if getattr(m, 'weight', None) is not None and m.weight.shape == (channels(layer),)]
+        fit = [n for n,m in norms_of(model_l).items() if getattr(m, 'weight', None) is not None and m.weight.shape
+               == (channels(layer),)]
         zero(layer, 1)
         while True:
             calls = seen(model_l, x, fit, 'eval')
@@ -112,55 +117,74 @@ zoo = {  # name → (model, input, its flow)
     'registered backwards': (lambda: Made(lambda s,x: s.b2(s.c2(F.relu(s.b1(s.c1(x))))),
                                           b2=nn.BatchNorm2d(4), b1=nn.BatchNorm2d(4), c1=conv(3), c2=conv()),
                              im, {'c1': ('b1',), 'c2': ('b2',)}),
-    'crossed': (lambda: Made(lambda s,x: s.b1(s.c2(s.b2(s.c1(x)))), c1=conv(3), b1=nn.BatchNorm2d(4), c2=conv(), b2=nn.BatchNorm2d(4)),
+    'crossed': (lambda: Made(lambda s,x: s.b1(s.c2(s.b2(s.c1(x)))), c1=conv(3), b1=nn.BatchNorm2d(4), c2=conv(),
+                             b2=nn.BatchNorm2d(4)),
                 im, {'c1': ('b2',), 'c2': ('b1',)}),
     'pre-activation': (lambda: nn.Sequential(conv(3), pre_activation(), pre_activation()), im,
                        {'0': ('1.norm1',), '1.conv1': ('1.norm2',), '2.conv1': ('2.norm2',)}),
     'residual': (lambda: Made(residual, conv1=conv(3), bn1=nn.BatchNorm2d(4), conv2=conv(), bn2=nn.BatchNorm2d(4),
                               down=nn.Sequential(conv(3, 4, 1), nn.BatchNorm2d(4))), im,
                  {'conv1': ('bn1',), 'conv2': ('bn2',), 'down.0': ('down.1',)}),
-    'sum, then norm': (lambda: Made(lambda s,x: s.bn(s.a(x) + s.b(x)), a=conv(3), b=conv(3), bn=nn.BatchNorm2d(4)), im, {}),
-    'in-place sum, then norm': (lambda: Made(lambda s,x: s.bn(s.a(x).add_(s.b(x))), a=conv(3), b=conv(3), bn=nn.BatchNorm2d(4)), im, {}),
-    'cat, then norm': (lambda: Made(lambda s,x: s.bn(torch.cat([s.a(x), s.b(x)], 1)), a=conv(3), b=conv(3), bn=nn.BatchNorm2d(8)), im, {}),
+    'sum, then norm': (lambda: Made(lambda s,x: s.bn(s.a(x) + s.b(x)), a=conv(3), b=conv(3),
+                                    bn=nn.BatchNorm2d(4)), im, {}),
+    'in-place sum, then norm': (lambda: Made(lambda s,x: s.bn(s.a(x).add_(s.b(x))), a=conv(3), b=conv(3),
+                                             bn=nn.BatchNorm2d(4)), im, {}),
+    'cat, then norm': (lambda: Made(lambda s,x: s.bn(torch.cat([s.a(x), s.b(x)], 1)), a=conv(3), b=conv(3),
+                                    bn=nn.BatchNorm2d(8)), im, {}),
     'layer twice': (lambda: Made(lambda s,x: s.b2(s.c(F.relu(s.b1(s.c(s.stem(x)))))), stem=conv(3), c=conv(),
                                  b1=nn.BatchNorm2d(4), b2=nn.BatchNorm2d(4)), im, {'c': ('b1', 'b2')}),
-    'both twice': (lambda: Made(lambda s,x: s.b(s.c(F.relu(s.b(s.c(s.stem(x)))))), stem=conv(3), c=conv(), b=nn.BatchNorm2d(4)),
+    'both twice': (lambda: Made(lambda s,x: s.b(s.c(F.relu(s.b(s.c(s.stem(x)))))), stem=conv(3), c=conv(),
+                                b=nn.BatchNorm2d(4)),
                    im, {'c': ('b',)}),
-    'norm of two layers': (lambda: Made(lambda s,x: s.b(s.c2(F.relu(s.b(s.c1(x))))), c1=conv(3), c2=conv(), b=nn.BatchNorm2d(4)), im, {}),
-    'norm of a layer and the input': (lambda: Made(lambda s,x: s.b(s.c(s.b(x))), c=conv(3, 3), b=nn.BatchNorm2d(3)), im, {}),
-    'norms in a row': (lambda: nn.Sequential(conv(3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.GELU(), nn.BatchNorm2d(4)),
+    'norm of two layers': (lambda: Made(lambda s,x: s.b(s.c2(F.relu(s.b(s.c1(x))))), c1=conv(3), c2=conv(),
+                                        b=nn.BatchNorm2d(4)), im, {}),
+    'norm of a layer and the input': (lambda: Made(lambda s,x: s.b(s.c(s.b(x))), c=conv(3, 3),
+                                                   b=nn.BatchNorm2d(3)), im, {}),
+    'norms in a row': (lambda: nn.Sequential(conv(3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.GELU(),
+                                             nn.BatchNorm2d(4)),
                        im, {'0': ('1', '3', '5')}),
-    'behind a norm that is shared': (lambda: Made(lambda s,x: s.own(s.b(s.c1(x))) + s.b(s.c2(x)), c1=conv(3), c2=conv(3),
+    'behind a norm that is shared': (lambda: Made(lambda s,x: s.own(s.b(s.c1(x))) + s.b(s.c2(x)),
+                                                  c1=conv(3), c2=conv(3),
                                                   b=nn.BatchNorm2d(4), own=nn.BatchNorm2d(4)), im, {}),
     'group norm': (lambda: nn.Sequential(conv(3), nn.GroupNorm(2, 4), nn.SiLU()), im, {'0': ('1',)}),
     'instance norm': (lambda: nn.Sequential(conv(3), nn.InstanceNorm2d(4, affine=True)), im, {'0': ('1',)}),
     'plain instance norm': (lambda: nn.Sequential(conv(3), nn.InstanceNorm2d(4)), im, {}),
-    'layer norm': (lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 2)), vec, {'0': ('1',)}),
-    'layer norm without bias': (lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4, bias=False)), vec, {'0': ('1',)}),
+    'layer norm': (lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 2)),
+                   vec, {'0': ('1',)}),
+    'layer norm without bias': (lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4, bias=False)),
+                                vec, {'0': ('1',)}),
     'layer norm of more': (lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm((8, 8))), im, {}),
     'layer norm of rows': (lambda: nn.Sequential(conv(3, 8), nn.LayerNorm(8)), im, {}),
     'linear bn': (lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.Dropout(.5), nn.Linear(4, 2)),
                   vec, {'0': ('2',)}),
     'conv relu bn': (lambda: nn.Sequential(conv(3), nn.ReLU(inplace=True), nn.BatchNorm2d(4)), im, {'0': ('2',)}),
-    'dropout': (lambda: nn.Sequential(conv(3), nn.Dropout2d(.5), nn.Dropout(.5, inplace=True), nn.BatchNorm2d(4)), im, {'0': ('3',)}),
+    'dropout': (lambda: nn.Sequential(conv(3), nn.Dropout2d(.5), nn.Dropout(.5, inplace=True), nn.BatchNorm2d(4)),
+                im, {'0': ('3',)}),
     'functions': (lambda: Made(functions, c=conv(3), b=nn.BatchNorm2d(4)), im, {'c': ('b',)}),
-    'modules': (lambda: nn.Sequential(conv(3), nn.LeakyReLU(), nn.PReLU(4), nn.ELU(), nn.Hardswish(), nn.ReLU6(), nn.Tanh(), nn.Identity(),
-                                      nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(2), nn.BatchNorm2d(4)), im, {'0': ('11',)}),
+    'modules': (lambda: nn.Sequential(conv(3), nn.LeakyReLU(), nn.PReLU(4), nn.ELU(), nn.Hardswish(), nn.ReLU6(),
+                                      nn.Tanh(), nn.Identity(),
+                                      nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(2), nn.BatchNorm2d(4)), im,
+                {'0': ('11',)}),
     'sigmoid': (lambda: nn.Sequential(conv(3), nn.Sigmoid(), nn.BatchNorm2d(4)), im, {}),
     'softmax': (lambda: Made(lambda s,x: s.b(F.softmax(s.c(x), 1)), c=conv(3), b=nn.BatchNorm2d(4)), im, {}),
-    'pooled over channels': (lambda: nn.Sequential(conv(3), nn.AvgPool3d((3, 1, 1), 1, (1, 0, 0)), nn.BatchNorm2d(4)), im, {}),
+    'pooled over channels': (lambda: nn.Sequential(conv(3), nn.AvgPool3d((3, 1, 1), 1, (1, 0, 0)),
+                                                   nn.BatchNorm2d(4)), im, {}),
     'pooled over features': (lambda: nn.Sequential(nn.Linear(5, 4), nn.MaxPool1d(3, 1, 1), nn.BatchNorm1d(4)), vec, {}),
     'plus one': (lambda: Made(lambda s,x: s.b(s.c(x) + 1), c=conv(3), b=nn.BatchNorm2d(4)), im, {}),
-    'branch': (lambda: Made(lambda s,x: [s.b(y := s.c(x)).mean(), y.exp(), s.d(y)], c=conv(3), b=nn.BatchNorm2d(4), d=conv()),
+    'branch': (lambda: Made(lambda s,x: [s.b(y := s.c(x)).mean(), y.exp(), s.d(y)], c=conv(3),
+                            b=nn.BatchNorm2d(4), d=conv()),
                im, {'c': ('b',)}),
-    'two branches': (lambda: Made(lambda s,x: s.b(y := s.c(x)) + s.g(y), c=conv(3), b=nn.BatchNorm2d(4), g=nn.GroupNorm(2, 4)),
+    'two branches': (lambda: Made(lambda s,x: s.b(y := s.c(x)) + s.g(y), c=conv(3), b=nn.BatchNorm2d(4),
+                                  g=nn.GroupNorm(2, 4)),
                      im, {'c': ('b', 'g')}),
     'no affine': (lambda: nn.Sequential(conv(3), nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4)), im, {}),
     'depthwise': (lambda: nn.Sequential(conv(3), nn.BatchNorm2d(4), nn.ReLU6(), conv(groups=4), nn.BatchNorm2d(4)),
                   im, {'0': ('1',), '3': ('4',)}),
     '1d': (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.MaxPool1d(2), nn.BatchNorm1d(4)), im[..., 0], {'0': ('2',)}),
-    '3d': (lambda: nn.Sequential(nn.Conv3d(3, 4, 2), nn.AvgPool3d(2), nn.BatchNorm3d(4)), torch.randn(2, 3, 6, 6, 6), {'0': ('2',)}),
-    'transposed': (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2, stride=2), nn.BatchNorm2d(4), nn.ReLU()), im, {'0': ('1',)}),
+    '3d': (lambda: nn.Sequential(nn.Conv3d(3, 4, 2), nn.AvgPool3d(2), nn.BatchNorm3d(4)),
+           torch.randn(2, 3, 6, 6, 6), {'0': ('2',)}),
+    'transposed': (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2, stride=2), nn.BatchNorm2d(4), nn.ReLU()),
+                   im, {'0': ('1',)}),
 }
 
 @pytest.mark.parametrize('name', zoo)
@@ -183,22 +207,24 @@ def test_a_run_tells_what_tracing_does(name):
     assert run.norms == traced.norms and run.why_not.keys() == traced.why_not.keys()
     check_law(inner, x)
 
-@pytest.mark.parametrize('name', ['no affine', 'norm of two layers', 'sum, then norm', 'residual', 'layer norm of more', 'sigmoid',
-                                  'conv bn relu'])
+@pytest.mark.parametrize('name', ['no affine', 'norm of two layers', 'sum, then norm', 'residual',
+                                  'layer norm of more', 'sigmoid', 'conv bn relu'])
 def test_a_run_gives_the_same_reasons(name):
     make, x, _ = zoo[name]
     model = make()
     assert trace_flow(Looks(lambda s,x: s.net(x), net=model), x) == trace_flow(Made(lambda s,x: s.net(x), net=model))
 
 @pytest.mark.parametrize('name, layer, said', [
-    ('sum, then norm', 'a', 'goes to add'), ('sum, then norm', 'b', 'goes to add'), ('cat, then norm', 'a', 'goes to cat'),
+    ('sum, then norm', 'a', 'goes to add'), ('sum, then norm', 'b', 'goes to add'),
+    ('cat, then norm', 'a', 'goes to cat'),
     ('norm of two layers', 'c1', '`b` also normalises the output of `c2`'),
     ('norm of two layers', 'c2', '`b` also normalises the output of `c1`'),
     ('norm of a layer and the input', 'c', '`b` also normalises other values'),
     ('behind a norm that is shared', 'c1', '`b` also normalises the output of `c2`'),
     ('no affine', '0', '`1` has no affine weight'), ('plain instance norm', '0', '`1` has no affine weight'),
-    ('layer norm of more', '0', '`1` normalises 8 × 8 features, not 8 channels'), ('layer norm of rows', '0', '`1` (LayerNorm)'),
-    ('sigmoid', '0', '`1` (Sigmoid) makes something else of a zero channel'), ('pre-activation', '1.conv2', 'goes to add'),
+    ('layer norm of more', '0', '`1` normalises 8 × 8 features, not 8 channels'),
+    ('layer norm of rows', '0', '`1` (LayerNorm)'),
+    ('sigmoid', '0', '`1` (Sigmoid) does not keep a zero channel zero'), ('pre-activation', '1.conv2', 'goes to add'),
     ('conv bn relu', '3', 'the output of the model'), ('layer twice', 'stem', 'goes to `c` (Conv2d)')])
 def test_why_not(name, layer, said):
     why = trace_flow(zoo[name][0]()).why_not[layer]
@@ -216,7 +242,8 @@ def test_a_layer_with_norms_has_a_reason_only_for_what_is_missing():
 def test_modules_that_are_registered_twice_go_by_their_first_name():
     c, b = conv(3), nn.BatchNorm2d(4)
     model = Made(lambda s,x: s.again_b(s.again_c(x)), c=c, b=b, again_c=c, again_b=b)
-    assert trace_flow(model).norms == trace_flow(Looks(model.f, c=c, b=b, again_c=c, again_b=b), im).norms == {'c': ('b',)}
+    assert trace_flow(model).norms == trace_flow(Looks(model.f, c=c, b=b, again_c=c, again_b=b),
+                                                 im).norms == {'c': ('b',)}
 
 def test_norms_that_share_their_parameters_are_not_held():
     a, b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
@@ -340,9 +367,10 @@ def test_without_an_example_nothing_is_held():
 
 def test_an_example_that_does_not_fit():
     model = Looks(lambda s,x: s.b(s.c(x)), c=conv(3), b=nn.BatchNorm2d(4))
-    for inputs in (torch.randn(2, 5, 8, 8), (im, im), {'y': im}, 3, 'x'):
+    for inputs in (torch.randn(2, 5, 8, 8), (im, im, im), {'y': im}, 3, 'x'):
         flow = trace_flow(model, inputs)
-        assert flow.norms == {} and flow.why_not['c'].startswith('The model does not run') and len(flow.why_not['c']) <= 120
+        assert flow.norms == {} and flow.why_not['c'].startswith('The model does not run')
+        assert len(flow.why_not['c']) <= 120
 
 def test_reasons_are_one_short_line():
     def forward(s, x): raise RuntimeError('first\nsecond' + 'x'*500)
@@ -388,12 +416,15 @@ class Careless(nn.Module):
         return y
 
 def state(model):
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_always_called)) for m in model.modules()]
-    return dict(modes=[m.training for m in model.modules()], hooks=hooks, attrs=[sorted(vars(m)) for m in model.modules()],
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_always_called))
+             for m in model.modules()]
+    return dict(modes=[m.training for m in model.modules()], hooks=hooks,
+                attrs=[sorted(vars(m)) for m in model.modules()],
                 tensors={k: v.tolist() for k,v in model.state_dict().items()}, ids=[id(b) for b in model.buffers()],
                 grads=[None if p.grad is None else p.grad.tolist() for p in model.parameters()],
                 needs=[p.requires_grad for p in model.parameters()],
-                numbers=(torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), np.random.get_state()[2], random.getstate()),
+                numbers=(torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), np.random.get_state()[2],
+                         random.getstate()),
                 grad=torch.is_grad_enabled(), fast=torch.backends.mha.get_fastpath_enabled())
 
 @pytest.mark.parametrize('f', [trace_flow, multiply_adds])
@@ -445,8 +476,8 @@ def expect_densenet(l):
     return l.replace('conv1', 'norm2') if 'denselayer' in l and l.endswith('conv1') else None
 def expect_mobilenet(l): return following(l) if l.startswith('features') else None
 
-vision = dict(resnet18=expect_resnet, resnet50=expect_resnet, densenet121=expect_densenet, mobilenet_v2=expect_mobilenet,
-              vgg11_bn=expect_mobilenet)
+vision = dict(resnet18=expect_resnet, resnet50=expect_resnet, densenet121=expect_densenet,
+              mobilenet_v2=expect_mobilenet, vgg11_bn=expect_mobilenet)
 
 @pytest.mark.parametrize('name', vision)
 def test_torchvision(name):
@@ -454,9 +485,9 @@ def test_torchvision(name):
     model = getattr(tv, name)(weights=None, num_classes=10, **(dict(init_weights=False) if name == 'vgg11_bn' else {}))
     if name == 'vgg11_bn': model.avgpool, model.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 4096)  # quicker
     expected = {l: (n,) for l in layers(model) if (n := vision[name](l))}
-    start = time.perf_counter()
+    start = time.process_time()
     flow  = trace_flow(model)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert flow.norms == expected and set(flow.why_not) == set(layers(model)) - set(expected)
     check_law(model, torch.randn(2, 3, 64, 64))
 
@@ -484,7 +515,8 @@ def test_a_run_of_resnet18():
     (lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1), (4, 6, 6), 6*6 * 9 * 4),
     (lambda: nn.Conv1d(2, 3, 5), (2, 9), 5 * 5 * 2 * 3),
     (lambda: nn.Conv3d(2, 3, 2), (2, 3, 3, 3), 2**3 * 2**3 * 2 * 3),
-    (lambda: nn.ConvTranspose2d(4, 6, 2, stride=2), (4, 5, 5), 5*5 * 4 * 4 * 6),      # each input meets each weight of its channel
+    # each input meets each weight of its channel
+    (lambda: nn.ConvTranspose2d(4, 6, 2, stride=2), (4, 5, 5), 5*5 * 4 * 4 * 6),
     (lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), (4, 5, 5), 5*5 * 4 * 4 * 3),
     (lambda: nn.Linear(5, 7), (5,), 5 * 7),
     (lambda: nn.Linear(5, 7, bias=False), (5,), 5 * 7),
@@ -512,7 +544,8 @@ def test_resnet18():
     model = pytest.importorskip('torchvision').models.resnet18(weights=None)
     n = multiply_adds(model, torch.randn(1, 3, 224, 224))
     assert n['conv1'] == 112*112 * 49 * 3 * 64 and n['fc'] == 512 * 1000 and sum(n.values()) == 1_814_073_344
-    assert sum(multiply_adds(model, torch.randn(3, 3, 64, 64)).values()) == sum(multiply_adds(model, torch.randn(1, 3, 64, 64)).values())
+    one, three = (sum(multiply_adds(model, torch.randn(n, 3, 64, 64)).values()) for n in (1, 3))
+    assert one == three
 
 def test_multiply_adds_need_a_batch():
     with pytest.raises(ValueError, match='no tensor'): multiply_adds(conv(), ())

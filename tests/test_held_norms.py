@@ -1,7 +1,7 @@
 "Norms that are not torch's: held by what they do to a zero channel, or a reason in the report"
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 
-from fasterai_clone.core.flow import trace_flow
+from fasterai_clone.model.flow import trace_flow
 from fasterai_clone.sparse.sparsifier import Sparsifier
 
 torchvision = pytest.importorskip('torchvision')
@@ -106,7 +106,7 @@ def test_fused_convolution_and_norm_is_reported():
     assert '`bn`' in Sparsifier(nn.Sequential(Fused(3, 8, 3)), 'filter').why_not['0']
 
 def test_norms_of_timm():
-    timm = pytest.importorskip('timm')
+    pytest.importorskip('timm')
     from timm.layers import BatchNormAct2d, EvoNorm2dS0, FilterResponseNormTlu2d, LayerNorm2d
     sp, gone, _ = pruned(LayerNorm2d(8))
     assert not gone.any() and not sp.why_not
@@ -134,7 +134,8 @@ class Shifted(nn.Module):
         return self.d(x if self.constant is None else x + self.constant)
 
 @pytest.mark.parametrize('looks', [False, True])  # followed without running, or in a run
-@pytest.mark.parametrize('net, said', [(lambda: Shifted(), True), (lambda: Shifted(False), False), (lambda: Shifted(False, 1.), True)])
+@pytest.mark.parametrize('net, said', [(lambda: Shifted(), True), (lambda: Shifted(False), False),
+                                       (lambda: Shifted(False, 1.), True)])
 def test_numbers_that_the_model_itself_adds(net, said, looks):
     "What a model adds to its layer in its own `forward` is reported; what it only multiplies with is not"
     class Looks(nn.Module):

@@ -1,4 +1,5 @@
-"What is sparse stays sparse: masks of the zeros a model has, held in plain loops, in averages, and by `KeepSparsity` in any further fit"
+"""What is sparse stays sparse: masks of the zeros a model has, held in plain loops, in averages, and by `KeepSparsity`
+in any further fit"""
 import gc, pickle, re, weakref
 from copy import deepcopy
 from functools import partial
@@ -10,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fasterai_clone.digits import digits_net
 from fasterai_clone.sparse.all import *
-from helpers import exact, layers, learner, loaders, same, spy, weights, zeros
+from helpers import exact, layers, learner, loaders, same, shown, spy, weights, zeros
 
 T, F = True, False
 AT_90 = [32, 259, 1036]  # of 36, 288 and 1,152 weights
@@ -36,11 +37,13 @@ def second(first, n_out=2, **kwargs):
     "A learner for odd or even, with the body of `first` and a head of its own"
     dls = loaders()
     for dl in dls.loaders: dl.dataset.items[:] = [(x, y % n_out) for x,y in dl.dataset.items]
-    return Learner(dls, nn.Sequential(*first[:-1], nn.Linear(16, n_out)), loss_func=nn.CrossEntropyLoss(), path='.', **kwargs)
+    return Learner(dls, nn.Sequential(*first[:-1], nn.Linear(16, n_out)), loss_func=nn.CrossEntropyLoss(),
+                   path='.', **kwargs)
 
 def inside(model):
     "Every attribute, parameter, buffer and hook of every module, by name"
-    return [(n, sorted(m.__dict__), [list(v) for v in m.__dict__.values() if isinstance(v, dict)]) for n,m in model.named_modules()]
+    return [(n, sorted(m.__dict__), [list(v) for v in m.__dict__.values() if isinstance(v, dict)])
+            for n,m in model.named_modules()]
 
 def said(out): return [l for l in out.splitlines() if l.startswith('Keeping') or 'come back' in l]
 
@@ -49,7 +52,8 @@ def said(out): return [l for l in out.splitlines() if l.startswith('Keeping') or
 
 def test_masks_of_a_model():
     net = small()
-    assert Masks.of(net) == {'0.weight': torch.tensor([[T, F, F], [F, F, T]]), '2.weight': torch.tensor([[T, T], [T, F], [T, T]])}
+    assert Masks.of(net) == {'0.weight': torch.tensor([[T, F, F], [F, F, T]]),
+                             '2.weight': torch.tensor([[T, T], [T, F], [T, T]])}
     assert Masks.of(net).n_dropped == 5 and type(Masks.of(net)) is Masks
     assert Masks.of(nn.Linear(3, 3)) == {}
 
@@ -108,14 +112,17 @@ def test_tied_weights_are_one_parameter():
     shared.append(shared[0])
     assert set(Masks.of(shared)) == {'0.0.weight', '0.2.weight'} == set(Masks.of(shared, include='2.*'))
 
-@pytest.mark.parametrize('kwargs', [dict(include='0'), dict(include=['0.*']), dict(include='0.weight'), dict(exclude='2'),
-    dict(include=nn.Linear, exclude='2.weight'), dict(include=lambda name, m: name == '0'), dict(exclude=re.compile('^2')),
-    dict(include=lambda name, m: getattr(m, 'in_features', 0) == 3)], ids=str)
+@pytest.mark.parametrize('kwargs', [dict(include='0'), dict(include=['0.*']), dict(include='0.weight'),
+                                    dict(exclude='2'),
+    dict(include=nn.Linear, exclude='2.weight'), dict(include=lambda name, m: name == '0'),
+                                    dict(exclude=re.compile('^2')),
+    dict(include=lambda name, m: getattr(m, 'in_features', 0) == 3)], ids=shown)
 def test_include_and_exclude(kwargs): assert set(Masks.of(small(), **kwargs)) == {'0.weight'}
 
 def test_patterns_that_match_nothing():
     net = nn.ModuleDict(dict(conv1=nn.Conv2d(1, 2, 3), head=nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match="Unknown layer in `include` 'conv2'. Did you mean 'conv1'. Legal: conv1, head"):
+    with pytest.raises(ValueError,
+                       match="Unknown layer in `include` 'conv2'. Did you mean 'conv1'. Legal: conv1, head"):
         Masks.of(net, include='conv2')
     with pytest.raises(ValueError, match='Unknown layer in `exclude`'): Masks.of(net, exclude=['head', 'body.*'])
     with pytest.raises(TypeError, match='`include` takes'): Masks.of(net, include=1)
@@ -151,13 +158,15 @@ def test_an_average_beside_a_pruning():
     def update():
         if learn.training: average.update_parameters(learn.model)
     learn.fit(3, 1e-2, cbs=[cb, spy('after_batch', update)])
-    first = sum(exact(n, 90/24) for n in (36, 288, 1152))  # what the first of 24 steps drops, the average has never seen
+    # what the first of 24 steps drops, the average has never seen
+    first = sum(exact(n, 90/24) for n in (36, 288, 1152))
     assert zeros(learn.model) == AT_90 and sum(zeros(average)) == first == 54
     kept = [m.weight[m0.weight != 0].clone() for m,m0 in zip(layers(average), layers(learn.model))]
     cb.sparsifier.masks.apply(average)
     assert zeros(average) == AT_90
     assert Masks.of(average, include=nn.Conv2d) == Masks.of(learn.model, include=nn.Conv2d)
-    for m,k in zip(layers(average), kept): assert torch.equal(m.weight[m.weight != 0], k)  # and what is kept is as it was
+    # and what is kept is as it was
+    for m,k in zip(layers(average), kept): assert torch.equal(m.weight[m.weight != 0], k)
 
 @pytest.mark.parametrize('wrap', [*wrappers.values(), compiled_inside], ids=[*wrappers, 'inside'])
 def test_applied_to_wrapped_models(wrap):
@@ -172,8 +181,10 @@ def test_masks_of_tied_weights_by_either_name():
     Masks({'1.weight': torch.eye(3, dtype=torch.bool)}).apply(net)
     assert int((net[0].weight != 0).sum()) == 3
 
-@pytest.mark.parametrize('name, shape, says', [('2.weigth', (3, 2), "Unknown parameter '2.weigth'. Did you mean '2.weight'"),
-                                               ('2.weight', (2, 3), r"mask of '2.weight' must have shape \(3, 2\), got \(2, 3\)"),
+@pytest.mark.parametrize('name, shape, says',
+                         [('2.weigth', (3, 2), "Unknown parameter '2.weigth'. Did you mean '2.weight'"),
+                                               ('2.weight', (2, 3),
+                                                r"mask of '2.weight' must have shape \(3, 2\), got \(2, 3\)"),
                                                ('2.weight', (3, 1), r'must have shape \(3, 2\), got \(3, 1\)')])
 def test_masks_that_do_not_fit_touch_nothing(name, shape, says):
     net, masks = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 3)), Masks.of(small(), include='0')
@@ -184,7 +195,8 @@ def test_masks_that_do_not_fit_touch_nothing(name, shape, says):
 
 def test_a_dict_that_lacks_a_parameter():
     net = small()
-    with pytest.raises(ValueError, match="Unknown parameter '2.weight'"): Masks.of(net).apply({'0.weight': net[0].weight})
+    with pytest.raises(ValueError, match="Unknown parameter '2.weight'"):
+        Masks.of(net).apply({'0.weight': net[0].weight})
 
 def test_files_are_loaded_for_wrapped_models(tmp_path):
     masks = Masks.of(small())
@@ -251,7 +263,8 @@ def test_hold_applies_at_once_and_to_new_parameters():
 
 def test_hold_refuses_what_is_no_optimizer():
     with pytest.raises(TypeError, match='takes a `torch.optim.Optimizer`'): Masks.of(small()).hold(small(), small())
-    with pytest.raises(TypeError, match='must be an `nn.Module`'): Masks.of(small()).hold({}, torch.optim.SGD(small().parameters()))
+    with pytest.raises(TypeError, match='must be an `nn.Module`'):
+        Masks.of(small()).hold({}, torch.optim.SGD(small().parameters()))
 
 
 # The callback
@@ -261,7 +274,8 @@ def test_what_it_says_and_keeps(capsys):
     learn.fit(2, 1e-2, cbs=cb)
     total = sum(p.numel() for p in learn.model.parameters())  # 1,476 in convolutions, 56 in norms, 170 in the head
     assert total == 1702 and zeros(learn.model) == AT_90 == [int((~m).sum()) for m in cb.masks.values()]
-    assert said(capsys.readouterr().out) == ["Keeping 1,327 zeros of 1,476 weights in 3 parameters (86.72% of the model's 1,702)"]
+    assert said(capsys.readouterr().out) == ["Keeping 1,327 zeros of 1,476 weights in 3 parameters (86.72% of the "
+                                             "model's 1,702)"]
     assert Masks.of(learn.model, include=nn.Conv2d) == cb.masks
 
 def test_without_it_they_are_lost():
@@ -272,18 +286,21 @@ def test_without_it_they_are_lost():
 def test_every_validation_and_every_batch_sees_the_zeros():
     learn, cb, seen = sparse_learner(), KeepSparsity(), []
     look = lambda: seen.append(zeros(learn.model))
-    learn.fit(2, 1e-2, cbs=[cb, spy('after_step', look, order=15), spy('before_validate', look), spy('before_batch', look)])
+    learn.fit(2, 1e-2, cbs=[cb, spy('after_step', look, order=15), spy('before_validate', look),
+                            spy('before_batch', look)])
     assert seen == [AT_90] * (2*8 + 2 + 2*9)
 
 @pytest.mark.parametrize('opt_func', [partial(SGD, mom=0.9, wd=0.1),
-                                      partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1)),
+                                      partial(OptimWrapper,
+                                              opt=partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1)),
                                       partial(OptimWrapper, opt=torch.optim.AdamW)])
 def test_momentum_and_weight_decay_bring_nothing_back(opt_func):
     learn = learner(opt_func=opt_func, wd=0.1)
     learn.fit(1, 1e-2)  # momentum is there when the pruning comes
     pruned(model=learn.model)
     seen = []
-    learn.fit(2, 1e-2, reset_opt=False, cbs=[KeepSparsity(), spy('after_step', lambda: seen.append(zeros(learn.model)))])
+    learn.fit(2, 1e-2, reset_opt=False, cbs=[KeepSparsity(),
+                                             spy('after_step', lambda: seen.append(zeros(learn.model)))])
     assert seen == [AT_90]*16
 
 @pytest.mark.parametrize('cbs', [[GradientAccumulation(48)], [GradientAccumulation(1000)]])
@@ -349,20 +366,21 @@ def test_only_the_first_process_prints(monkeypatch, capsys):
     for rank in (0, 1):
         monkeypatch.setattr(torch.distributed, 'get_rank', lambda: rank)
         cb = KeepSparsity()
-        cb._say('here')
+        cb.say('here')
         assert capsys.readouterr().out == ('here\n' if rank == 0 else '')
 
 
 # What is refused, before the first batch
 
 @pytest.mark.parametrize('model, kwargs, says', [
-    (digits_net, {}, 'There is no zero to keep: no parameter is zero in part. Prune the model first'),
-    (pruned, dict(include='11'), 'no parameter is zero in part among what `include` and `exclude` leave'),
-    (digits_net, dict(masks={}), '`masks` drop nothing'),
-    (digits_net, dict(masks={'0.weight': torch.ones(4, 1, 3, 3, dtype=torch.bool)}), '`masks` drop nothing'),
+    (digits_net, {}, 'There are no zeros to keep: no parameter has any. Prune the model first'),
+    (pruned, dict(include='11'), 'no parameter has any among what `include` and `exclude` leave'),
+    (digits_net, dict(masks={}), '`masks` prune nothing'),
+    (digits_net, dict(masks={'0.weight': torch.ones(4, 1, 3, 3, dtype=torch.bool)}), '`masks` prune nothing'),
     (digits_net, dict(masks={'0.weigth': torch.zeros(4, 1, 3, 3, dtype=torch.bool)}), "Did you mean '0.weight'"),
-    (digits_net, dict(masks={'0.weight': torch.zeros(1, 4, 3, 3, dtype=torch.bool)}), r'must have shape \(4, 1, 3, 3\)'),
-    (pruned, dict(exclude='conv'), 'Unknown layer in `exclude`')], ids=str)
+    (digits_net, dict(masks={'0.weight': torch.zeros(1, 4, 3, 3, dtype=torch.bool)}),
+     r'must have shape \(4, 1, 3, 3\)'),
+    (pruned, dict(exclude='conv'), 'Unknown layer in `exclude`')], ids=shown)
 def test_refused_before_the_first_batch(model, kwargs, says):
     learn, batches = learner(model=model(4) if model is digits_net else model()), []
     before = weights(learn.model)
@@ -370,7 +388,8 @@ def test_refused_before_the_first_batch(model, kwargs, says):
         learn.fit(1, cbs=[KeepSparsity(**kwargs), spy('before_batch', lambda: batches.append(1), order=-50)])
     assert not batches and same(before, weights(learn.model)) and not any('Keep' in type(c).__name__ for c in learn.cbs)
 
-@pytest.mark.parametrize('kwargs, says', [(dict(masks=digits_net(4)), 'got Sequential'), (dict(masks='file'), 'got str'),
+@pytest.mark.parametrize('kwargs, says', [(dict(masks=digits_net(4)), 'got Sequential'),
+                                          (dict(masks='file'), 'got str'),
                                           (dict(masks={'0.weight': torch.ones(2)}), 'must be a bool tensor'),
                                           (dict(include=1), '`include`')])
 def test_refused_when_made(kwargs, says):
@@ -394,7 +413,8 @@ def test_another_task_with_the_body_of_the_first(n_out):
 def test_frozen_and_fine_tuned(capsys):
     learn = second(pruned(), splitter=lambda m: [params(m[:-1]), params(m[-1])])
     before, seen = Masks.of(learn.model), []
-    learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=[KeepSparsity(), spy('after_step', lambda: seen.append(zeros(learn.model)))])
+    learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=[KeepSparsity(),
+                                                   spy('after_step', lambda: seen.append(zeros(learn.model)))])
     assert seen == [AT_90]*24 and Masks.of(learn.model, include=nn.Conv2d) == before
     assert len(said(capsys.readouterr().out)) == 2
 
@@ -418,7 +438,8 @@ def test_further_pruning_between_two_fits_is_kept_as_well():
     learn.fit(1, 1e-2)
     pruned(95, learn.model)
     learn.fit(1, 1e-2)
-    assert zeros(learn.model) == [exact(n, 95) for n in (36, 288, 1152)] and set(cb.masks) >= {'0.weight', '3.weight', '6.weight'}
+    assert zeros(learn.model) == [exact(n, 95) for n in (36, 288, 1152)]
+    assert set(cb.masks) >= {'0.weight', '3.weight', '6.weight'}
 
 def test_a_new_layer_is_not_held_by_the_masks_of_the_old_one():
     model = pruned(90, layer_type=(nn.Conv2d, nn.Linear))
@@ -439,8 +460,10 @@ def test_with_a_pruning_that_goes_on(order, criteria, capsys):
     learn = learner(model=pruned(50))
     before, steps = Masks.of(learn.model), []
     prune = SparsifyCallback(90, schedule=lin, criteria=criteria)
-    learn.fit(2, 1e-2, cbs=[prune, KeepSparsity(), spy('after_step', lambda: steps.append(sum(zeros(learn.model))))][::order])
-    assert zeros(learn.model) == AT_90 == [r.zeros for r in prune.report.rows] and steps == sorted(steps) and steps[0] == 738
+    learn.fit(2, 1e-2,
+              cbs=[prune, KeepSparsity(), spy('after_step', lambda: steps.append(sum(zeros(learn.model))))][::order])
+    assert zeros(learn.model) == AT_90 == [r.zeros for r in prune.report.rows] and steps == sorted(steps)
+    assert steps[0] == 738
     now = Masks.of(learn.model)
     for k,mask in before.items(): assert not (now[k] & ~mask).any()
     assert 'Final Sparsity: [89.91]%' in capsys.readouterr().out
@@ -472,10 +495,12 @@ def test_a_checkpoint_that_is_denser_is_masked_again(capsys):
 
 def test_saving_and_stopping_together(capsys):
     learn = sparse_learner()
-    worse = spy('after_epoch', lambda: learn.recorder.values[-1].__setitem__(1, float(learn.epoch)), order=55)  # best in epoch 0
+    # best in epoch 0
+    worse = spy('after_epoch', lambda: learn.recorder.values[-1].__setitem__(1, float(learn.epoch)), order=55)
     learn.fit(4, 1e-2, cbs=[KeepSparsity(), worse, SaveModelCallback(), EarlyStoppingCallback(patience=1)])
     assert zeros(learn.model) == AT_90 and len(said(capsys.readouterr().out)) == 1  # the checkpoint is sparse too
-    assert [int((v == 0).sum()) for v in torch.load('models/model.pth', weights_only=True).values() if v.ndim == 4] == AT_90
+    assert [int((v == 0).sum()) for v in torch.load('models/model.pth', weights_only=True).values()
+            if v.ndim == 4] == AT_90
 
 def test_lr_find_leaves_nothing(capsys):
     learn = sparse_learner(cbs=(cb := KeepSparsity()))
@@ -516,8 +541,8 @@ def test_nothing_of_ours_is_left():
     assert inside(learn.model) == before == inner[3] and list(learn.cbs) == cbs and list(learn.metrics) == metrics
     assert set(vars(learn)) == set(vars(plain))
 
-EVENTS = ['before_fit', 'before_epoch', 'before_batch', 'before_step', 'after_step', 'after_train', 'before_validate', 'after_epoch',
-          'after_fit']
+EVENTS = ['before_fit', 'before_epoch', 'before_batch', 'before_step', 'after_step', 'after_train',
+          'before_validate', 'after_epoch', 'after_fit']
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize('event', EVENTS)

@@ -2,9 +2,13 @@
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 import fasterai_clone.core.criteria as criteria
-import fasterai_clone.core.selection as selection
-from fasterai_clone.core.measure import as_criteria, available_criterias
-from fasterai_clone.core.selection import LazyScores, _select_torch, keep_mask, keep_masks
+import fasterai_clone.core.bracket as bracket, fasterai_clone.core.keys as keys
+import fasterai_clone.core.masks as masks, fasterai_clone.core.tensors as numbers
+import fasterai_clone.core.selection as selection, fasterai_clone.core.threads as threads
+from fasterai_clone.sparse.measure import as_criteria, available_criterias
+from fasterai_clone.core.selection import keep_mask, keep_masks
+from fasterai_clone.core.lazy import LazyScores
+from fasterai_clone.core.selection import select_torch
 from fasterai_clone.sparse.sparsifier import Sparsifier
 from helpers import naive_keep
 
@@ -16,7 +20,8 @@ def reference_masks(tensors, n_drop, magnitude=False, pruned=None):
     pruned = pruned or [None] * len(tensors)
     flat = torch.cat([t.detach().reshape(-1) for t in tensors]) if tensors else torch.empty(0)
     key = flat.abs() if magnitude else flat
-    old = torch.cat([torch.ones(t.numel(), dtype=torch.bool) if p is None else p.reshape(-1) for t, p in zip(tensors, pruned)])
+    old = torch.cat([torch.ones(t.numel(), dtype=torch.bool) if p is None else p.reshape(-1)
+                     for t, p in zip(tensors, pruned)])
     order = torch.argsort(key, stable=True)
     order = order[torch.argsort(old[order].to(torch.int8), stable=True)]  # what was dropped goes first
     keep = torch.ones(flat.numel(), dtype=torch.bool)
@@ -36,10 +41,12 @@ def check(tensors, n_drop, magnitude=False, pruned=None, sampler=None, alias=Fal
     got = keep_masks(tensors, n_drop, magnitude, given_masks, out, sampler)
     assert all(torch.equal(g, w) for g, w in zip(got, want)), 'numpy path'
     if alias: assert all(g is o for g, o in zip(got, out))
-    elif pruned is not None: assert all(g is None or torch.equal(g, p) for g, p in zip(given_masks, pruned)), 'pruned was written'
+    elif pruned is not None:
+        assert all(g is None or torch.equal(g, p) for g, p in zip(given_masks, pruned)), 'pruned was written'
     if torch_path and sum(t.numel() for t in tensors):
         fresh = [torch.empty(t.shape, dtype=torch.bool) for t in tensors]
-        fresh = _select_torch(tensors, n_drop, magnitude, pruned or [None] * len(tensors), fresh, sampler or selection._strided)
+        fresh = select_torch(tensors, n_drop, magnitude, pruned or [None] * len(tensors), fresh,
+                             sampler or bracket.strided)
         assert all(torch.equal(g, w) for g, w in zip(fresh, want)), 'torch path'
     return got
 
@@ -62,10 +69,10 @@ def limits(request, monkeypatch):
 
 
 def tiny(monkeypatch):
-    monkeypatch.setattr(selection, '_CHUNK', 64)
-    monkeypatch.setattr(selection, '_WHOLE', 32)
+    monkeypatch.setattr(keys, 'CHUNK', 64)
+    monkeypatch.setattr(bracket, '_WHOLE', 32)
     monkeypatch.setattr(selection, '_SMALL', 0)
-    monkeypatch.setattr(selection, '_CAP_FLOOR', 8)
+    monkeypatch.setattr(bracket, '_CAP_FLOOR', 8)
 
 
 def values(kind, n, seed):
@@ -73,14 +80,16 @@ def values(kind, n, seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(n)
     return torch.from_numpy({
-        'normal': x, 'equal': np.full(n, .5), 'zeros': np.zeros(n), 'signs': np.sign(x), 'signed zeros': np.where(x > 0, 0., -0.),
+        'normal': x, 'equal': np.full(n, .5), 'zeros': np.zeros(n), 'signs': np.sign(x),
+        'signed zeros': np.where(x > 0, 0., -0.),
         'zeros and normal': np.where(rng.random(n) < .5, np.where(x > 0, 0., -0.), x), 'few': np.round(x),
         'heavy tail': np.exp(8 * x) * np.sign(x),
-        'denormal': x * 1e-42, 'small': x * 1e-9, 'large': x * 1e9, 'sorted': np.sort(x), 'reversed': np.sort(x)[::-1].copy(),
+        'denormal': x * 1e-42, 'small': x * 1e-9, 'large': x * 1e9, 'sorted': np.sort(x),
+        'reversed': np.sort(x)[::-1].copy(),
         'mostly pruned': np.where(rng.random(n) < .9, 0., x), 'fp16 denormal': x * 1e-6}[kind])
 
-KINDS = ['normal', 'equal', 'zeros', 'signs', 'signed zeros', 'zeros and normal', 'few', 'heavy tail', 'denormal', 'small', 'large',
-         'sorted', 'reversed', 'mostly pruned', 'fp16 denormal']
+KINDS = ['normal', 'equal', 'zeros', 'signs', 'signed zeros', 'zeros and normal', 'few', 'heavy tail', 'denormal',
+         'small', 'large', 'sorted', 'reversed', 'mostly pruned', 'fp16 denormal']
 
 
 def finite(x, dtype, magnitude):
@@ -91,7 +100,8 @@ def finite(x, dtype, magnitude):
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_property(limits, data):
-    dtype, kind, seed = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(KINDS)), data.draw(st.integers(0, 99))
+    dtype, kind = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(KINDS))
+    seed = data.draw(st.integers(0, 99))
     magnitude, sampler = data.draw(st.booleans()), data.draw(st.sampled_from(SAMPLERS))
     sizes = data.draw(st.lists(st.sampled_from([0, 1, 2, 7, 63, 64, 65, 300, 1000]), min_size=1, max_size=4))
     tensors = [finite(values(kind, n, seed + i), dtype, magnitude) for i, n in enumerate(sizes)]
@@ -106,12 +116,14 @@ def test_property(limits, data):
         if data.draw(st.booleans()):
             tensors = [t if p is None else t.where(p, torch.zeros((), dtype=dtype)) for t, p in zip(tensors, pruned)]
     gone = sum(int((~p).sum()) for p in pruned or [] if p is not None)
-    n_drop = data.draw(st.one_of(st.integers(0, total), st.sampled_from([0, total, gone, max(gone - 1, 0), min(gone + 1, total)])))
+    n_drop = data.draw(st.one_of(st.integers(0, total),
+                                 st.sampled_from([0, total, gone, max(gone - 1, 0), min(gone + 1, total)])))
     check(tensors, n_drop, magnitude, pruned, sampler, alias=data.draw(st.booleans()))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(scores=st.lists(st.one_of(st.floats(width=32, allow_nan=False), st.sampled_from([0., -0., 1., -1.])), max_size=40), data=st.data())
+@given(scores=st.lists(st.one_of(st.floats(width=32, allow_nan=False), st.sampled_from([0., -0., 1., -1.])),
+                       max_size=40), data=st.data())
 def test_any_floats(limits, scores, data):
     for dtype in DTYPES:
         x = torch.tensor(scores, dtype=torch.float64).to(dtype)
@@ -135,7 +147,8 @@ def test_adversarial_sampler_large(sampler, kind):
     for magnitude in (False, True):
         for n_drop in (3, 30_000, 150_000, 270_000, 299_999): check(tensors, n_drop, magnitude, sampler=sampler)
     masks = check(tensors, 150_000, True)
-    for n_drop in (100_000, 149_999, 150_000, 150_001, 200_000, 300_000): check(tensors, n_drop, True, masks, sampler, alias=True)
+    for n_drop in (100_000, 149_999, 150_000, 150_001, 200_000, 300_000):
+        check(tensors, n_drop, True, masks, sampler, alias=True)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -168,7 +181,8 @@ def test_earlier_drops_come_before_minus_infinity():
 def test_layouts(limits):
     torch.manual_seed(0)
     base = torch.randn(8, 6, 5, 5).round(decimals=1)
-    for x in (base.to(memory_format=torch.channels_last), base.permute(3, 1, 0, 2), base[::2, 1:, :, ::3], base[0, 0].t(),
+    for x in (base.to(memory_format=torch.channels_last), base.permute(3, 1, 0, 2),
+              base[::2, 1:, :, ::3], base[0, 0].t(),
               torch.tensor(2.5).expand(6, 7), torch.nn.Parameter(base), base.flip(0)[1:], torch.tensor(3.)):
         for n_drop in (0, x.numel() // 3, x.numel() - 1, x.numel()):
             for magnitude in (False, True): check([x, base], n_drop, magnitude); check([x], n_drop, magnitude)
@@ -179,7 +193,8 @@ def test_layouts(limits):
 def test_mixed_dtypes(limits):
     torch.manual_seed(0)
     for magnitude in (False, True):
-        for dtypes in ([torch.bfloat16, torch.float16], [torch.float32, torch.bfloat16], [torch.float64, torch.float16, torch.float32]):
+        for dtypes in ([torch.bfloat16, torch.float16], [torch.float32, torch.bfloat16],
+                       [torch.float64, torch.float16, torch.float32]):
             check([torch.randn(400).to(d) for d in dtypes], 333, magnitude)
 
 
@@ -197,7 +212,8 @@ def test_not_finite(dtype, bad):
                     with pytest.raises(ValueError): keep_mask(x, n_drop, magnitude, mask, mask)
                     assert torch.equal(mask, before)
                     with pytest.raises(ValueError): keep_mask(x, n_drop, magnitude)
-                    with pytest.raises(ValueError): _select_torch([x], n_drop, magnitude, [None], [mask], selection._strided)
+                    with pytest.raises(ValueError):
+                        select_torch([x], n_drop, magnitude, [None], [mask], bracket.strided)
                 else: check([x], n_drop)
 
 
@@ -230,12 +246,64 @@ def test_refusals():
 def test_interrupt_restores(monkeypatch):
     "An error in the middle leaves masks that were given as both `pruned` and `out` as they were"
     x, mask = torch.randn(300_000), torch.rand(300_000) > .3
-    before, real = mask.clone(), selection._finish
+    before = mask.clone()
     def broken(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(selection, '_finish', broken)
+    monkeypatch.setattr(bracket, '_finish', broken)
     with pytest.raises(KeyboardInterrupt): keep_mask(x, 200_000, True, mask, mask)
     with pytest.raises(KeyboardInterrupt): keep_mask(x, 20_000, True, mask, mask)
     assert torch.equal(mask, before)
+
+
+@pytest.fixture
+def n_threads():
+    "`torch.set_num_threads`, put back afterwards"
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('kind', ['normal', 'equal', 'few', 'mostly pruned'])
+def test_any_number_of_threads_gives_the_same_masks(kind, dtype, n_threads, monkeypatch):
+    tiny(monkeypatch)
+    monkeypatch.setattr(threads, 'PER_THREAD', 1)
+    tensors = [finite(values(kind, n, n), dtype, True) for n in (1, 700, 3000)]
+    pruned  = [None, torch.arange(700) % 3 > 0, torch.arange(3000) % 7 > 0]
+    for n in (1, 2, 5):
+        n_threads(n)
+        for n_drop in (0, 300, 1500, 3700):
+            for magnitude in (False, True):
+                check(tensors, n_drop, magnitude, pruned, alias=n_drop % 2 == 0, torch_path=False)
+
+@pytest.mark.parametrize('n', [1, 2, 5])
+def test_an_error_in_one_thread_leaves_all_masks(n, n_threads, monkeypatch):
+    tiny(monkeypatch)
+    monkeypatch.setattr(threads, 'PER_THREAD', 1)
+    n_threads(n)
+    x, mask = torch.randn(3000), torch.rand(3000) > .3
+    x[2999], before = torch.nan, mask.clone()
+    with pytest.raises(ValueError, match='NaN'): keep_mask(x, 2500, True, mask, mask)
+    assert torch.equal(mask, before)
+
+@pytest.mark.parametrize('n', [1, 2, 5])
+def test_zeroing_and_counting_on_threads(n, n_threads, monkeypatch):
+    monkeypatch.setattr(threads, 'PER_THREAD', 1)
+    monkeypatch.setattr(masks, '_CHUNK', 64)
+    monkeypatch.setattr(numbers, '_CHUNK', 64)
+    n_threads(n)
+    for dtype in DTYPES:
+        t, mask = torch.randn(7, 43).to(dtype), torch.rand(7, 43) > .5
+        want = torch.where(mask, t, 0)
+        masks.Masks(dict(a=mask)).apply(dict(a=t))
+        assert torch.equal(t, want) and numbers.n_zeros(t) == numbers.n_zeros(mask) == int((~mask).sum())
+
+def test_a_finite_sum_is_no_condition():
+    "Sums overflow where no number does, and what is not finite never has a finite sum"
+    for dtype in DTYPES:
+        top = torch.finfo(dtype).max
+        assert numbers.all_finite(torch.tensor([top, top], dtype=dtype))
+        for odd in (torch.inf, -torch.inf, torch.nan):
+            assert not numbers.all_finite(torch.tensor([odd, 1., -odd], dtype=dtype))
+    assert numbers.all_finite(torch.ones(3).to(torch.float8_e4m3fn)) and numbers.all_finite(torch.arange(3))
 
 
 @pytest.mark.parametrize('kind', ['normal', 'mostly pruned', 'equal'])
@@ -259,9 +327,10 @@ def lazy_check(tensors, refs, f, n_drop, pruned=None, sampler=None):
     assert all(torch.equal(g, w) for g, w in zip(got, want)), 'numpy path'
     if sum(t.numel() for t in tensors):
         fresh = [torch.empty(t.shape, dtype=torch.bool) for t in tensors]
-        fresh = _select_torch(lazy, n_drop, False, pruned or [None] * len(lazy), fresh, sampler or selection._strided)
+        fresh = select_torch(lazy, n_drop, False, pruned or [None] * len(lazy), fresh, sampler or bracket.strided)
         assert all(torch.equal(g, w) for g, w in zip(fresh, want)), 'torch path'
-    in_place = [torch.ones(t.shape, dtype=torch.bool) if pruned is None else p.clone() for t, p in zip(tensors, pruned or tensors)]
+    in_place = [torch.ones(t.shape, dtype=torch.bool) if pruned is None else p.clone()
+                for t, p in zip(tensors, pruned or tensors)]
     got = keep_masks(lazy, n_drop, False, in_place, in_place, sampler)
     assert all(g is i and torch.equal(g, w) for g, i, w in zip(got, in_place, want)), 'in place'
     assert all(torch.equal(t, b) for t, b in zip(tensors, before)), 'the tensors were written'
@@ -284,7 +353,8 @@ def test_lazy_property(limits, data):
 @pytest.mark.parametrize('kind', ['normal', 'equal', 'few', 'heavy tail', 'mostly pruned'])
 def test_lazy_large(dtype, kind):
     sizes = [200_001, 70_000, 5, 140_000]
-    ws, refs = [[finite(values(kind, n, seed + i), dtype, True).clamp(-6e4, 6e4) for i, n in enumerate(sizes)] for seed in (0, 9)]
+    ws, refs = [[finite(values(kind, n, seed + i), dtype, True).clamp(-6e4, 6e4) for i, n in enumerate(sizes)]
+                for seed in (0, 9)]
     for n_drop in (0, 41_000, 369_000, sum(sizes)): lazy_check(ws, refs, moved, n_drop)
     masks = [torch.rand(n, generator=torch.Generator().manual_seed(n)) > .5 for n in sizes]
     for n_drop in (100_000, 300_000): lazy_check(ws, refs, moved, n_drop, masks)
@@ -323,7 +393,8 @@ def test_lazy_not_finite(dtype, bad):
                 with pytest.raises(ValueError, match='NaN or infinite numbers among the scores'):
                     keep_masks([LazyScores(criteria.square, good), scores], n_drop, False, masks, masks)
                 assert all(torch.equal(m, b) for m, b in zip(masks, before))
-                with pytest.raises(ValueError): _select_torch([scores], n_drop, False, [None], [masks[0]], selection._strided)
+                with pytest.raises(ValueError):
+                    select_torch([scores], n_drop, False, [None], [masks[0]], bracket.strided)
 
 
 def test_lazy_sums_may_overflow():
@@ -349,7 +420,8 @@ def two_layers(dtype=torch.float32):
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(96, 112, 3, groups=2))
     return model.to(dtype)
 
-ELEMENTWISE = [k for k in available_criterias() if (c := as_criteria(k)).elementwise and not c.measure]  # test_measure has the others
+# test_measure has the others
+ELEMENTWISE = [k for k in available_criterias() if (c := as_criteria(k)).elementwise and not c.measure]
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('context', ['local', 'global'])
@@ -365,9 +437,11 @@ def test_elementwise_criteria(name, context, dtype):
             m.weight.grad = torch.randn_like(m.weight)
         if round and c.needs_grad: sp.accumulate_gradients()
         old    = [sp.masks.get(t.name, torch.ones(t.weight.shape, dtype=torch.bool)).clone() for t in sp.targets]
-        scores = [c(t.weight, sp._reference(t.parts[0])).masked_fill(~o, -torch.inf) for t, o in zip(sp.targets, old)]
+        scores = [c(t.weight, sp.scorer.reference_of(t.parts[0])).masked_fill(~o, -torch.inf)
+                  for t, o in zip(sp.targets, old)]
         sp.sparsify_model(percent)
-        if context == 'global': want = naive_keep(torch.cat([s.flatten() for s in scores]), sum(sizes) * percent // 100).split(sizes)
+        if context == 'global':
+            want = naive_keep(torch.cat([s.flatten() for s in scores]), sum(sizes) * percent // 100).split(sizes)
         else: want = [naive_keep(s.flatten(), n * percent // 100) for s, n in zip(scores, sizes)]
         assert all(torch.equal(sp.masks[t.name].flatten(), w) for t, w in zip(sp.targets, want))
         assert not any(t.weight[~sp.masks[t.name]].any() for t in sp.targets)
@@ -378,11 +452,11 @@ def test_elementwise_criteria_are_the_librarys_own():
     assert not criteria.Criteria(torch.abs).elementwise
     assert not criteria.Criteria(criteria.identity, needs_init=True, output_fn=torch.sub).elementwise
     sp = Sparsifier(two_layers(), criteria='movement')
-    assert isinstance(sp._lazy_scores(sp.targets[1]), LazyScores) and sp.lazy
+    assert isinstance(sp.scorer.lazy_scores(sp.targets[1]), LazyScores) and sp.chooser.lazy
     for kwargs in (dict(criteria=torch.abs), dict(criteria='random'), dict(granularity='filter', criteria='movement'),
                    dict(nm=True, criteria='movement'),
                    dict(criteria=criteria.Criteria(criteria.square, normalizer=criteria.Normalizer.mean))):
-        assert not Sparsifier(two_layers(), **kwargs).lazy
+        assert not Sparsifier(two_layers(), **kwargs).chooser.lazy
 
 
 @pytest.mark.parametrize('context', ['local', 'global'])
@@ -396,5 +470,6 @@ def test_lazy_scores_that_are_no_numbers(context, layer, bad):
     masks = {k: v.clone() for k, v in sp.masks.items()}
     kept = int(masks[f'{layer}.weight'].flatten().nonzero()[0])  # one that is dropped already may be anything
     model[layer].weight.data.view(-1)[kept] = bad
-    with pytest.raises(ValueError, match=rf'^{layer}\.weight: NaN or infinite numbers among the scores'): sp.sparsify_model(90)
+    with pytest.raises(ValueError, match=rf'^{layer}\.weight: NaN or infinite numbers among the scores'):
+        sp.sparsify_model(90)
     assert all(torch.equal(masks[k], v) for k, v in sp.masks.items())

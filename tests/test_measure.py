@@ -1,5 +1,5 @@
 "Measures against naive references: finite differences, products of matrices, loops; and the model as it was"
-import math, random, re
+import math, random
 from copy import deepcopy
 from functools import partial
 
@@ -9,7 +9,14 @@ from fastai.torch_core import TensorCategory, TensorImage
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from fasterai_clone.core.measure import *
+from fasterai_clone.model.preserve import restored
+from fasterai_clone.sparse.batches import *
+from fasterai_clone.sparse.activations import *
+from fasterai_clone.sparse.channel_scores import *
+from fasterai_clone.sparse.gradients import *
+from fasterai_clone.sparse.measure import *
+from fasterai_clone.sparse.paths import *
+from fasterai_clone.sparse.synflow import *
 from fasterai_clone.digits import digits_dls, digits_net
 
 def named(model, leaf=''): return {k: p for k,p in model.named_parameters() if k.endswith(leaf)}
@@ -32,12 +39,13 @@ class Calls(nn.Module):
 # The model as it was
 
 def bumpy(broken=False):
-    "A model with modes, buffers, dropout, hooks, gradients and frozen parameters of its own; `broken` ones stop in the last layer"
+    """A model with modes, buffers, dropout, hooks, gradients and frozen parameters of its own; `broken` ones stop in
+    the last layer"""
     def last(m, x):
         if broken: raise RuntimeError('broken')
         return x
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(),
-                        nn.Linear(64, 3), Calls(last))
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5),
+                        nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 3), Calls(last))
     net(torch.randn(4, 1, 8, 8)).sum().backward() if not broken else net[0].weight.sum().backward()
     net.train()
     net[1].eval()
@@ -50,7 +58,8 @@ def state(model):
     def hooks(m): return {k: list(v) for k,v in vars(m).items() if 'hook' in k and isinstance(v, dict)}
     modules = [(m.training, hooks(m), set(vars(m)), m.forward.__func__) for m in model.modules()]
     tensors = {k: (id(t), t.detach().clone()) for k,t in [*model.named_parameters(), *model.named_buffers()]}
-    grads   = {k: (p.requires_grad, None if p.grad is None else (id(p.grad), p.grad.clone())) for k,p in model.named_parameters()}
+    grads   = {k: (p.requires_grad, None if p.grad is None else (id(p.grad), p.grad.clone()))
+               for k,p in model.named_parameters()}
     rng     = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     return modules, tensors, grads, rng, torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
 
@@ -60,10 +69,11 @@ def same(a, b):
     if isinstance(a, (tuple, list)): return len(a) == len(b) and all(map(same, a, b))
     return a == b
 
-measures = dict(snip=snip_scores, grasp=grasp_scores, synflow=synflow_scores, wanda=input_norms, apoz=channel_zeros, means=channel_means,
-                accumulated=partial(accumulated, step_fn=gradient))
+measures = dict(snip=snip_scores, grasp=grasp_scores, synflow=synflow_scores, wanda=input_norms, apoz=channel_zeros,
+                means=channel_means, accumulated=partial(accumulated, step_fn=gradient))
 
-def loader(n=24, bs=8): return DataLoader(TensorDataset(torch.randn(n, 1, 8, 8), torch.randint(0, 3, (n,))), bs, shuffle=True)
+def loader(n=24, bs=8):
+    return DataLoader(TensorDataset(torch.randn(n, 1, 8, 8), torch.randint(0, 3, (n,))), bs, shuffle=True)
 
 @pytest.mark.parametrize('broken', [False, True])
 @pytest.mark.parametrize('name', measures)
@@ -72,10 +82,12 @@ def test_measures_leave_the_model_as_it_was(name, broken):
     ids, before = [id(p) for p in net.parameters()], state(net)
     params = {k: p for k,p in named(net, 'weight').items() if k != '1.weight'}
     if broken:
-        with pytest.raises(RuntimeError, match='broken'): measures[name](net, params, data=data, loss_func=F.cross_entropy)
+        with pytest.raises(RuntimeError, match='broken'):
+            measures[name](net, params, data=data, loss_func=F.cross_entropy)
     else:
         scores = measures[name](net, params, data=data, loss_func=F.cross_entropy)
-        assert scores.keys() == params.keys() and all(s.dtype == torch.float32 and not s.requires_grad for s in scores.values())
+        assert scores.keys() == params.keys() and all(s.dtype == torch.float32 and not s.requires_grad
+                                                      for s in scores.values())
         for k,s in scores.items(): assert s.expand_as(params[k]).isfinite().all() and s.any()
     assert same(state(net), before) and [id(p) for p in net.parameters()] == ids
 
@@ -89,13 +101,13 @@ def test_passes_signal_leaves_the_model_as_it_was(broken):
     assert same(state(net), before)
 
 @pytest.mark.parametrize('broken', [False, True])
-def test_untouched_undoes_what_happens_inside(broken):
+def test_restored_undoes_what_happens_inside(broken):
     net = bumpy()
     net[1].register_buffer('nothing', None)
     before = state(net)
     class Stop(Exception): pass
     try:
-        with untouched(net):
+        with restored(net):
             assert all(p.grad is None for p in net.parameters())
             net.train()
             net.requires_grad_(True)
@@ -121,7 +133,8 @@ def test_a_graph_from_before_is_still_good():
 
 # What holds data
 
-def listed(data, device='cpu'): return [([t.tolist() for t in xs], None if t is None else t.tolist()) for xs,t in batches(data, device)]
+def listed(data, device='cpu'):
+    return [([t.tolist() for t in xs], None if t is None else t.tolist()) for xs,t in batches(data, device)]
 
 x, y = torch.tensor([[1.], [2]]), torch.tensor([3, 4])
 alone, paired = ([[[1.], [2.]]], None), ([[[1.], [2.]]], [3, 4])
@@ -149,9 +162,11 @@ def test_batches_of_fastai():
 
 def test_what_is_nested_moves_along():
     (xs, t), = batches([((x, {'a': [y]}), x, (y, 7))], 'meta')
-    assert [xs[0][0].device.type, xs[0][1]['a'][0].device.type, xs[1].device.type, t[0].device.type, t[1]] == ['meta']*4 + [7]
+    assert [xs[0][0].device.type, xs[0][1]['a'][0].device.type, xs[1].device.type, t[0].device.type,
+            t[1]] == ['meta']*4 + [7]
 
-@pytest.mark.parametrize('data, says', [(None, 'NoneType'), (3, 'int'), ('x', 'str'), ({'x': 'x'}, 'dict'), (nn.Linear(1, 1), 'Linear'),
+@pytest.mark.parametrize('data, says', [(None, 'NoneType'), (3, 'int'), ('x', 'str'), ({'x': 'x'}, 'dict'),
+                                        (nn.Linear(1, 1), 'Linear'),
                                         (TensorDataset(x, y), 'TensorDataset')])
 def test_what_holds_no_data_is_refused_at_once(data, says):
     with pytest.raises(TypeError, match=rf'DataLoader.*got {says}'): batches(data, 'cpu')
@@ -168,8 +183,10 @@ def test_wrong_batches_are_refused():
 def test_what_is_missing_is_named(name):
     net = small_net()
     f, data = measures[name], small_data()
-    with pytest.raises(ValueError, match=f'{name} needs data'):   f(net, named(net), data=None, loss_func=F.cross_entropy)
-    with pytest.raises(ValueError, match=f'{name} needs labels'): f(net, named(net), data=data[0], loss_func=F.cross_entropy)
+    with pytest.raises(ValueError, match=f'{name} needs data'):
+        f(net, named(net), data=None, loss_func=F.cross_entropy)
+    with pytest.raises(ValueError, match=f'{name} needs labels'):
+        f(net, named(net), data=data[0], loss_func=F.cross_entropy)
     with pytest.raises(ValueError, match=f'{name} needs a loss'): f(net, named(net), data=data, loss_func=None)
 
 @pytest.mark.parametrize('name', ['wanda', 'apoz', 'means', 'synflow'])
@@ -185,7 +202,8 @@ def test_parameters_of_another_model_are_refused(name):
     net, other = small_net(), small_net()
     f = partial({**measures, 'norm_scales': norm_scales}[name], data=small_data(), loss_func=F.cross_entropy)
     with pytest.raises(ValueError, match="Did you mean '0.weight'"): f(net, {'0.wight': net[0].weight})
-    with pytest.raises(ValueError, match='0.weight is not the parameter of this model'): f(net, {'0.weight': other[0].weight})
+    with pytest.raises(ValueError, match='0.weight is not the parameter of this model'):
+        f(net, {'0.weight': other[0].weight})
 
 @pytest.mark.parametrize('kind', ['dls', 'loader', 'batch', 'fastai tensors', 'generator'])
 @pytest.mark.parametrize('name', measures)
@@ -204,7 +222,8 @@ def test_several_inputs():
     assert close(input_norms(net, named(net), data)['two.weight'], torch.full((1, 3), 2.))
     out = net(*data[:2]).item()  # (out)² has the gradient 2·out·x
     assert close(snip_scores(net, named(net), data, nn.MSELoss())['two.weight'], (net.two.weight * 2 * out * 2).abs())
-    assert close(synflow_scores(net, named(net), data)['two.weight'], net.two.weight.abs() / sum(p.abs().sum() for p in net.parameters()))
+    assert close(synflow_scores(net, named(net), data)['two.weight'],
+                 net.two.weight.abs() / sum(p.abs().sum() for p in net.parameters()))
 
 
 # Gradients
@@ -223,7 +242,8 @@ def test_snip_is_how_the_loss_reacts_to_a_switch():
     net, data = small_net(), [small_data(12), small_data(5)]
     for k,s in snip_scores(net, named(net), data, F.cross_entropy).items():
         assert s.dtype == torch.float64
-        naive = [abs(masked_loss(net, data, k, i, 1 + 1e-5) - masked_loss(net, data, k, i, 1 - 1e-5)) / 2e-5 for i in range(s.numel())]
+        naive = [abs(masked_loss(net, data, k, i, 1 + 1e-5) - masked_loss(net, data, k, i, 1 - 1e-5)) / 2e-5
+                 for i in range(s.numel())]
         assert close(s.flatten(), torch.tensor(naive), 1e-7), k
 
 def flow(net, params, data, temperature=1):
@@ -260,7 +280,8 @@ def test_the_temperature_of_grasp_is_200():
     assert same(grasp_scores(*args), grasp_scores(*args, temperature=200.))
     assert not same(grasp_scores(*args), grasp_scores(*args, temperature=1.))
     for wrong in (0, -1.):
-        with pytest.raises(ValueError, match='temperature'): grasp_scores(net, named(net), data, F.cross_entropy, temperature=wrong)
+        with pytest.raises(ValueError, match='temperature'):
+            grasp_scores(net, named(net), data, F.cross_entropy, temperature=wrong)
 
 def test_grasp_divides_tensors_only():
     net, data = Calls(lambda m, x: {'out': m.lin(x)}, lin=nn.Linear(3, 2).double()), small_data()
@@ -324,7 +345,8 @@ def test_what_the_loss_does_not_depend_on_is_worth_nothing(f):
     scores = f(net, named(net), (x, y), F.cross_entropy)
     assert scores['used.weight'].any() and not scores['idle.weight'].any() and not scores['idle.bias'].any()
     assert not f(net, {'idle.weight': net.idle.weight}, (x, y), F.cross_entropy)['idle.weight'].any()
-    assert not f(Calls(lambda m, x: x, lin=net.used), {'lin.weight': net.used.weight}, (x[:, :2], y), F.cross_entropy)['lin.weight'].any()
+    assert not f(Calls(lambda m, x: x, lin=net.used), {'lin.weight': net.used.weight}, (x[:, :2], y),
+                 F.cross_entropy)['lin.weight'].any()
 
 def test_losses_that_do_not_reduce_are_averaged():
     net, data = small_net(), small_data()
@@ -370,13 +392,16 @@ def test_synflow_is_the_share_of_paths():
     w1, w2, w3 = ws = [p.detach() for p in named(net, 'weight').values()]
     for s,want in zip(scores.values(), naive_shares(*ws)): assert s.dtype == torch.float64 and close(s, want, 1e-12)
     a1, a2, a3 = (w.abs() for w in ws)
-    up, down = (a3 @ a2 @ a1).sum(), a3.sum(0) # closed form of the second layer: what arrives at its input, what leaves from its output
+    # closed form of the second layer: what arrives at its input, what leaves from its output
+    up, down = (a3 @ a2 @ a1).sum(), a3.sum(0)
     assert close(scores['2.weight'], down[:, None] * a2 * a1.sum(1) / up, 1e-12)
 
 def test_what_flows_into_a_layer_flows_out_of_it():
-    "Conservation: the shares of every layer of a chain sum to one, so for each unit in = out; padding, pools, norms and strides included"
+    """Conservation: the shares of every layer of a chain sum to one, so for each unit in = out; padding, pools, norms
+    and strides included"""
     net = digits_net(4)
-    net[1].weight.data.uniform_(-2, 2), net[1].bias.data.uniform_(), net[1].running_mean.uniform_(), net[1].running_var.uniform_(0.5, 2)
+    net[1].weight.data.uniform_(-2, 2), net[1].bias.data.uniform_()
+    net[1].running_mean.uniform_(), net[1].running_var.uniform_(0.5, 2)
     params = {k: p for k,p in net.named_parameters() if 'weight' in k}
     scores = synflow_scores(net, params, torch.rand(1, 1, 8, 8))
     assert all(s.sum().item() == pytest.approx(1, abs=1e-5) for s in scores.values())
@@ -386,23 +411,30 @@ def test_what_flows_into_a_layer_flows_out_of_it():
 acts = dict(tanh=torch.tanh, method=torch.Tensor.sigmoid, gelu=F.gelu, relu6=partial(F.relu6, inplace=True))
 
 @pytest.mark.parametrize('act', [
-    nn.ReLU(inplace=True), nn.ReLU6(), nn.GELU(), nn.SiLU(inplace=True), nn.Tanh(), nn.Sigmoid(), nn.Hardswish(), nn.ELU(),
-    nn.Hardsigmoid(), nn.LeakyReLU(), nn.PReLU(), nn.Softplus(), nn.Mish(), nn.Hardtanh(), nn.Dropout(0.9), *acts], ids=str)
+    nn.ReLU(inplace=True), nn.ReLU6(), nn.GELU(), nn.SiLU(inplace=True), nn.Tanh(), nn.Sigmoid(),
+    nn.Hardswish(), nn.ELU(),
+    nn.Hardsigmoid(), nn.LeakyReLU(), nn.PReLU(), nn.Softplus(), nn.Mish(), nn.Hardtanh(), nn.Dropout(0.9),
+    *acts], ids=str)
 def test_activation_functions_pass_on_what_they_get(act):
     "Weights of 100 saturate tanh for good, and ReLU6: that is no collapse"
-    net = nn.Sequential(nn.Linear(3, 4), Calls(lambda m, x: acts[act](x)) if isinstance(act, str) else act, nn.Linear(4, 2))
+    net = nn.Sequential(nn.Linear(3, 4), Calls(lambda m, x: acts[act](x)) if isinstance(act, str) else act,
+                        nn.Linear(4, 2))
     for p in net[0].parameters(): p.data.mul_(100)
     got = synflow_scores(net, named(net, '0.weight') | named(net, '2.weight'), torch.rand(1, 3))
-    for s,want in zip(got.values(), naive_shares(net[0].weight.detach(), net[2].weight.detach())): assert close(s, want, 1e-5)
+    for s,want in zip(got.values(), naive_shares(net[0].weight.detach(), net[2].weight.detach())):
+        assert close(s, want, 1e-5)
 
 @pytest.mark.parametrize('last', [nn.LogSoftmax(1), nn.Softmax(1), nn.Softmax(-1)], ids=str)
 def test_a_softmax_at_the_end_is_no_collapse(last):
     net = nn.Sequential(nn.Linear(3, 4), last)
-    assert close(synflow_scores(net, named(net, 'weight'), torch.rand(1, 3))['0.weight'], naive_shares(net[0].weight.detach())[0])
+    assert close(synflow_scores(net, named(net, 'weight'), torch.rand(1, 3))['0.weight'],
+                 naive_shares(net[0].weight.detach())[0])
 
 @pytest.mark.parametrize('norm, channels', [
-    (lambda: nn.BatchNorm2d(4), 1), (lambda: nn.BatchNorm2d(4, track_running_stats=False), 1), (lambda: nn.GroupNorm(2, 4), 1),
-    (lambda: nn.InstanceNorm2d(4, affine=True), 1), (lambda: nn.BatchNorm2d(4, affine=False), 1), (lambda: nn.LayerNorm([4, 3, 3]), 0),
+    (lambda: nn.BatchNorm2d(4), 1), (lambda: nn.BatchNorm2d(4, track_running_stats=False), 1),
+    (lambda: nn.GroupNorm(2, 4), 1),
+    (lambda: nn.InstanceNorm2d(4, affine=True), 1), (lambda: nn.BatchNorm2d(4, affine=False), 1),
+    (lambda: nn.LayerNorm([4, 3, 3]), 0),
     (lambda: nn.LayerNorm(3), 0), (lambda: nn.RMSNorm(3), 0)])
 def test_norms_scale_and_nothing_else(norm, channels):
     norm = norm().double()
@@ -419,7 +451,9 @@ def test_norms_scale_and_nothing_else(norm, channels):
 
 def test_a_norm_over_channels_that_a_derived_class_moves():
     class LayerNorm2d(nn.LayerNorm):
-        def forward(self, x): return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias).permute(0, 3, 1, 2)
+        def forward(self, x):
+            return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight,
+                                self.bias).permute(0, 3, 1, 2)
     net = nn.Sequential(nn.Conv2d(2, 4, 1, bias=False), LayerNorm2d(4))
     net[1].weight.data = torch.tensor([1., -2, 3, 0])
     want = net[0].weight.detach().abs() * torch.tensor([1., 2, 3, 0])[:, None, None, None]
@@ -436,7 +470,8 @@ def test_an_embedding_sends_all_its_rows():
     net = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 1))
     net[0].weight.data, net[1].weight.data = torch.tensor([[1., -1], [2, 0], [0, 1]]), torch.tensor([[1., -2]])
     s = synflow_scores(net, named(net, 'weight'), torch.tensor([[0, 0, 2]]))  # (3, 2) arrive, R = 3 + 4
-    assert close(s['0.weight'], torch.tensor([[1., 2], [2, 0], [0, 2]])/7) and close(s['1.weight'], torch.tensor([[3., 4]])/7)
+    assert close(s['0.weight'], torch.tensor([[1., 2], [2, 0], [0, 2]])/7)
+    assert close(s['1.weight'], torch.tensor([[3., 4]])/7)
 
 def test_shared_weights_have_one_score():
     net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -446,7 +481,8 @@ def test_shared_weights_have_one_score():
 
 def test_values_and_size_of_the_batch_do_not_matter():
     net = digits_net(2)
-    a, b = (synflow_scores(net, named(net), x) for x in (torch.randn(9, 1, 8, 8), (torch.zeros(1, 1, 8, 8), torch.tensor([1]))))
+    a, b = (synflow_scores(net, named(net), x)
+            for x in (torch.randn(9, 1, 8, 8), (torch.zeros(1, 1, 8, 8), torch.tensor([1]))))
     assert same(a, b)
 
 @pytest.mark.parametrize('depth', [30, 300])
@@ -463,7 +499,8 @@ def test_outputs_of_any_form():
     lin = nn.Linear(2, 2, bias=False)
     want = synflow_scores(lin, named(lin), torch.rand(1, 2))['weight']
     for f in (lambda m, x: (m.lin(x), torch.tensor([1])), lambda m, x: {'a': [m.lin(x)], 'b': None}):
-        assert close(synflow_scores(Calls(f, lin=lin), {'lin.weight': lin.weight}, torch.rand(1, 2))['lin.weight'], want)
+        assert close(synflow_scores(Calls(f, lin=lin), {'lin.weight': lin.weight}, torch.rand(1, 2))['lin.weight'],
+                     want)
     with pytest.raises(ValueError, match='got str'):
         synflow_scores(Calls(lambda m, x: 'x', lin=lin), {'lin.weight': lin.weight}, torch.rand(1, 2))
 
@@ -472,7 +509,8 @@ def test_synflow_of_frozen_models_under_no_grad():
     want = synflow_scores(net, named(net), torch.rand(1, 1, 8, 8))
     net.requires_grad_(False)
     with torch.no_grad(): assert same(synflow_scores(net, named(net), torch.rand(1, 1, 8, 8)), want)
-    assert all(s.dtype == torch.float32 for s in synflow_scores(net.half(), named(net), torch.rand(1, 1, 8, 8)).values())
+    assert all(s.dtype == torch.float32 for s in synflow_scores(net.half(), named(net),
+                                                                torch.rand(1, 1, 8, 8)).values())
 
 def linears(n): return [nn.Linear(4, 4) for _ in range(n)]
 def zeroed(m):
@@ -505,7 +543,8 @@ def test_norms_carry_signal_too():
     with pytest.raises(ValueError, match='passes_signal needs to know the shape'): passes_signal(net, None)
 
 def test_attention_carries_signal():
-    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation='gelu'), 2, enable_nested_tensor=False)
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation='gelu'), 2,
+                                enable_nested_tensor=False)
     assert all(passes_signal(net, torch.rand(2, 5, 8)).values())
 
 
@@ -573,7 +612,8 @@ def test_projections_with_sizes_of_their_own():
     m = nn.MultiheadAttention(4, 2, kdim=3, vdim=5)
     q, k, v = torch.randn(6, 2, 4), torch.randn(7, 2, 3), torch.randn(7, 2, 5)
     got = input_norms(m, named(m, '_proj_weight'), (q, k, v, None))
-    for n,t in dict(q=q, k=k, v=v).items(): assert close(got[f'{n}_proj_weight'], t.square().sum((0, 1)).sqrt()[None], 1e-5)
+    for n,t in dict(q=q, k=k, v=v).items():
+        assert close(got[f'{n}_proj_weight'], t.square().sum((0, 1)).sqrt()[None], 1e-5)
 
 @pytest.mark.parametrize('kind', [nn.RNN, nn.LSTM, nn.GRU])
 def test_recurrent_layers_see_their_input(kind):
@@ -586,13 +626,16 @@ def test_recurrent_layers_see_their_input(kind):
     got = input_norms(packed, {'rnn.weight_ih_l0': m.weight_ih_l0}, x)['rnn.weight_ih_l0']
     assert close(got, without.square().sum((0, 1)).sqrt()[None], 1e-5)
     for hidden in ('weight_hh_l0', 'weight_ih_l1', 'bias_ih_l0'):
-        with pytest.raises(ValueError, match=f'{hidden} is multiplied with cannot be seen'): input_norms(m, {hidden: getattr(m, hidden)}, x)
+        with pytest.raises(ValueError, match=f'{hidden} is multiplied with cannot be seen'):
+            input_norms(m, {hidden: getattr(m, hidden)}, x)
 
 def test_what_cannot_be_seen_is_refused_together():
     net = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     with pytest.raises(ValueError, match='self_attn.out_proj.weight, norm1.weight'):
-        input_norms(net, named(net, 'linear1.weight') | named(net, 'out_proj.weight') | named(net, 'norm1.weight'), torch.rand(2, 3, 4))
-    with pytest.raises(ValueError, match='linear1.bias'): input_norms(net, named(net, 'linear1.bias'), torch.rand(2, 3, 4))
+        input_norms(net, named(net, 'linear1.weight') | named(net, 'out_proj.weight') | named(net, 'norm1.weight'),
+                    torch.rand(2, 3, 4))
+    with pytest.raises(ValueError, match='linear1.bias'):
+        input_norms(net, named(net, 'linear1.bias'), torch.rand(2, 3, 4))
 
 def test_fused_attention_is_taken_apart():
     "In eval mode PyTorch would run the whole layer as one kernel, and pack padded sequences"
@@ -600,7 +643,8 @@ def test_fused_attention_is_taken_apart():
     nn.init.constant_(layer.linear1.bias, 9)  # no unit is dead
     net   = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True)
     call  = Calls(lambda m, x: m.net(x, src_key_padding_mask=torch.tensor([[False, False, True]]*2)), net=net)
-    got = input_norms(call, {k: p for k,p in named(call, 'weight').items() if 'linear' in k or 'in_proj' in k}, torch.randn(2, 3, 4))
+    got = input_norms(call, {k: p for k,p in named(call, 'weight').items() if 'linear' in k or 'in_proj' in k},
+                      torch.randn(2, 3, 4))
     assert len(got) == 3 and all((s > 0).all() for s in got.values())
 
 def test_compiled_models_are_watched():
@@ -640,9 +684,12 @@ def test_zeros_and_means_by_hand():
         assert close(channel_zeros(net, named(net), data)['weight'], torch.tensor([[2/3], [1/3], [0]]))
         assert close(channel_means(net, named(net), data)['weight'], torch.tensor([[1.], [1], [0]]))
 
-outs = dict(conv1d=(lambda: nn.Conv1d(2, 4, 2), (3, 2, 5)), grouped=(lambda: nn.Conv2d(4, 6, 2, groups=2), (3, 4, 4, 4)),
-            conv3d=(lambda: nn.Conv3d(1, 2, 2), (2, 1, 3, 3, 3)), transposed=(lambda: nn.ConvTranspose1d(2, 3, 2), (3, 2, 5)),
-            gtransposed=(lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), (3, 4, 3, 3)), linear=(lambda: nn.Linear(3, 4), (5, 3)))
+outs = dict(conv1d=(lambda: nn.Conv1d(2, 4, 2), (3, 2, 5)),
+            grouped=(lambda: nn.Conv2d(4, 6, 2, groups=2), (3, 4, 4, 4)),
+            conv3d=(lambda: nn.Conv3d(1, 2, 2), (2, 1, 3, 3, 3)),
+            transposed=(lambda: nn.ConvTranspose1d(2, 3, 2), (3, 2, 5)),
+            gtransposed=(lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), (3, 4, 3, 3)),
+            linear=(lambda: nn.Linear(3, 4), (5, 3)))
 
 @pytest.mark.parametrize('name', outs)
 def test_channels_are_those_of_the_loops(name):
@@ -658,8 +705,10 @@ def test_channels_are_those_of_the_loops(name):
             moved = m(x).movedim(1, 0).flatten(1)
             m.weight[idx] -= 1
         c, = [c for c in range(len(out)) if (moved[c] - out[c]).abs().max() > 1e-3]
-        assert zeros['weight'].expand_as(m.weight)[idx].item() == pytest.approx((out[c] > 0).float().mean().item(), abs=1e-5)
-        assert means['weight'].expand_as(m.weight)[idx].item() == pytest.approx(out[c].clamp(min=0).mean().item(), abs=1e-5)
+        got = zeros['weight'].expand_as(m.weight)[idx].item()
+        assert got == pytest.approx((out[c] > 0).float().mean().item(), abs=1e-5)
+        got = means['weight'].expand_as(m.weight)[idx].item()
+        assert got == pytest.approx(out[c].clamp(min=0).mean().item(), abs=1e-5)
     assert means['bias'].shape == m.bias.shape and close(means['bias'], out.clamp(min=0).mean(1), 1e-5)
 
 def test_a_single_image_has_no_batch_axis():
@@ -673,7 +722,8 @@ def test_the_norm_that_follows_counts():
     x, params = torch.randn(3, 1, 5, 5), named(net, 'weight')
     params.pop('1.weight')
     got = channel_zeros(net, params, x, norms={'0': ('1',)})
-    assert got['0.weight'].flatten().tolist() == [1, 0] and 0 < channel_zeros(net, params, x, norms={})['0.weight'].min()
+    assert got['0.weight'].flatten().tolist() == [1, 0]
+    assert 0 < channel_zeros(net, params, x, norms={})['0.weight'].min()
     assert all(close(channel_zeros(net, params, x)[k], got[k]) for k in got)  # as the flow of data shows it
     assert close(got['3.weight'], channel_zeros(net, params, x, norms={})['3.weight'])  # has no norm: its own output
 
@@ -682,15 +732,18 @@ def test_the_norm_that_follows_counts():
 def test_norms_of_other_kinds_follow(norm, move):
     norm = norm()
     norm.bias.data = torch.tensor([100., -100, 100, -100])
-    net = Calls(lambda m, x: m.norm(m.conv(x).movedim(1, -1) if move else m.conv(x)), conv=nn.Conv2d(1, 4, 2), norm=norm)
-    got = channel_zeros(net, {'conv.weight': net.conv.weight}, torch.randn(2, 1, 5, 5), norms={'conv': ('norm',)})['conv.weight']
+    net = Calls(lambda m, x: m.norm(m.conv(x).movedim(1, -1) if move else m.conv(x)),
+                conv=nn.Conv2d(1, 4, 2), norm=norm)
+    got = channel_zeros(net, {'conv.weight': net.conv.weight}, torch.randn(2, 1, 5, 5),
+                        norms={'conv': ('norm',)})['conv.weight']
     assert got.flatten().tolist() == [1, 0, 1, 0]
 
 def test_of_several_norms_the_last_counts_and_the_first_scales():
     net = nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2))
     net[1].weight.data, net[2].bias.data = torch.tensor([3., -4]), torch.tensor([-100., 100])
     norms = {'0': ('1', '2')}
-    assert channel_zeros(net, {'0.weight': net[0].weight}, torch.randn(4, 1), norms=norms)['0.weight'].tolist() == [[0], [1]]
+    assert channel_zeros(net, {'0.weight': net[0].weight}, torch.randn(4, 1),
+                         norms=norms)['0.weight'].tolist() == [[0], [1]]
     assert norm_scales(net, {'0.weight': net[0].weight}, norms=norms)['0.weight'].tolist() == [[3], [4]]
 
 @pytest.mark.parametrize('name', outs)
@@ -732,7 +785,8 @@ def test_activations_are_measured_in_eval_mode(f):
     assert f(net, {'1.weight': net[1].weight}, torch.ones(1, 2))['1.weight'].flatten().tolist() == [1, 1]
 
 class Gated(nn.Module):
-    "Squeeze-and-excitation: what flows is multiplied by what is made of it, so that numbers are squared at each of them"
+    """Squeeze-and-excitation: what flows is multiplied by what is made of it, so that numbers are squared at each of
+    them"""
     def __init__(self, n):
         super().__init__()
         self.a, self.b = nn.Linear(n, n), nn.Linear(n, n)

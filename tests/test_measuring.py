@@ -9,9 +9,19 @@ from fastai.basics import DataLoaders, Learner, OptimWrapper
 from fastai.losses import CrossEntropyLossFlat
 from torch.utils.data import DataLoader, TensorDataset
 
-from fasterai_clone.core.measure import *
+from fasterai_clone.sparse.measure import *
 from fasterai_clone.sparse.all import *
-from fasterai_clone.sparse.sparsifier import LayerCollapse, Sparsifier
+from fasterai_clone.core.criteria import fisher
+from fasterai_clone.sparse.measure import as_criteria, grasp, snip
+from fasterai_clone.sparse.gradients import accumulated, grasp_scores, snip_scores
+from fasterai_clone.sparse.channel_scores import channel_means
+from fasterai_clone.sparse.activations import input_norms
+from fasterai_clone.sparse.paths import passes_signal
+from fasterai_clone.sparse.synflow import synflow_scores
+from fasterai_clone.sparse.batches import as_batch, batches
+from fasterai_clone.model.preserve import restored
+from fasterai_clone.sparse.signal import LayerCollapse
+from fasterai_clone.sparse.sparsifier import Sparsifier
 
 def close(a, b, tol=1e-5): return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=tol, atol=tol)
 def weights(net): return {k: p for k,p in net.named_parameters() if k.endswith('weight')}
@@ -21,12 +31,14 @@ def a_gradient(w, g): return g
 # What each tap of a kernel meets
 
 def naive_taps(m, x):
-    "The norm of the derivative by each weight alone: the loss Σ out with all weights zero but one is that weight times what it meets"
+    """The norm of the derivative by each weight alone: the loss Σ out with all weights zero but one is that weight
+    times what it meets"""
     x, norms, one = x.double(), torch.zeros(m.weight.shape, dtype=torch.float64), deepcopy(m).double()
     one.bias = None
     for i in range(m.weight.numel()):
         one.weight.data.zero_().view(-1)[i] = 1
-        norms.view(-1)[i] = one(x).detach().square().sum().sqrt()  # each output is one of the values it meets, or nothing
+        # each output is one of the values it meets, or nothing
+        norms.view(-1)[i] = one(x).detach().square().sum().sqrt()
     return norms
 
 convolutions = dict(
@@ -66,7 +78,8 @@ class SamePadding(nn.Conv2d):
     "TensorFlow's padding to keep the size, in a `forward` of its own, as in networks carried over from there"
     def forward(self, x):
         lack = [max((math.ceil(n/s) - 1)*s + k - n, 0) for n,s,k in zip(x.shape[-2:], self.stride, self.kernel_size)]
-        return F.conv2d(F.pad(x, [p for l in reversed(lack) for p in (l//2, l - l//2)]), self.weight, self.bias, self.stride)
+        return F.conv2d(F.pad(x, [p for l in reversed(lack) for p in (l//2, l - l//2)]), self.weight,
+                        self.bias, self.stride)
 
 def test_taps_of_a_convolution_that_pads_itself():
     m, x = SamePadding(2, 2, (3, 4), stride=2), torch.randn(2, 2, 6, 7)
@@ -88,8 +101,10 @@ def used_gradient(net, x, y, training=False):
     loss = F.cross_entropy(net(x), y)
     return torch.autograd.grad(loss, net[0].weight)[0]
 
-nets = dict(norm=lambda: [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)], dropout=lambda: [nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)],
-            instance=lambda: [nn.Conv1d(4, 4, 1), nn.InstanceNorm1d(4, track_running_stats=True), nn.Flatten(), nn.Linear(12, 2)])
+nets = dict(norm=lambda: [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)],
+            dropout=lambda: [nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)],
+            instance=lambda: [nn.Conv1d(4, 4, 1), nn.InstanceNorm1d(4, track_running_stats=True), nn.Flatten(),
+                              nn.Linear(12, 2)])
 
 @pytest.mark.parametrize('name', nets)
 @pytest.mark.parametrize('training', [False, True])
@@ -114,8 +129,9 @@ def test_criteria_choose_the_mode():
         torch.manual_seed(0)
         net, x, y = nn.Sequential(*nets['norm']()).eval(), torch.randn(8, 4) + 5, torch.arange(8) % 2
         net[1].running_mean.fill_(5.)
-        sp = Sparsifier(net, 'weight', 'global', criterion, layer_type=nn.Linear, include='0', data=[(x, y)], loss_func=F.cross_entropy)
-        sp._measure()
+        sp = Sparsifier(net, 'weight', 'global', criterion, layer_type=nn.Linear, include='0', data=[(x, y)],
+                        loss_func=F.cross_entropy)
+        sp.scorer.measure(net, sp.parts)
         g = [used_gradient(net, x, y, t) for t in (False, True)]
         return sp.refs['0.weight'], [(net[0].weight * k).detach().abs() for k in g], [k.square() for k in g]
     for i,t in enumerate((False, True)):
@@ -126,7 +142,8 @@ def test_criteria_choose_the_mode():
         assert close(got, squares[i])
     assert close(scores('gradient')[0], scores(partial(gradient, training=False))[0])
     for wrong in (large_final, movement):
-        with pytest.raises(ValueError, match='`training` is about gradients'): as_criteria(partial(wrong, training=True))
+        with pytest.raises(ValueError, match='`training` is about gradients'):
+            as_criteria(partial(wrong, training=True))
 
 class Recurrent(nn.Module):
     def __init__(self):
@@ -183,9 +200,11 @@ def test_measures_of_embeddings_with_sparse_gradients(criterion, mode):
 def test_grasp_of_bags_is_that_of_a_product():
     "A bag is a product of counts and rows, which has second derivatives anyway"
     def scores(table, data):
-        return grasp_scores(nn.Sequential(table, head), {'0.weight': table.weight}, data, F.cross_entropy, temperature=1.)['0.weight']
+        return grasp_scores(nn.Sequential(table, head), {'0.weight': table.weight}, data, F.cross_entropy,
+                            temperature=1.)['0.weight']
     torch.manual_seed(0)
-    table, head, flat = nn.EmbeddingBag(6, 3, mode='sum', sparse=True), nn.Sequential(nn.Tanh(), nn.Linear(3, 2)), nn.Linear(6, 3, bias=False)
+    table, head = nn.EmbeddingBag(6, 3, mode='sum', sparse=True), nn.Sequential(nn.Tanh(), nn.Linear(3, 2))
+    flat = nn.Linear(6, 3, bias=False)
     flat.weight.data = table.weight.data.T.clone()
     x, y = torch.tensor([[0, 1, 1], [5, 2, 0]]), torch.tensor([0, 1])
     counts = torch.tensor([[1., 2, 0, 0, 0, 0], [1, 0, 1, 0, 0, 1]])
@@ -194,7 +213,8 @@ def test_grasp_of_bags_is_that_of_a_product():
         def __init__(self): super().__init__(); self.table, self.head = table, head
         def forward(self, x, offsets): return self.head(self.table(x, offsets))
     net = Offsets()
-    got = grasp_scores(net, {'table.weight': table.weight}, (x.flatten(), torch.tensor([0, 3]), y), F.cross_entropy, temperature=1.)
+    got = grasp_scores(net, {'table.weight': table.weight}, (x.flatten(), torch.tensor([0, 3]), y),
+                       F.cross_entropy, temperature=1.)
     assert close(got['table.weight'], scores(flat, (counts, y)).T)
 
 def test_grasp_refuses_what_has_no_second_derivative():
@@ -208,7 +228,8 @@ def test_sparse_gradients_in_a_callback():
         torch.manual_seed(0)
         net = Bags(sparse)
         dl  = DataLoader(TensorDataset(ids, classes), 8)
-        learn = Learner(DataLoaders(dl, dl), net, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+        learn = Learner(DataLoaders(dl, dl), net, loss_func=CrossEntropyLossFlat(),
+                        opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
         cb = SparsifyCallback(50, criteria='gradient', layer_type=(nn.Embedding, nn.EmbeddingBag), verbose=False)
         with learn.no_bar(), learn.no_logging(): learn.fit(2, 0.1, cbs=cb)
         return cb.sparsifier.masks
@@ -246,10 +267,13 @@ def made(data, criterion='wanda', loss_func=None, **kwargs):
     sp.sparsify_model(50)
     return sp.masks
 
-without = dict(tuple=lambda: (ids, mask, None), dict=lambda: named, user_dict=lambda: UserDict(named), dataclass=lambda: Fields(ids, mask),
-               loader=lambda: DataLoader(rows, 8), list=lambda: [{k: v[i:i+8] for k,v in named.items()} for i in (0, 8)],
+without = dict(tuple=lambda: (ids, mask, None), dict=lambda: named, user_dict=lambda: UserDict(named),
+               dataclass=lambda: Fields(ids, mask),
+               loader=lambda: DataLoader(rows, 8),
+               list=lambda: [{k: v[i:i+8] for k,v in named.items()} for i in (0, 8)],
                with_target=lambda: (named, classes), loader_of_pairs=lambda: DataLoader([*zip(rows, classes)], 8),
-               generator=lambda: (b for b in DataLoader(rows, 8)), namedtuple=lambda: namedtuple('Batch', 'ids mask y')(ids, mask, classes))
+               generator=lambda: (b for b in DataLoader(rows, 8)),
+               namedtuple=lambda: namedtuple('Batch', 'ids mask y')(ids, mask, classes))
 
 @pytest.mark.parametrize('kind', without)
 def test_activations_are_measured_on_dicts(kind):
@@ -263,14 +287,16 @@ labelled = dict(dict=lambda: dict(named, labels=classes), list=lambda: [dict(nam
 def test_the_loss_is_that_of_the_model(kind, criterion):
     want = made([(ids, mask, classes)], criterion, logits_loss)
     assert made(labelled[kind](), criterion) == want
-    assert made(labelled[kind](), criterion, logits_loss) == want    # a loss that was given gets the labels among the arguments
+    # a loss that was given gets the labels among the arguments
+    assert made(labelled[kind](), criterion, logits_loss) == want
     assert made([(named, classes)], criterion, logits_loss) == want  # or the target beside them
 
 def test_what_is_missing_in_a_dict_is_named():
-    with pytest.raises(ValueError, match='snip needs a loss: give .*dicts with `labels`'): made(named, 'snip')
+    with pytest.raises(ValueError, match='snip needs a loss: pass .*dicts with `labels`'): made(named, 'snip')
     with pytest.raises(ValueError, match='snip needs labels'): made(named, 'snip', logits_loss)
     with pytest.raises(ValueError, match='snip needs a loss'): made([(named, classes)], 'snip')
-    with pytest.raises(TypeError, match=r'keyword arguments input_ids, mask.*`forward` takes \(input_ids'): made(dict(input_ids=ids, mask=mask))
+    with pytest.raises(TypeError, match=r'keyword arguments input_ids, mask.*`forward` takes \(input_ids'):
+        made(dict(input_ids=ids, mask=mask))
     with pytest.raises(TypeError, match='got dict'): made(dict(input_ids=[1, 2]))
     class Silent(Net):
         def forward(self, **kwargs): return super().forward(**kwargs)['logits']
@@ -281,7 +307,8 @@ def test_huggingface_batches_and_outputs():
     transformers = pytest.importorskip('transformers')
     assert made([transformers.BatchEncoding(named)]) == made(transformers.BatchEncoding(named)) == made(named)
     class Output(Net):
-        def forward(self, **kwargs): return transformers.modeling_outputs.SequenceClassifierOutput(**super().forward(**kwargs))
+        def forward(self, **kwargs):
+            return transformers.modeling_outputs.SequenceClassifierOutput(**super().forward(**kwargs))
     torch.manual_seed(0)
     sp = Sparsifier(Output(), criteria='snip', layer_type=nn.Linear, data=dict(named, labels=classes))
     sp.sparsify_model(50)
@@ -299,7 +326,8 @@ def test_inputs_in_a_tuple_of_their_own():
     for kind in (Both, Stacked):
         like = kind()
         like.load_state_dict(net.state_dict())
-        assert torch.equal(input_norms(like, {'mid.weight': like.mid.weight}, ((ids, mask), classes))['mid.weight'], want['mid.weight'])
+        assert torch.equal(input_norms(like, {'mid.weight': like.mid.weight}, ((ids, mask), classes))['mid.weight'],
+                           want['mid.weight'])
 
 class OneDict(Net):
     "Takes the dict itself, as fastai calls a model"
@@ -364,17 +392,19 @@ class Hooked(nn.Module):
         self.runs['n'] = self.runs.get('n', 0) + 1
         return self.l(x)
 
-@pytest.mark.parametrize('measure', [input_norms, synflow_scores, channel_means, partial(snip_scores, loss_func=F.cross_entropy)])
+@pytest.mark.parametrize('measure', [input_norms, synflow_scores, channel_means,
+                                     partial(snip_scores, loss_func=F.cross_entropy)])
 def test_hooks_and_memories_of_a_first_run_are_undone(measure):
     net = Hooked()
     for _ in range(2): measure(net, weights(net), (torch.ones(2, 4), torch.tensor([0, 1])))
-    assert not net.l._forward_hooks and not net.l._forward_pre_hooks and not hasattr(net, 'installed') and net.runs == {}
+    assert not net.l._forward_hooks and not net.l._forward_pre_hooks and not hasattr(net, 'installed')
+    assert net.runs == {}
     net(torch.ones(1, 4))
     assert net.seen == [2, 1] and net.runs == {'n': 1}
 
 def test_hooks_for_all_modules_are_undone():
     net, seen = nn.Linear(2, 2), []
-    with untouched(net):
+    with restored(net):
         nn.modules.module.register_module_forward_hook(lambda *a: seen.append(1))
         nn.modules.module.register_module_full_backward_hook(lambda *a: seen.append(2))
     net(torch.ones(1, 2)).sum().backward()
@@ -387,7 +417,8 @@ def cut(net, x): return [k for k,v in passes_signal(net, x).items() if not v]
 def zero(*ms):
     for m in ms: nn.init.zeros_(m.weight)
 
-dense_nets = ['efficientvit_b0', 'mobilevit_xxs', 'resnest14d', 'skresnet18', 'pvt_v2_b0', 'crossvit_tiny_240', 'eva02_tiny_patch14_224']
+dense_nets = ['efficientvit_b0', 'mobilevit_xxs', 'resnest14d', 'skresnet18', 'pvt_v2_b0', 'crossvit_tiny_240',
+              'eva02_tiny_patch14_224']
 
 @pytest.mark.parametrize('name', dense_nets)
 def test_dense_networks_have_no_layer_cut_off(name):
@@ -415,13 +446,15 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize('zeros, dead', [('', ''), ('q', 'q'), ('k', 'k'), ('v', 'qkvo'), ('o', 'qkvo')])
 def test_attention(zeros, dead):
-    "A saturated softmax carries signal; without queries keys may count by the bias; without values nothing gets through"
+    """A saturated softmax carries signal; without queries keys may count by the bias; without values nothing gets
+    through"""
     net = Attention()
     zero(*(getattr(net, k) for k in zeros))
     assert cut(net, torch.randn(1, 5, 6)) == list(dead)
 
 class Gate(nn.Module):
-    def __init__(self): super().__init__(); self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
+    def __init__(self):
+        super().__init__(); self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
     def forward(self, x):
         x = self.conv(x)
         return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
@@ -444,26 +477,31 @@ def test_gates():
         assert cut(unit, torch.randn(1, 4)) == dead
 
 def test_chains_and_branches_are_still_found():
-    chain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    chain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(),
+                          nn.LazyLinear(2))
     x = torch.randn(2, 1, 8, 8)
     chain(x)
     assert cut(chain, x) == []
-    chain[0].weight.data[2:], chain[3].weight.data[:, :2] = 0, 0  # the one leaves channels 0 and 1, the other reads 2 and 3
+    # the one leaves channels 0 and 1, the other reads 2 and 3
+    chain[0].weight.data[2:], chain[3].weight.data[:, :2] = 0, 0
     assert cut(chain, x) == ['0', '1', '3', '5']
     class Block(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+        def __init__(self):
+            super().__init__(); self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
         def forward(self, x): return F.relu(x + self.b(F.relu(self.norm(self.a(x)))))
     net = nn.Sequential(Block(), Block(), nn.Linear(4, 2))
     nn.init.ones_(net[0].norm.bias), zero(net[0].a, net[1].b)
     assert cut(net, torch.randn(2, 4)) == ['0.a', '0.norm', '0.b', '1.a', '1.norm', '1.b']
 
 def test_what_starts_closed_is_no_collapse():
-    "The last norm of a block is often zero as made; experts that no item is sent to, and choices that have no gradient, are unknown"
+    """The last norm of a block is often zero as made; experts that no item is sent to, and choices that have no
+    gradient, are unknown"""
     class Block(nn.Module):
         def __init__(self): super().__init__(); self.a, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
         def forward(self, x): return x + self.norm(self.a(x))
     class Experts(nn.Module):
-        def __init__(self): super().__init__(); self.gate, self.each = nn.Linear(4, 3), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        def __init__(self):
+            super().__init__(); self.gate, self.each = nn.Linear(4, 3), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
         def forward(self, x):
             out, best = torch.zeros_like(x), self.gate(x).argmax(-1)
             for i,e in enumerate(self.each): out[best == i] = e(x[best == i])

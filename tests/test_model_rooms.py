@@ -1,6 +1,5 @@
-"The rooms of `model/`: small, one way, nothing private across them, a live call behind most exports; and what their doors do"
-import ast, importlib, inspect, json, re
-from pathlib import Path
+"What the doors of `model/` do"
+import re
 
 import pytest, torch, torch.nn as nn
 
@@ -12,42 +11,6 @@ from fasterai_clone.model.run import names_running
 from fasterai_clone.model.wrappers import plain_name, unwrapped, without_compile
 from fasterai_clone.prune.all import coupled_groups, thin
 
-root  = Path(__file__).resolve().parent.parent
-rooms = sorted(p for p in (root/'fasterai_clone'/'model').rglob('*.py') if p.stem not in ('__init__', 'all'))
-by_room = pytest.mark.parametrize('path', rooms, ids=lambda p: p.stem)
-
-def imported(path):
-    "(module, name) of what the file imports from the package, dotted from its top"
-    here = path.relative_to(root).with_suffix('').parts
-    for n in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-        if isinstance(n, ast.Import): yield from ((a.name, '') for a in n.names if a.name.startswith('fasterai_clone'))
-        if not isinstance(n, ast.ImportFrom): continue
-        base = '.'.join((*here[:len(here) - n.level], *filter(None, [n.module]))) if n.level else n.module
-        if base.startswith('fasterai_clone'): yield from ((base, a.name) for a in n.names)
-
-@by_room
-def test_a_room_is_small(path):
-    lines = path.read_text(encoding='utf-8').splitlines()
-    assert len(lines) <= 330 and max(map(len, lines)) <= 120
-    m = importlib.import_module('.'.join(path.relative_to(root).with_suffix('').parts))
-    own = [c for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__]
-    assert all(sum(map(inspect.isfunction, vars(c).values())) <= 25 for c in own)
-
-@by_room
-def test_a_room_knows_only_core_and_other_rooms(path):
-    for base,name in imported(path):
-        assert base.split('.')[1] in ('core', 'model')
-        assert not (base.startswith('fasterai_clone.model') and name.startswith('_')), f'{name} of {base} is private'
-
-@by_room
-def test_most_exports_are_followed_by_a_live_call(path):
-    nb = next(p for p in (root/'nbs').glob('*.ipynb') if re.sub(r'^\d+_', '', p.stem) == '.'.join(path.relative_to(root/'fasterai_clone').with_suffix('').parts))
-    sources = [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
-    shown   = [s for s in sources if not s.startswith('#| hide')]
-    exports = [i for i,s in enumerate(shown) if s.startswith('#| export')]
-    live    = [i for i in exports if i + 1 < len(shown) and not shown[i+1].startswith('#|')]
-    assert len(live) >= 0.65*len(exports)
-
 
 def test_names_without_wrappers():
     net = nn.Sequential(torch.compile(nn.Linear(2, 3)), nn.ReLU())
@@ -57,9 +20,10 @@ def test_names_without_wrappers():
 
 def test_patterns_of_all_kinds():
     fc = nn.Linear(2, 3)
-    yes, no = ('head.fc', 'head.*', 'head.fc.weight', re.compile('fc'), nn.Linear, lambda n, m: True), ('fc', nn.Conv2d, lambda n, m: False)
+    yes = ('head.fc', 'head.*', 'head.fc.weight', re.compile('fc'), nn.Linear, lambda n, m: True)
+    no = ('fc', nn.Conv2d, lambda n, m: False)
     assert [matches(p, 'head.fc', fc, 'head.fc.weight') for p in (*yes, *no)] == [True]*6 + [False]*3
-    with pytest.raises(ValueError, match='`exclude`: .head. is none of the layers, it has some inside'):
+    with pytest.raises(ValueError, match='`exclude`: .head. is not a layer, but contains some'):
         as_patterns('exclude', 'head', [('head.fc', fc, 'head.fc.weight')])
 
 def test_names_running_ends_with_no_hooks_also_after_an_error():
@@ -77,11 +41,12 @@ def test_labels_by_hand():
     sets.mark(b, 'scale'), sets.mark(b, 'bias'), sets.mark(a, 'consumer'), sets.mark(a, 'bias')
     assert sets.roots(b).tolist() == [0, 1, 2] and sets.role == {0: 'consumer', 1: 'bias'}
     sets.join(a[:1], torch.tensor([-1]))
-    assert sets.why == {0: 'it meets a value that is not of a layer'}
+    assert sets.why == {0: 'it meets a value that does not come from a layer'}
 
 def test_a_trace_leaves_sizes_as_they_were():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    with torch.no_grad(), Trace(net): assert type(net[0].out_channels) is not int and type(net[1].num_features) is not int
+    with torch.no_grad(), Trace(net):
+        assert type(net[0].out_channels) is not int and type(net[1].num_features) is not int
     assert (type(net[0].out_channels), net[1].num_features) == (int, 4)
 
 def test_interrupted_all_is_as_before():

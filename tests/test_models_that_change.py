@@ -1,10 +1,11 @@
-"Models that change under us: layers and models that are replaced, fits inside of fits, several that prune or keep the same weights"
+"""Models that change under us: layers and models that are replaced, fits inside of fits, several that prune or keep the
+same weights"""
 import warnings
 from copy import deepcopy
 
 import pytest, torch, torch.nn as nn
 from fastai.basics import Callback
-from fastai.callback.schedule import fine_tune, lr_find
+import fastai.callback.schedule  # noqa: F401, adds `lr_find` and `fit_one_cycle` to `Learner`
 from torch.nn.utils import parametrizations, prune
 
 from fasterai_clone.digits import digits_net
@@ -16,7 +17,8 @@ SIZES = [36, 288, 1152]
 
 def conv_like(old, **kwargs):
     "A new convolution with the name-giving sizes of `old`"
-    sizes = dict(in_channels=old.in_channels, out_channels=old.out_channels, kernel_size=3, padding=1, stride=old.stride, bias=old.bias is not None)
+    sizes = dict(in_channels=old.in_channels, out_channels=old.out_channels, kernel_size=3, padding=1,
+                 stride=old.stride, bias=old.bias is not None)
     return nn.Conv2d(**{**sizes, **kwargs})
 
 def quiet(learn, n, *cbs):
@@ -52,7 +54,8 @@ def to_double(m):         m.double()
 FOLLOWED = [replace_layer, replace_parameter, assign, compile_layer, wrap_layer, freeze_layer, to_double]
 
 @pytest.mark.parametrize('change', FOLLOWED)
-@pytest.mark.parametrize('kwargs', [dict(), dict(context='global'), dict(granularity='filter'), dict(criteria='movement')])
+@pytest.mark.parametrize('kwargs', [dict(), dict(context='global'), dict(granularity='filter'),
+                                    dict(criteria='movement')])
 def test_a_change_that_is_followed(change, kwargs):
     "The masks hold for what has the name now, and the report counts it before and after they are applied"
     model = digits_net(4)
@@ -62,10 +65,13 @@ def test_a_change_that_is_followed(change, kwargs):
     def counted(): return [int((p == 0).sum()) for k,p in model.named_parameters() if p.ndim == 4]
     assert [r.zeros for r in sp.report().rows] == counted()
     sp.apply_masks()
-    assert [r.zeros for r in sp.report().rows] == counted() and sum(counted()) == sum(int((~m).sum()) for k,m in sp.masks.items() if m.ndim == 4)
+    assert [r.zeros for r in sp.report().rows] == counted()
+    assert sum(counted()) == sum(int((~m).sum()) for k,m in sp.masks.items() if m.ndim == 4)
     sp.sparsify_model(75)
     assert [r.zeros for r in sp.report().rows] == counted()
-    if sp.granularity == 'weight': assert sum(counted()) == exact(1476, 75) if kwargs.get('context') else counted() == [exact(n, 75) for n in SIZES]
+    if sp.granularity == 'weight':
+        assert sum(counted()) == exact(1476, 75) if kwargs.get('context') else counted() == [
+            exact(n, 75) for n in SIZES]
     assert sp.report().total == sum(p.numel() for p in model.parameters())
 
 @pytest.mark.parametrize('criteria,expected', [('movement', 0.), ('large_init', None)])
@@ -157,8 +163,8 @@ def test_a_change_that_is_refused(change, use):
     sp.sparsify_model(50)
     change(model)
     before = {k: m.clone() for k,m in sp.masks.items()}
-    calls  = dict(report=sp.report, sparsity=lambda: sp.sparsity, update=lambda: sp.sparsify_model(70), apply=sp.apply_masks,
-                  layer=lambda: sp.sparsify_layer('3', 70), state=sp.state_dict)
+    calls  = dict(report=sp.report, sparsity=lambda: sp.sparsity, update=lambda: sp.sparsify_model(70),
+                  apply=sp.apply_masks, layer=lambda: sp.sparsify_layer('3', 70), state=sp.state_dict)
     with pytest.raises(ValueError, match='meta' if change is to_meta else '6.weight'): calls[use]()
     assert sp.masks == before and 'the model has changed' in repr(sp)
 
@@ -212,7 +218,9 @@ def test_put_back_it_goes_on():
 
 def other_model(learn): learn.model = deepcopy(learn.model)
 
-@pytest.mark.parametrize('make', [lambda: SparsifyCallback(50, verbose=False), lambda: SparsifyCallback(50, schedule=one_shot, start_epoch=0, compact=True, verbose=False),
+@pytest.mark.parametrize('make', [lambda: SparsifyCallback(50, verbose=False),
+                                  lambda: SparsifyCallback(50, schedule=one_shot, start_epoch=0,
+                                                           compact=True, verbose=False),
                                   lambda: KeepSparsity(verbose=False)], ids=['schedule', 'compact', 'keep'])
 @pytest.mark.parametrize('change', [lambda l: replace_layer(l.model), lambda l: replace_parameter(l.model), other_model,
                                     lambda l: compile_layer(l.model)], ids=['layer', 'parameter', 'model', 'compiled'])
@@ -229,7 +237,8 @@ def test_a_change_in_mid_fit_is_followed(make, change):
     assert [int((p == 0).sum()) for p in weights] == [exact(n, 50) for n in SIZES]
     if isinstance(cb, SparsifyCallback): assert [r.zeros for r in cb.report.rows] == [exact(n, 50) for n in SIZES]
 
-@pytest.mark.parametrize('make', [lambda: SparsifyCallback(50, verbose=False), lambda: KeepSparsity(verbose=False), lambda: PruneCallback(25, verbose=False)],
+@pytest.mark.parametrize('make', [lambda: SparsifyCallback(50, verbose=False), lambda: KeepSparsity(verbose=False),
+                                  lambda: PruneCallback(25, verbose=False)],
                          ids=['sparsify', 'keep', 'prune'])
 @pytest.mark.parametrize('change', [weight_norm, moved, another_type])
 def test_a_change_in_mid_fit_is_refused(make, change):
@@ -238,7 +247,10 @@ def test_a_change_in_mid_fit_is_refused(make, change):
     class Deaf(Callback):  # the model itself need not run any more
         def after_pred(self): pass
     cb = make()
-    with pytest.raises(ValueError, match=r'6\.weight|\b6 '): quiet(learn, 1, cb, spy('after_backward' if not isinstance(cb, PruneCallback) else 'after_batch', lambda: change(learn.model) if not getattr(cb, 'done', 0) and not setattr(cb, 'done', 1) else None, order=5))
+    with pytest.raises(ValueError, match=r'6\.weight|\b6 '):
+        quiet(learn, 1, cb, spy('after_backward' if not isinstance(cb, PruneCallback) else 'after_batch',
+                                lambda: change(learn.model) if not getattr(cb, 'done', 0) and not setattr(cb, 'done', 1)
+                                else None, order=5))
 
 def test_layers_that_cannot_be_followed_between_fits_are_found_again():
     learn, cb = learner(), SparsifyCallback(50, verbose=False)
@@ -247,10 +259,11 @@ def test_layers_that_cannot_be_followed_between_fits_are_found_again():
     old = cb.sparsifier
     learn.model[6] = nn.Sequential(learn.model[6])
     quiet(learn, 1, cb)
-    assert cb.sparsifier is not old and [r.name for r in cb.report.rows] == ['0', '3', '6.0'] and zeros(learn.model) == [exact(n, 50) for n in SIZES]
+    assert cb.sparsifier is not old and [r.name for r in cb.report.rows] == ['0', '3', '6.0']
+    assert zeros(learn.model) == [exact(n, 50) for n in SIZES]
 
 def test_no_number_for_a_model_that_it_does_not_know():
-    learn = learner(cbs=(cb := SparsifyCallback(50, verbose=False)))
+    learn = learner(cbs=SparsifyCallback(50, verbose=False))
     quiet(learn, 1)
     learn.model = digits_net(4)
     with learn.no_bar(), learn.no_logging(): assert learn.validate()[-1] is None
@@ -262,7 +275,8 @@ def test_pruning_follows_another_model():
         other_model(l)
         l.create_opt()
     quiet(learn, 2, cb, at_step(5, change))
-    assert cb.history[-1]['params'] == sum(p.numel() for p in learn.model.parameters()) < sum(p.numel() for p in digits_net(8).parameters())
+    def n_params(m): return sum(p.numel() for p in m.parameters())
+    assert cb.history[-1]['params'] == n_params(learn.model) < n_params(digits_net(8))
 
 def test_tickets_follow_a_layer():
     learn, n = learner(), []
@@ -291,7 +305,8 @@ def inner_lr_find(l):   l.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
 def inner_fine_tune(l): l.fine_tune(1)
 def inner_callback(l):  l.fit(1, cbs=SparsifyCallback(90, verbose=False))
 
-@pytest.mark.parametrize('event', ['before_fit', 'after_batch', 'after_train', 'before_validate', 'after_epoch', 'after_fit'])
+@pytest.mark.parametrize('event', ['before_fit', 'after_batch', 'after_train', 'before_validate',
+                                   'after_epoch', 'after_fit'])
 @pytest.mark.parametrize('f', [inner_fit, inner_lr_find, inner_fine_tune, inner_callback])
 def test_a_fit_inside_of_a_fit_is_refused(event, f):
     learn = learner()
@@ -310,7 +325,8 @@ def test_who_catches_the_refusal_goes_on_undisturbed(f):
     assert cb.report.sparsity == measured(learn.model) == 50 and cb.history == reference.history
     assert all(torch.equal(a, b) for a,b in zip(learn.model.state_dict().values(), alone.model.state_dict().values()))
 
-@pytest.mark.parametrize('make,name', [(lambda: KeepSparsity(verbose=False), 'KeepSparsity'), (lambda: PruneCallback(25, verbose=False), 'PruneCallback')])
+@pytest.mark.parametrize('make,name', [(lambda: KeepSparsity(verbose=False), 'KeepSparsity'),
+                                       (lambda: PruneCallback(25, verbose=False), 'PruneCallback')])
 def test_the_others_refuse_it_too(make, name):
     learn = learner(width=8)
     Sparsifier(learn.model).sparsify_model(50)
@@ -318,7 +334,8 @@ def test_the_others_refuse_it_too(make, name):
 
 def test_find_ticket_refuses_it():
     learn = learner(cbs=Inner('after_train', inner_fit))
-    with pytest.raises(ValueError, match='`fit` with `find_ticket`'): find_ticket(learn, 1, sparsity=50, rounds=1, controls=(), verbose=False)
+    with pytest.raises(ValueError, match='`fit` with `find_ticket`'):
+        find_ticket(learn, 1, sparsity=50, rounds=1, controls=(), verbose=False)
 
 def test_without_us_fits_may_be_inside_of_fits():
     learn = learner()
@@ -327,19 +344,21 @@ def test_without_us_fits_may_be_inside_of_fits():
 
 def test_a_callback_of_a_running_fit_cannot_be_taken_by_another_learner():
     learn, other, cb = learner(), learner(seed=1), SparsifyCallback(50, verbose=False)
-    with pytest.raises(ValueError, match='fit of another learner'): quiet(learn, 1, cb, Inner('after_batch', lambda l: quiet(other, 1, cb)))
+    with pytest.raises(ValueError, match='fit of another learner'):
+        quiet(learn, 1, cb, Inner('after_batch', lambda l: quiet(other, 1, cb)))
 
 def test_an_exception_leaves_no_running_fit():
     learn = learner()
     def stop(l): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): quiet(learn, 1, SparsifyCallback(50, verbose=False), Inner('after_batch', stop))
+    with pytest.raises(KeyboardInterrupt):
+        quiet(learn, 1, SparsifyCallback(50, verbose=False), Inner('after_batch', stop))
     quiet(learn, 1, SparsifyCallback(50, verbose=False))
     assert measured(learn.model) == 50
 
 def test_a_copy_made_in_a_fit_is_not_fitting():
-    import pickle
     learn, copies = learner(), []
-    quiet(learn, 1, SparsifyCallback(50, verbose=False), Inner('after_batch', lambda l: copies.append(deepcopy(vars(l)['_fitting']))))
+    quiet(learn, 1, SparsifyCallback(50, verbose=False),
+          Inner('after_batch', lambda l: copies.append(deepcopy(vars(l)['_fitting']))))
     assert copies == [False]
 
 def back_to_training(l):
@@ -353,13 +372,15 @@ def back_to_training(l):
 def test_validation_inside_of_a_fit(f, event):
     learn = learner()
     quiet(learn, 4, cb := SparsifyCallback(90, schedule=lin, verbose=False), Inner(event, f))
-    assert [round(h['sparsity'], 1) for h in cb.history] == [22.4, 44.9, 67.4, 89.9] and cb.report.sparsity == measured(learn.model)
+    assert [round(h['sparsity'], 1) for h in cb.history] == [22.4, 44.9, 67.4, 89.9]
+    assert cb.report.sparsity == measured(learn.model)
 
 def test_validation_in_the_middle_of_an_epoch_does_not_change_the_pace():
     "Validation has 1 batch, an epoch has 8: after 5 of 16 steps 5/16 of the way is done"
     learn, seen = learner(), []
     cb = SparsifyCallback(80, schedule=lin, verbose=False)
-    quiet(learn, 2, cb, Inner('after_batch', back_to_training), spy('after_batch', lambda: seen.append(zeros(learn.model))))
+    quiet(learn, 2, cb, Inner('after_batch', back_to_training),
+          spy('after_batch', lambda: seen.append(zeros(learn.model))))
     steps = [z for z in dict.fromkeys(map(tuple, seen))]
     assert (exact(36, 25), exact(288, 25), exact(1152, 25)) in steps and steps[-1] == tuple(exact(n, 80) for n in SIZES)
 
@@ -390,7 +411,8 @@ def test_a_channel_takes_its_own_part_of_the_mask():
     before = Masks.of(learn.model)['0.weight']
     quiet(learn, 1, keep, PruneCallback(50, schedule=one_shot, verbose=False))
     after = keep.masks['0.weight']
-    assert after.shape == learn.model[0].weight.shape and torch.equal(after, before[:len(after)])  # all rows are equal here
+    # all rows are equal here
+    assert after.shape == learn.model[0].weight.shape and torch.equal(after, before[:len(after)])
     assert (learn.model[0].weight[~after] == 0).all()
 
 @pytest.mark.parametrize('of', ['masks', 'sparsifier'])
@@ -402,7 +424,8 @@ def test_a_hold_and_removal_are_refused_before_the_first_batch(of):
     learn.create_opt()
     inner = learn.opt.opt
     held = Masks.of(learn.model).hold(learn.model, inner) if of == 'masks' else sp.hold(inner)
-    with pytest.raises(ValueError, match='release'): quiet(learn, 1, PruneCallback(25, verbose=False), spy('before_batch', lambda: batches.append(1)))
+    with pytest.raises(ValueError, match='release'):
+        quiet(learn, 1, PruneCallback(25, verbose=False), spy('before_batch', lambda: batches.append(1)))
     assert not batches
     held.release()
     quiet(learn, 1, PruneCallback(25, verbose=False))
@@ -420,7 +443,7 @@ def test_a_second_sparsifier_says_what_the_first_has_left():
     model = digits_net(4)
     Sparsifier(model).sparsify_model(50)
     second = Sparsifier(model, criteria='random')
-    with pytest.warns(UserWarning, match='are zero .*this sparsifier dropped 441'): second.sparsify_model(30)
+    with pytest.warns(UserWarning, match='are zero .*this sparsifier pruned only 441'): second.sparsify_model(30)
     assert second.report().sparsity == measured(model) > 60
 
 def test_adopted_zeros_are_no_surprise():
@@ -450,7 +473,8 @@ def test_two_callbacks_for_one_weight():
     learn = learner()
     two = [SparsifyCallback(50, schedule=one_shot, start_epoch=0, compact=True, verbose=False),
            SparsifyCallback(30, criteria='random', schedule=one_shot, start_epoch=0, compact=True, verbose=False)]
-    with pytest.warns(UserWarning, match='Another SparsifyCallback in this fit prunes 0.weight, 3.weight, 6.weight too'): quiet(learn, 2, *two)
+    says = 'Another SparsifyCallback in this fit also prunes 0.weight, 3.weight, 6.weight'
+    with pytest.warns(UserWarning, match=says): quiet(learn, 2, *two)
     for cb in two:
         assert cb.report.sparsity == measured(learn.model) > 55
         assert all((learn.model.get_parameter(k)[~m] == 0).all() for k,m in cb.sparsifier.masks.items())
@@ -458,7 +482,8 @@ def test_two_callbacks_for_one_weight():
 def test_callbacks_for_different_weights_are_fine():
     learn = learner()
     with warnings.catch_warnings(action='error', category=UserWarning):
-        quiet(learn, 1, SparsifyCallback(50, include='0', verbose=False), SparsifyCallback(70, include=['3', '6'], verbose=False))
+        quiet(learn, 1, SparsifyCallback(50, include='0', verbose=False),
+              SparsifyCallback(70, include=['3', '6'], verbose=False))
     assert zeros(learn.model) == [18, exact(288, 70), exact(1152, 70)]
 
 def test_a_random_choice_after_keep_sparsity_is_said():

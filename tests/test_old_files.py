@@ -4,10 +4,11 @@
 import shutil, sys
 from pathlib import Path
 
-import pytest, torch, torch.nn as nn
+import torch, torch.nn as nn
 from fasterai_clone.core.masks import Masks
 from fasterai_clone.prune.all import *
 from fasterai_clone.sparse.all import *
+from fasterai_clone.sparse.ticket_files import ticket_info
 from helpers import learner, spy, zeros
 
 OLD = Path(__file__).parent/'data'/'0.1.0'
@@ -39,9 +40,11 @@ def write(folder):
     masks = Masks({'0.weight': model[0].weight.detach().abs() > 18, '4.weight': model[4].weight.detach() > 3})
     masks.save(folder/'masks')
     save_ticket(folder/'ticket', model.state_dict(), masks, words='hello', epoch=3)
-    save_thinned(thinned(net(), image(), granularity='filter', exclude='4', coupled=True, example_inputs=image()), folder/'thinned')
+    save_thinned(thinned(net(), image(), granularity='filter', exclude='4', coupled=True, example_inputs=image()),
+                 folder/'thinned')
     save_thinned(thinned(Attention(), torch.ones(1, 3, 8), granularity='head'), folder/'attention')
-    for name,cb in ('sparsify', SparsifyCallback(80, context='global', criteria='movement')), ('prune', PruneCallback(50)):
+    for name,cb in ('sparsify', SparsifyCallback(80, context='global', criteria='movement')), (
+        'prune', PruneCallback(50)):
         learn = learner(width=2, path=folder, model_dir='.')
         learn.fit(2, 1e-2, cbs=[cb, spy('after_validate', lambda: learn.epoch == 0 and learn.save(name), order=61)])
 
@@ -83,13 +86,15 @@ def test_checkpoint_of_sparsify_callback(tmp_path):
     seen, cb = [], SparsifyCallback(80, context='global', criteria='movement', verbose=False)
     learn.load('sparsify')
     learn.fit(2, 1e-2, cbs=[cb, spy('before_train', lambda: seen.append(sum(zeros(learn.model))))], start_epoch=1)
-    assert 0 < seen[-1] < sum(zeros(learn.model)) == int(0.8*sum(m.weight.numel() for m in learn.model if isinstance(m, nn.Conv2d)))
+    assert 0 < seen[-1] < sum(zeros(learn.model)) == int(0.8*sum(m.weight.numel()
+                                                                 for m in learn.model if isinstance(m, nn.Conv2d)))
 
 def test_checkpoint_of_prune_callback(tmp_path):
     learn = checkpoint(tmp_path, 'prune')
     cb, seen = PruneCallback(50), []
     learn.load('prune')
-    with learn.no_bar(): learn.fit(2, 1e-2, cbs=[cb, spy('before_train', lambda: seen.append(widths(learn.model)))], start_epoch=1)
+    with learn.no_bar():
+        learn.fit(2, 1e-2, cbs=[cb, spy('before_train', lambda: seen.append(widths(learn.model)))], start_epoch=1)
     assert widths(learn.model) == [1, 2, 4] and all(n >= m for n,m in zip(seen[-1], [1, 2, 4]))
 
 def widths(model): return [m.out_channels for m in model if isinstance(m, nn.Conv2d)]

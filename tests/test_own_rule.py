@@ -52,7 +52,8 @@ def test_regrowth_by_hand():
     model.weight.grad = torch.tensor([[0., 0, -9, 0, 0, 1, 1, 1, 1, 1]])
     sp.sparsify_model(50)
     assert sp.masks['weight'].int().tolist() == [[0, 0, 1, 0, 0, 0, 1, 1, 1, 1]]
-    assert model.weight.tolist() == [[0]*6 + [7, 8, 9, 10]] and sp.sparsity == 60  # what grew is zero until it is trained
+    # what grew is zero until it is trained
+    assert model.weight.tolist() == [[0]*6 + [7, 8, 9, 10]] and sp.sparsity == 60
 
 def test_new_values_by_hand():
     "55 in all; 40 in the five that stay, so each is 55/40 as large"
@@ -62,7 +63,8 @@ def test_new_values_by_hand():
     torch.testing.assert_close(model.weight.detach(), torch.tensor([[0.]*5 + [6, 7, 8, 9, 10]]) * 55/40)
     assert sp.written == ['weight'] and model.weight.sum() == 55
 
-@pytest.mark.parametrize('granularity, context', [('weight', 'local'), ('weight', 'global'), ('filter', 'local'), ('filter', 'lamp')])
+@pytest.mark.parametrize('granularity, context', [('weight', 'local'), ('weight', 'global'), ('filter', 'local'),
+                                                  ('filter', 'lamp')])
 @pytest.mark.parametrize('rule', [Regrow(), Rescale()])
 def test_counts_stay_exact(rule, granularity, context):
     set_seed(0)
@@ -76,15 +78,17 @@ def test_regrowth_changes_masks_and_not_their_number():
     set_seed(0)
     learn, masks = learner(), []
     cb = SparsifyCallback(60, schedule='one_shot', start_epoch=0, rule=Regrow(every=4), verbose=False)
-    learn.fit(2, 1e-2, cbs=[cb, spy('after_step', lambda: masks.append(cb.sparsifier.masks.sparsity and
-                                                                      {k: m.clone() for k,m in cb.sparsifier.masks.items()}), order=200)])
+    def look(): masks.append(cb.sparsifier.masks.sparsity and {k: m.clone() for k,m in cb.sparsifier.masks.items()})
+    learn.fit(2, 1e-2, cbs=[cb, spy('after_step', look, order=200)])
     changed = [i + 1 for i,(a,b) in enumerate(zip(masks, masks[1:])) if a and b and not same(a, b)]
     assert changed == [3, 7, 11, 15]  # after steps 4, 8, 12 and 16
-    assert all(sum(int((~m).sum()) for m in ms.values()) == sum(exact(n, 60) for n in (36, 288, 1152)) for ms in masks if ms)
+    assert all(sum(int((~m).sum()) for m in ms.values()) == sum(exact(n, 60) for n in (36, 288, 1152))
+               for ms in masks if ms)
 
 def resumed(rule, folder):
     "Weights of four epochs at once, and of two and two"
-    def make(seed): return learner(seed=seed, path=folder, model_dir='.'), SparsifyCallback(70, rule=rule(), verbose=False)
+    def make(seed):
+        return learner(seed=seed, path=folder, model_dir='.'), SparsifyCallback(70, rule=rule(), verbose=False)
     learn, cb = make(0)
     learn.fit(4, 1e-2, cbs=[cb, spy('after_validate', lambda: learn.epoch == 1 and learn.save('half'), order=61)])
     other, again = make(7)
@@ -125,14 +129,14 @@ def test_interrupted_while_values_are_written(at, monkeypatch):
     sp = Sparsifier(model, layer_type=nn.Linear, rule=Rescale())
     sp.sparsify_model(30)
     before, masks, n = weights(model), {k: m.clone() for k,m in sp.masks.items()}, []
-    own, copy, apply = type(sp.masks)._own, torch.Tensor.copy_, type(sp.masks).apply
+    own, copy, apply = type(sp.masks).take, torch.Tensor.copy_, type(sp.masks).apply
     def stopping(f):
         def call(*args, **kwargs):
             n.append(1)
             if len(n) == at: raise KeyboardInterrupt
             return f(*args, **kwargs)
         return call
-    monkeypatch.setattr(type(sp.masks), '_own', stopping(own))
+    monkeypatch.setattr(type(sp.masks), 'take', stopping(own))
     monkeypatch.setattr(type(sp.masks), 'apply', stopping(apply))
     monkeypatch.setattr(torch.Tensor, 'copy_', stopping(copy))
     try: sp.sparsify_model(60)
@@ -149,10 +153,13 @@ class Wrong(Rule):
     def __call__(self, pool, n): return self.change
 
 @pytest.mark.parametrize('change, what', [
-    (None, 'must give a `Change`, got NoneType'), (Change(), '5 groups were to be gone, and 0 are'),
-    (Change({'weigth': torch.ones(1, 10).bool()}), "Did you mean 'weight'"), (Change({'weight': torch.ones(1, 10)}), 'must be a bool tensor'),
-    (Change({'weight': torch.ones(10).bool()}), r'of shape \(1, 10\)'), (Change({'weight': torch.ones(1, 10).bool()}), 'and 0 are'),
-    (Change(values={'bias': torch.ones(1)}), 'Unknown parameter'), (Change(values={'weight': torch.ones(10)}), 'must be like'),
+    (None, 'must give a `Change`, got NoneType'), (Change(), '5 groups were to be pruned, and 0 are'),
+    (Change({'weigth': torch.ones(1, 10).bool()}), "Did you mean 'weight'"),
+    (Change({'weight': torch.ones(1, 10)}), 'must be a bool tensor'),
+    (Change({'weight': torch.ones(10).bool()}), r'of shape \(1, 10\)'),
+    (Change({'weight': torch.ones(1, 10).bool()}), 'and 0 are'),
+    (Change(values={'bias': torch.ones(1)}), 'Unknown parameter'),
+    (Change(values={'weight': torch.ones(10)}), 'must be like'),
     (Change(values={'weight': torch.full((1, 10), float('nan'))}), 'NaN')])
 def test_what_a_rule_gives_is_checked(change, what):
     model = line()
@@ -161,12 +168,14 @@ def test_what_a_rule_gives_is_checked(change, what):
     assert model.weight.tolist() == [[*range(1, 11)]] and not sp.masks
 
 def test_what_is_no_rule():
-    for make in (lambda: Sparsifier(line(), layer_type=nn.Linear, rule=Regrow), lambda: SparsifyCallback(50, rule='prune')):
+    for make in (lambda: Sparsifier(line(), layer_type=nn.Linear, rule=Regrow),
+                 lambda: SparsifyCallback(50, rule='prune')):
         with pytest.raises(TypeError, match='`rule` must be a `Rule`'): make()
 
 def test_the_rule_of_old_is_the_default():
     a, b = line(), line()
-    Sparsifier(a, layer_type=nn.Linear).sparsify_model(50), Sparsifier(b, layer_type=nn.Linear, rule=Prune()).sparsify_model(50)
+    Sparsifier(a, layer_type=nn.Linear).sparsify_model(50), Sparsifier(b, layer_type=nn.Linear,
+                                                                       rule=Prune()).sparsify_model(50)
     assert same(weights(a), weights(b))
 
 def test_compact_steps_wait_for_a_rule_that_keeps_changing(capsys):

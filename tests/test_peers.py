@@ -2,15 +2,15 @@
 import os
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # models are made from configurations: nothing is to be downloaded
 
-import math, re
+import re
 from dataclasses import replace
 
 import pytest, timm, torch, torch.nn as nn, torch_pruning as tp, torchvision, transformers
-import torch.nn.functional as F
 
-from fasterai_clone.core.budget import lamp as lamp_scores
+from fasterai_clone.sparse.budget import lamp as lamp_scores
 from fasterai_clone.core.criteria import group_scores
 from fasterai_clone.sparse.all import *
+from fasterai_clone.core.criteria import fpgm, ln_norm, Reducer
 from helpers import exact
 
 
@@ -35,7 +35,8 @@ def made(name, seed=0):
 def theirs(m, x, importance):
     n = m.weight.shape[1 if getattr(m, 'transposed', False) else 0]
     prune = tp.prune_linear_out_channels if isinstance(m, nn.Linear) else tp.prune_conv_out_channels
-    return importance(tp.DependencyGraph().build_dependency(m, example_inputs=x).get_pruning_group(m, prune, idxs=list(range(n)))).detach()
+    graph = tp.DependencyGraph().build_dependency(m, example_inputs=x)
+    return importance(graph.get_pruning_group(m, prune, idxs=list(range(n)))).detach()
 
 def ours(m, criteria):
     ref = (m.weight * m.weight.grad).abs().detach() if criteria.needs_grad else None
@@ -49,7 +50,8 @@ def agree(m, a, b, criteria):
     k  = exact(len(b), 40)
     sp = Sparsifier(m, 'filter', criteria=criteria, layer_type=type(m))
     sp.sparsify_model(40)
-    gone = (~sp.masks['weight']).transpose(0, 1 if getattr(m, 'transposed', False) else 0).flatten(1).all(1).nonzero().flatten().tolist()
+    gone = (~sp.masks['weight']).transpose(0, 1 if getattr(m, 'transposed', False)
+                                           else 0).flatten(1).all(1).nonzero().flatten().tolist()
     assert len(gone) == k and gone == sorted(b.argsort()[:k].tolist())
 
 plain = dict(group_reduction='first', normalizer=None)
@@ -100,24 +102,26 @@ def test_scales_of_norms():
 
 def bert():
     torch.manual_seed(0)
-    return transformers.BertModel(transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+    return transformers.BertModel(transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2,
+                                                          num_attention_heads=2,
                                                           intermediate_size=32, max_position_embeddings=16))
 def gpt2():
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=16,
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2,
+                                                                n_head=2, n_positions=16,
                                                                 bos_token_id=0, eos_token_id=0))
 def vit():
     torch.manual_seed(0)
-    return transformers.ViTModel(transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                                                        image_size=8, patch_size=4))
+    return transformers.ViTModel(transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                                        intermediate_size=32, image_size=8, patch_size=4))
 def timm_vit():
     torch.manual_seed(0)
-    return timm.create_model('vit_tiny_patch16_224', pretrained=False, img_size=16, patch_size=8, depth=2, embed_dim=24, num_heads=3,
-                             num_classes=5)
+    return timm.create_model('vit_tiny_patch16_224', pretrained=False, img_size=16, patch_size=8, depth=2,
+                             embed_dim=24, num_heads=3, num_classes=5)
 def torchvision_vit():
     torch.manual_seed(0)
-    net = torchvision.models.VisionTransformer(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32,
-                                               num_classes=5)
+    net = torchvision.models.VisionTransformer(image_size=8, patch_size=4, num_layers=2, num_heads=2,
+                                               hidden_dim=16, mlp_dim=32, num_classes=5)
     nn.init.normal_(net.heads.head.weight)  # it begins at zero, and nothing behind it would train
     return net
 def timm_net(name):
@@ -140,7 +144,8 @@ def trains(sp, net, x, steps=3):
             assert loss.isfinite()
             loss.backward()
             opt.step()
-    for k,m in sp.masks.items(): assert not net.get_parameter(k)[~m].any() and (m.ndim == 1 or net.get_parameter(k)[m].any()), k
+    for k,m in sp.masks.items():
+        assert not net.get_parameter(k)[~m].any() and (m.ndim == 1 or net.get_parameter(k)[m].any()), k
 
 def counted(sp, sparsity):
     "Each target has exactly as many empty groups"
@@ -148,7 +153,8 @@ def counted(sp, sparsity):
 
 one_liners = dict(
     bert_attention  = (bert, tokens, dict(layer_type=nn.Linear, include='*attention*'), 8),
-    bert_mlp        = (bert, tokens, dict(layer_type=nn.Linear, include=['*.intermediate.*', 'encoder.layer.?.output.*']), 4),
+    bert_mlp        = (bert, tokens, dict(layer_type=nn.Linear,
+                                          include=['*.intermediate.*', 'encoder.layer.?.output.*']), 4),
     bert_filters    = (bert, tokens, dict(granularity='filter', layer_type=nn.Linear), 13),
     bert_rows       = (bert, tokens, dict(granularity='row', layer_type=nn.Embedding, include='*word*'), 1),
     bert_all        = (bert, tokens, dict(layer_type=nn.Module), 16),
@@ -160,13 +166,15 @@ one_liners = dict(
     gpt2_pattern    = (gpt2, tokens, dict(nm=True, layer_type='Conv1D'), 8),
     gpt2_all        = (gpt2, tokens, dict(layer_type=nn.Module), 10),
     vit_attention   = (vit, image(8), dict(layer_type=nn.Linear, include='*attention*'), 8),
-    vit_mlp         = (vit, image(8), dict(granularity='filter', layer_type=nn.Linear, include=re.compile(r'mlp|intermediate|\d\.output')), 4),
+    vit_mlp         = (vit, image(8), dict(granularity='filter', layer_type=nn.Linear,
+                                           include=re.compile(r'mlp|intermediate|\d\.output')), 4),
     vit_all         = (vit, image(8), dict(layer_type=nn.Module), 14),
     timm_attention  = (timm_vit, image(16), dict(layer_type=nn.Linear, include='*.attn.*'), 4),
     timm_mlp        = (timm_vit, image(16), dict(granularity='filter', layer_type=nn.Linear, include='*.mlp.*'), 4),
     timm_all        = (timm_vit, image(16), dict(layer_type=nn.Module), 10),
     torchvision_heads = (torchvision_vit, image(8), dict(granularity='head', layer_type=nn.MultiheadAttention), 2),
-    torchvision_mlp   = (torchvision_vit, image(8), dict(granularity='filter', layer_type=nn.Linear, include='*.mlp.*'), 4),
+    torchvision_mlp   = (torchvision_vit, image(8), dict(granularity='filter', layer_type=nn.Linear, include='*.mlp.*'),
+                         4),
     torchvision_all   = (torchvision_vit, image(8), dict(layer_type=nn.Module), 10))
 
 @pytest.mark.parametrize('context', ['local', 'global'])
@@ -185,28 +193,33 @@ def test_one_line(name, context):
 
 def test_filters_of_bert_hold_their_biases():
     net = bert()
-    sp  = Sparsifier(net, 'filter', layer_type=nn.Linear, include='*attention.self*', example_inputs=dict(input_ids=tokens))
+    sp  = Sparsifier(net, 'filter', layer_type=nn.Linear, include='*attention.self*',
+                     example_inputs=dict(input_ids=tokens))
     sp.sparsify_model(25)
     for n,m in net.named_modules():
         if 'attention.self.' not in n or not isinstance(m, nn.Linear): continue
         gone = ~m.weight.any(1)
-        assert int(gone.sum()) == 4 and torch.equal(~sp.masks[f'{n}.bias'], gone) and not m.bias[gone].any() and m.bias[~gone].numel() == 12
+        assert int(gone.sum()) == 4 and torch.equal(~sp.masks[f'{n}.bias'], gone) and not m.bias[gone].any()
+        assert m.bias[~gone].numel() == 12
 
 def test_the_weights_of_gpt2_lie_the_other_way():
     "A row is what one output is made of, and a filter: a column of the matrix, `x @ W + b`"
     for granularity in ('row', 'filter', 'column'):
         net = gpt2()
         for p in net.parameters(): nn.init.normal_(p)
-        sp, fc = Sparsifier(net, granularity, layer_type='Conv1D', include='transformer.h.0.mlp.c_fc'), net.transformer.h[0].mlp.c_fc
+        sp = Sparsifier(net, granularity, layer_type='Conv1D', include='transformer.h.0.mlp.c_fc')
+        fc = net.transformer.h[0].mlp.c_fc
         w = fc.weight.detach().clone()
         sp.sparsify_model(50)
         axis  = 1 if granularity == 'column' else 0
         means = w.abs().mean(axis)
         kept  = fc.weight.any(axis)
-        assert fc.weight.shape == (16, 64) and len(kept) == (64 if axis == 0 else 16) and int(kept.sum()) == len(kept)//2
+        assert fc.weight.shape == (16, 64) and len(kept) == (64 if axis == 0 else 16)
+        assert int(kept.sum()) == len(kept)//2
         assert means[kept].min() >= means[~kept].max()
         out = fc(torch.randn(5, 16))
-        if axis == 0: assert ('transformer.h.0.mlp.c_fc.bias' in sp.masks) and not out[:, ~kept].any() and out[:, kept].all()
+        if axis == 0:
+            assert ('transformer.h.0.mlp.c_fc.bias' in sp.masks) and not out[:, ~kept].any() and out[:, kept].all()
 
 def test_a_pattern_of_gpt2_runs_along_its_inputs():
     net = gpt2()

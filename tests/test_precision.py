@@ -1,4 +1,5 @@
-"Mixed precision whose scaler skips steps, with everything that fastai's loop can have besides: exact whatever the order of the list"
+"""Mixed precision whose scaler skips steps, with everything that fastai's loop can have besides: exact whatever the
+order of the list"""
 import csv
 from copy import deepcopy
 from functools import partial
@@ -7,15 +8,16 @@ from types import SimpleNamespace
 
 import fastai.callback.fp16 as fp16
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
-from fastai.basics import (Adam, Callback, CancelBatchException, CancelEpochException, CancelStepException, CancelTrainException, Lamb,
+from fastai.basics import (Adam, Callback, CancelBatchException, CancelEpochException, CancelStepException,
+                           CancelTrainException, Lamb,
                            Larc, Lookahead, OptimWrapper, QHAdam, RAdam, RMSProp, SGD, noop, ranger)
-from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision, MixUp, ModelResetter,
-                                 ProgressCallback, ReduceLROnPlateau, ShowGraphCallback)
+from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision,
+                                 MixUp, ModelResetter, ProgressCallback, ReduceLROnPlateau, ShowGraphCallback)
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fasterai_clone.digits import digits_net
 from fasterai_clone.sparse.all import *
-from helpers import column, exact, layers, learner, lines, measured, same, spy, weights, zeros
+from helpers import column, exact, layers, learner, lines, measured, same, shown, spy, weights, zeros
 
 
 # fastai asks for CUDA by name; the same classes of PyTorch do it all on a CPU
@@ -43,11 +45,12 @@ def train(learn, cb, n_epoch=3, cbs=(), fit='fit', lr=1e-2):
     def look():
         if not learn.training: return
         sp = cb.sparsifier
-        o.back += sum(int((p[~sp.masks[k]] != 0).sum()) for k,p in sp._params().items() if k in sp.masks)
+        o.back += sum(int((p[~sp.masks[k]] != 0).sum()) for k,p in sp.params.items() if k in sp.masks)
         o.back += sum(int((m & ~o.old[k]).sum()) for k,m in sp.masks.items() if k in o.old)
         o.old = {k: m.clone() for k,m in sp.masks.items()}
     spies = [spy('after_step', made), spy('after_cancel_step', skipped), spy('after_batch', look),
-             spy('after_pred', lambda: o.dtypes.add(learn.pred.dtype), order=5),  # before `MixedPrecision` makes it a float
+             # before `MixedPrecision` makes it a float
+             spy('after_pred', lambda: o.dtypes.add(learn.pred.dtype), order=5),
              spy('before_validate', lambda: o.zeros.append(zeros(learn.model))),
              spy('after_epoch', lambda: o.column.append(measured(learn.model)))]
     getattr(learn, fit)(n_epoch, lr, cbs=[*([cb] if cb else []), *cbs, *(spies if cb else spies[:2])])
@@ -55,7 +58,8 @@ def train(learn, cb, n_epoch=3, cbs=(), fit='fit', lr=1e-2):
 
 def sure(learn, cb, o, series):
     "Exact in every epoch and at the end, and what was written is what was there"
-    assert o.zeros == [asked(s) for s in series] and zeros(learn.model) == o.zeros[-1] == [r.zeros for r in cb.report.rows]
+    assert o.zeros == [asked(s) for s in series]
+    assert zeros(learn.model) == o.zeros[-1] == [r.zeros for r in cb.report.rows]
     assert o.back == 0 and column(learn) == o.column == [h['sparsity'] for h in cb.history]
 
 
@@ -67,11 +71,13 @@ def test_fp16_that_skips_steps(scale, criteria):
     learn, cb = quiet().to_fp16(**scale), SparsifyCallback(90, criteria=criteria, schedule=lin, verbose=False)
     o = train(learn, cb)
     sure(learn, cb, o, (30, 60, 90))
-    assert o.made + o.skipped == 24 and o.made >= 2 and o.skipped >= (6 if scale is some else 14) and torch.float16 in o.dtypes
+    assert o.made + o.skipped == 24 and o.made >= 2 and o.skipped >= (6 if scale is some else 14)
+    assert torch.float16 in o.dtypes
     assert {p.dtype for p in learn.model.parameters()} == {torch.float32}
 
-@pytest.mark.parametrize('kwargs', [dict(granularity='filter', schedule=lin), dict(schedule=lin, every=3), dict(schedule=agp),
-                                    dict(context='global', schedule=lin), dict(schedule=dsd)], ids=str)
+@pytest.mark.parametrize('kwargs', [dict(granularity='filter', schedule=lin), dict(schedule=lin, every=3),
+                                    dict(schedule=agp),
+                                    dict(context='global', schedule=lin), dict(schedule=dsd)], ids=shown)
 def test_fp16_and_ways_to_prune(kwargs):
     "As many zeros as in fp32 at the end of each epoch, skipped steps or not"
     (a, b), ways = [quiet(), quiet().to_fp16(**some)], []
@@ -89,15 +95,20 @@ def test_bf16():
 
 @pytest.mark.parametrize('schedule', ['one_shot', 'iterative'])
 def test_rewound_weights_under_fp16(schedule):
-    learn, cb, first, seen = quiet().to_fp16(**some), SparsifyCallback(90, schedule=schedule, lth=True, verbose=False), [], []
+    learn, cb, first = quiet().to_fp16(**some), SparsifyCallback(90, schedule=schedule, lth=True, verbose=False), []
+    seen = []
     def look():
         masks = cb.sparsifier.masks
-        if masks: seen.append(all(torch.equal(p, first[0][k]*masks[k]) for k,p in learn.model.named_parameters() if k in masks))
-    o = train(learn, cb, 5, [spy('before_train', lambda: first or first.append(weights(learn.model))), spy('after_step', look)])
+        if masks:
+            seen.append(all(torch.equal(p, first[0][k]*masks[k])
+                            for k,p in learn.model.named_parameters() if k in masks))
+    o = train(learn, cb, 5, [spy('before_train', lambda: first or first.append(weights(learn.model))),
+                             spy('after_step', look)])
     assert any(seen) and o.skipped and o.made and o.back == 0 and zeros(learn.model) == asked(90)
 
 def test_kept_weights_moved_furthest():
-    learn, cb, before = quiet().to_fp16(**some), SparsifyCallback(50, criteria=movement, schedule=one_shot, verbose=False), []
+    learn, cb = quiet().to_fp16(**some), SparsifyCallback(50, criteria=movement, schedule=one_shot, verbose=False)
+    before = []
     start = weights(learn.model)
     def look():
         if not cb.sparsifier.masks: before[:] = [weights(learn.model)]
@@ -120,7 +131,8 @@ def gradients(model, learn):
 @pytest.mark.parametrize('n_acc,clip', [(16, None), (32, None), (48, None), (16, 0.05), (32, 0.05)])
 def test_scores_are_sums_of_unscaled_gradients(n_acc, clip):
     "Σ|w·g| over the steps that were made, g from backward passes in fp32 next to those of the run"
-    cbs   = [o for o in (GradientAccumulation(n_acc) if n_acc > 16 else None, GradientClip(clip) if clip else None) if o]
+    cbs   = [o for o in (GradientAccumulation(n_acc) if n_acc > 16 else None,
+                         GradientClip(clip) if clip else None) if o]
     learn = quiet(opt_func=SGD).to_fp16(init_scale=2.**22, growth_interval=3)
     cb    = SparsifyCallback(50, criteria=gradient, schedule=Schedule(sched_oneshot, start_pct=1.), verbose=False)
     exact_sums, fp32, far, total = {}, [], [], []
@@ -137,10 +149,12 @@ def test_scores_are_sums_of_unscaled_gradients(n_acc, clip):
     o = train(learn, cb, 2, [*cbs, spy('before_step', each_batch, order=5), spy('before_step', each_step, order=14),
                              spy('after_cancel_step', fp32.clear)])
     assert o.skipped >= 2 and o.made >= 2 and zeros(learn.model) == asked(50)
-    assert all(torch.equal(ref, s) for ref,s in zip(cb.sparsifier.refs.values(), exact_sums.values())) and len(exact_sums) == 3
+    assert all(torch.equal(ref, s) for ref,s in zip(cb.sparsifier.refs.values(), exact_sums.values()))
+    assert len(exact_sums) == 3
     if clip: assert max(total) <= clip * 1.0001
     else: assert max(far) < 0.1  # scaled they would be some 2²⁰ times as large
-    for i,mask in enumerate(cb.sparsifier.masks.values()): assert exact_sums[i][mask].min() >= exact_sums[i][~mask].max()
+    for i,mask in enumerate(cb.sparsifier.masks.values()):
+        assert exact_sums[i][mask].min() >= exact_sums[i][~mask].max()
 
 @pytest.mark.parametrize('scale', [None, some, most], ids=['fp32', 'some', 'most'])
 @pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['fastai', 'torch'])
@@ -151,13 +165,16 @@ def test_an_epoch_that_ends_before_a_step_was_made(criteria, n_acc, opt_func, sc
     learn, cb = quiet(opt_func=opt_func), SparsifyCallback(90, criteria=criteria, schedule=lin, verbose=False)
     if scale: learn.to_fp16(**scale)
     first = []
-    def look(): first.extend(int((~m).flatten().nonzero().max()) + 1 > int((~m).sum()) for m in cb.sparsifier.masks.values())
+    def look():
+        first.extend(int((~m).flatten().nonzero().max()) + 1 > int((~m).sum()) for m in cb.sparsifier.masks.values())
     o = train(learn, cb, cbs=[spy('after_train', look), *([GradientAccumulation(n_acc)] if n_acc > 16 else [])])
     sure(learn, cb, o, (30, 60, 90))
-    if criteria == 'gradient': assert all(first) and len(first) == 9  # chosen by scores; weights that never moved are as good as each other
+    # chosen by scores; weights that never moved are as good as each other
+    if criteria == 'gradient': assert all(first) and len(first) == 9
 
 def test_compact_steps_of_accumulated_gradients():
-    "Epochs of 8 batches, steps of 3, some of them skipped: what is accumulated at the end of an epoch counts in the next"
+    """Epochs of 8 batches, steps of 3, some of them skipped: what is accumulated at the end of an epoch counts in the
+    next"""
     runs = []
     for compact in (False, True):
         learn = quiet().to_fp16(init_scale=2.**18, growth_interval=2)
@@ -207,7 +224,8 @@ everything = dict(
     acc      = partial(GradientAccumulation, 32),
     clip     = partial(GradientClip, 0.1),
     mixup    = MixUp,
-    stop     = partial(EarlyStoppingCallback, min_delta=100, patience=2),  # no epoch is that much better: stops after the third
+    # no epoch is that much better: stops after the third
+    stop     = partial(EarlyStoppingCallback, min_delta=100, patience=2),
     plateau  = partial(ReduceLROnPlateau, min_delta=100, patience=1),
     reset    = ModelResetter,
     log      = CSVLogger,
@@ -215,7 +233,8 @@ everything = dict(
     ema      = EMA)
 
 def in_order(names, fit):
-    learn = learner(model=resettable(), cbs=ProgressCallback())  # it comes first, as usual: fastai's loggers must wrap it
+    # it comes first, as usual: fastai's loggers must wrap it
+    learn = learner(model=resettable(), cbs=ProgressCallback())
     cbs = {k: everything[k]() for k in names}
     steps, saw = [], lambda event, what: spy(event, lambda: steps.append(what))
     getattr(learn, fit)(6, 1e-2, cbs=[*cbs.values(), saw('after_cancel_step', 'skipped'), saw('after_step', 'step')])
@@ -241,10 +260,13 @@ def test_all_callbacks_in_any_order(fit, capsys):
         assert learn.epoch == 2 and 0 < steps.count('skipped') < steps.count('step') - 2
         assert learn.recorder.lrs == pytest.approx(lrs) and learn.model.resets == 3*2 + 2
         assert zeros(learn.model) == asked(40) == [r.zeros for r in cb.report.rows]
-        assert column(learn) == [h['sparsity'] for h in cb.history] and len(cb.history) == 3 and column(learn)[-1] == measured(learn.model)
-        assert lines(out) == [(i, round(s, 2)) for i,s in enumerate(column(learn))] and out.count('Final Sparsity: [39.91]%') == 1
+        assert column(learn) == [h['sparsity'] for h in cb.history] and len(cb.history) == 3
+        assert column(learn)[-1] == measured(learn.model)
+        assert lines(out) == [(i, round(s, 2)) for i,s in enumerate(column(learn))]
+        assert out.count('Final Sparsity: [39.91]%') == 1
         rows = list(csv.reader(open(learn.path/'history.csv')))
-        assert rows[0] == list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'sparsity', 'time']
+        assert rows[0] == list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy',
+                                                                'sparsity', 'time']
         assert [float(r[4]) for r in rows[1:]] == pytest.approx(column(learn), abs=1e-4)
         sparse.append(weights(learn.model))
         masks.append(dict(cb.sparsifier.masks))
@@ -260,7 +282,8 @@ def test_reports_are_of_the_moment_of_the_stop(capsys):
         learn.fit(9, 1e-2, cbs=[cb, *cbs] if place else [*cbs, cb])
         out = capsys.readouterr().out
         assert zeros(learn.model) == asked(30) == [r.zeros for r in cb.report.rows] and len(cb.history) == 3
-        assert out.index('early stopping') < out.index('end of epoch 2: [29.88]%') < out.index('Final Sparsity: [29.88]%')
+        places = [out.index(w) for w in ('early stopping', 'end of epoch 2: [29.88]%', 'Final Sparsity: [29.88]%')]
+        assert places == sorted(places)
         assert learn.opt.hypers[-1]['lr'] == pytest.approx(1e-2 / 100)  # two plateaus
 
 def test_progress_bars_have_the_column(capsys):
@@ -279,8 +302,10 @@ def test_progress_bars_have_the_column(capsys):
 def lookahead(opt_func, params, **kwargs): return Lookahead(opt_func(params, **kwargs), k=3)
 
 optimizers = dict(
-    adam = Adam, sgd = partial(SGD, mom=0.9, wd=0.1), rmsprop = partial(RMSProp, mom=0.9), lamb = Lamb, larc = Larc, qhadam = QHAdam,
-    radam = RAdam, ranger = ranger, lookahead_sgd = partial(lookahead, partial(SGD, mom=0.9)), lookahead_adam = partial(lookahead, Adam),
+    adam = Adam, sgd = partial(SGD, mom=0.9, wd=0.1), rmsprop = partial(RMSProp, mom=0.9), lamb = Lamb, larc = Larc,
+    qhadam = QHAdam,
+    radam = RAdam, ranger = ranger, lookahead_sgd = partial(lookahead, partial(SGD, mom=0.9)),
+    lookahead_adam = partial(lookahead, Adam),
     adamw = partial(OptimWrapper, opt=partial(torch.optim.AdamW, weight_decay=0.1)),
     nesterov = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=0.1)),
     torch_rmsprop = partial(OptimWrapper, opt=partial(torch.optim.RMSprop, momentum=0.9)),
@@ -289,7 +314,8 @@ optimizers = dict(
 @pytest.mark.parametrize('name', optimizers)
 def test_no_optimizer_brings_anything_back(name):
     "Not by momentum, decay, or slow weights"
-    learn, cb = quiet(opt_func=optimizers[name]).to_fp16(**some), SparsifyCallback(90, schedule=iterative, verbose=False)
+    learn = quiet(opt_func=optimizers[name]).to_fp16(**some)
+    cb = SparsifyCallback(90, schedule=iterative, verbose=False)
     o = train(learn, cb, 5, fit='fit' if name == 'asgd' else 'fit_one_cycle')  # which needs a momentum
     sure(learn, cb, o, (0, 30, 60, 90, 90))
     assert o.skipped and all(torch.isfinite(p).all() for p in learn.model.parameters())
@@ -311,7 +337,8 @@ def test_compact_steps_are_the_same_or_refused(name, capsys):
 
 @pytest.mark.parametrize('order', [0, 20, 100])
 def test_averaged_weights(order):
-    "An average kept next to the model, with or without us in between: training knows nothing of it, and masks make it sparse"
+    """An average kept next to the model, with or without us in between: training knows nothing of it, and masks make it
+    sparse"""
     alone, both = quiet().to_fp16(**some), quiet().to_fp16(**some)
     train(alone, SparsifyCallback(90, schedule=lin, verbose=False))
     cb, ema = SparsifyCallback(90, schedule=lin, verbose=False), EMA(order)
@@ -334,7 +361,8 @@ def test_average_in_place_of_the_weights_during_validation():
     learn.fit(3, 1e-2, cbs=[cb, ema, spy('before_validate', swap, order=40), spy('after_validate', look, order=49),
                             spy('after_epoch', swap, order=-5)])
     assert column(learn) == seen and seen[-1] < 80
-    assert zeros(learn.model) == asked(90) == [r.zeros for r in cb.report.rows] and cb.history[-1]['sparsity'] == measured(learn.model)
+    assert zeros(learn.model) == asked(90) == [r.zeros for r in cb.report.rows]
+    assert cb.history[-1]['sparsity'] == measured(learn.model)
 
 
 # Steps that are cancelled late, after we have seen their gradients
@@ -356,7 +384,8 @@ def test_a_step_cancelled_before_us_or_after_us(exc, compact):
 @pytest.mark.parametrize('exc', [CancelStepException, CancelBatchException])
 def test_gradients_of_a_step_cancelled_after_us_do_not_count(exc):
     "As one that overflowed, and that a callback of a later `order` finds"
-    learn, cb, sums = quiet(opt_func=SGD), SparsifyCallback(50, criteria=gradient, schedule=Schedule(sched_oneshot, start_pct=1.)), {}
+    learn = quiet(opt_func=SGD)
+    cb, sums = SparsifyCallback(50, criteria=gradient, schedule=Schedule(sched_oneshot, start_pct=1.)), {}
     def bad(): return (learn.epoch, learn.iter) == (0, 3)
     def look():
         for i,m in enumerate(layers(learn.model)):
@@ -376,8 +405,10 @@ def test_gradients_of_a_step_cancelled_after_us_do_not_count(exc):
 @pytest.mark.parametrize('criteria', ['large_final', 'gradient', 'wanda', 'snip'])
 def test_what_a_model_remembers_is_not_touched(criteria):
     "Measuring runs the model, between two batches that belong together"
-    learn, cb, before, after = quiet(model=resettable()), SparsifyCallback(90, criteria=criteria, schedule=lin, verbose=False), [], []
-    o = train(learn, cb, 2, [ModelResetter(), spy('after_step', lambda: before.append(learn.model.last.clone()), order=14),
+    learn, cb = quiet(model=resettable()), SparsifyCallback(90, criteria=criteria, schedule=lin, verbose=False)
+    before, after = [], []
+    o = train(learn, cb, 2,
+              [ModelResetter(), spy('after_step', lambda: before.append(learn.model.last.clone()), order=14),
                              spy('after_step', lambda: after.append(learn.model.last.clone()), order=16)])
     sure(learn, cb, o, (45, 90))
     assert len(before) == 16 and all(torch.equal(a, b) for a,b in zip(before, after)) and learn.model.last is None

@@ -3,7 +3,8 @@ import copy, io, pickle, random
 
 import matplotlib, numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
 
-from fasterai_clone.prune.report import Comparison, Cost, LayerCost, compare
+from fasterai_clone.analyze.compare import Comparison, compare
+from fasterai_clone.analyze.cost import Cost, LayerCost
 from fasterai_clone.prune.thin import thin
 
 matplotlib.use('agg')
@@ -30,7 +31,7 @@ def saved(model):
     return len(file.getvalue())
 
 
-# -- by hand -----------------------------------------------------------------------------------------------------------------------------
+# -- by hand ---------------------------------------------------------------------------------------
 def test_what_two_convolutions_cost():
     net, x = two_convs(), images()
     small  = thin(without_a_filter(net), example_inputs=x)
@@ -51,7 +52,8 @@ def test_masks_alone():
     c = counted(net, without_a_filter(net), x)
     assert (c.before.zeros, c.after.zeros) == (0, 9)
     for k in ('params', 'multiply_adds', 'activations', 'file'): assert getattr(c.before, k) == getattr(c.after, k)
-    assert '9 of 108 weights are zero' in c.expect and 'masks alone make nothing smaller or faster' in c.expect and '`thin`' in c.expect
+    assert '9 of 108 weights are zero' in c.expect and 'masks alone make nothing smaller or faster' in c.expect
+    assert '`thin`' in c.expect
 
 def test_bytes_of_other_precisions():
     net, x = two_convs(), images()
@@ -64,7 +66,7 @@ def test_the_batch_counts_for_activations_but_not_for_multiply_adds():
     assert six.activations == 6*one.activations and six.multiply_adds == one.multiply_adds == 864
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------------------------
+# -- what is said ----------------------------------------------------------------------------------
 def test_thinned():
     net, x = two_convs(), images()
     say = counted(net, thin(without_a_filter(net), example_inputs=x), x).expect
@@ -82,7 +84,8 @@ def test_nothing_was_done():
 
 def test_more_work_than_before():
     net, x = two_convs(), images()
-    assert counted(thin(without_a_filter(net), example_inputs=x), net, x).expect.startswith('Not fewer multiply-adds: expect no speed-up.')
+    assert counted(thin(without_a_filter(net), example_inputs=x), net,
+                   x).expect.startswith('Not fewer multiply-adds: expect no speed-up.')
 
 def test_another_model():
     "Layers are put together by name; one side may have none"
@@ -93,7 +96,7 @@ def test_another_model():
     assert c.to_pandas().set_index('name').loc['2', 'outputs_after'] == 2 and len(c.plot()) == 2
 
 
-# -- time --------------------------------------------------------------------------------------------------------------------------------
+# -- time ------------------------------------------------------------------------------------------
 class Clock:
     "Two models that take 4 and 1 seconds by this clock"
     def __init__(self): self.now, self.calls = 0., []
@@ -114,12 +117,13 @@ class Slow(nn.Module):
 def test_runs_are_interleaved(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(Slow, 'clock', clock)
-    monkeypatch.setattr('fasterai_clone.prune.report.time.perf_counter', clock)
+    monkeypatch.setattr('fasterai_clone.analyze.cost.time.perf_counter', clock)
     c = compare(Slow(4), Slow(1), torch.ones(3, 2), runs=4, devices='cpu')
     assert c.before.seconds == {'cpu': (4., 4., 4., 4.)} and c.after.seconds == {'cpu': (1., 1., 1., 1.)}
     assert c.speedup() == (4., 4., 4.) and 'Measured: 4.00× on cpu (4.00–4.00).' in c.expect
     turns = clock.calls[-8:]
-    assert all(sorted(turns[i:i+2]) == [1, 4] for i in range(0, 8, 2)) and turns[0] != turns[2]  # each in every round; who is first changes
+    # each in every round; who is first changes
+    assert all(sorted(turns[i:i+2]) == [1, 4] for i in range(0, 8, 2)) and turns[0] != turns[2]
     assert len(clock.calls) >= 2*(3 + 4)
     assert '4000.00 ms (4000.00–4000.00)' in str(c)
 
@@ -144,7 +148,7 @@ def test_on_a_gpu():
         assert c.before.multiply_adds == 864 and next(net.parameters()).device == x.device
 
 
-# -- the models stay as they are ---------------------------------------------------------------------------------------------------------
+# -- the models stay as they are -------------------------------------------------------------------
 class Draws(nn.Module):
     "Draws random numbers of all kinds and counts its calls"
     def __init__(self):
@@ -164,13 +168,15 @@ def test_untouched():
     state, grad = copy.deepcopy(net.state_dict()), net.layer.weight.grad.clone()
     drawn = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     compare(net, other, x, runs=2)
-    assert torch.equal(drawn[0], torch.get_rng_state()) and drawn[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+    assert torch.equal(drawn[0], torch.get_rng_state())
+    assert drawn[1:] == (random.getstate(), np.random.get_state()[1].tolist())
     assert (net.training, net.layer.training, other.training, net.calls) == (True, False, False, 1)
-    assert all(torch.equal(v, state[k]) for k,v in net.state_dict().items()) and torch.equal(net.layer.weight.grad, grad)
+    assert all(torch.equal(v, state[k]) for k,v in net.state_dict().items())
+    assert torch.equal(net.layer.weight.grad, grad)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*net.modules(), *other.modules()))
 
 
-# -- other models ------------------------------------------------------------------------------------------------------------------------
+# -- other models ----------------------------------------------------------------------------------
 class Two(nn.Module):
     "Two inputs, the second by name, and work in functions"
     def __init__(self):
@@ -180,12 +186,14 @@ class Two(nn.Module):
         y = F.relu(self.a(x))
         return {'out': (y @ y.mT) * scale}
 
-@pytest.mark.parametrize('inputs', [dict(x=torch.randn(3, 5, 4), scale=torch.ones(3, 1, 1)), (torch.randn(3, 5, 4), torch.ones(3, 1, 1)),
+@pytest.mark.parametrize('inputs', [dict(x=torch.randn(3, 5, 4), scale=torch.ones(3, 1, 1)),
+                                    (torch.randn(3, 5, 4), torch.ones(3, 1, 1)),
                                     [torch.randn(3, 5, 4), torch.ones(3, 1, 1)]], ids=['dict', 'tuple', 'list'])
 def test_arguments_and_functions(inputs):
     "Products outside of layers count too: 5×4×6 in the layer, 5×6×5 after it"
     c = compare(Two(), Two(), inputs, runs=1, devices='cpu')
-    assert (c.before.multiply_adds, c.before.layers['a'].multiply_adds, c.before.activations) == (5*4*6 + 5*6*5, 5*4*6, 3*5*6*4)
+    assert (c.before.multiply_adds, c.before.layers['a'].multiply_adds,
+            c.before.activations) == (5*4*6 + 5*6*5, 5*4*6, 3*5*6*4)
 
 def test_attention_without_heads():
     layer, x = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
@@ -200,7 +208,8 @@ def test_attention_without_heads():
 
 @pytest.mark.parametrize('layer, x, ends', [
     (nn.Embedding(7, 3), torch.tensor([[1, 2]]), (7, 3)), (nn.LSTM(4, 5), torch.randn(2, 1, 4), (4, 5)),
-    (nn.ConvTranspose1d(2, 6, 3), torch.randn(1, 2, 8), (2, 6)), (nn.Conv1d(4, 8, 1, groups=2), torch.randn(1, 4, 8), (4, 8))])
+    (nn.ConvTranspose1d(2, 6, 3), torch.randn(1, 2, 8), (2, 6)),
+    (nn.Conv1d(4, 8, 1, groups=2), torch.randn(1, 4, 8), (4, 8))])
 def test_layers_by_themselves(layer, x, ends):
     c = counted(layer, layer, x)
     assert [(l.inputs, l.outputs) for l in c.layers['']] == [ends]*2 and 'the model' in str(c)
@@ -217,7 +226,7 @@ def test_without_parameters():
     assert str(c) and c._repr_html_() and len(c.plot()) == 2 and c.to_pandas().empty
 
 
-# -- as text, table, picture -------------------------------------------------------------------------------------------------------------
+# -- as text, table, picture -----------------------------------------------------------------------
 def test_shown():
     net, x = two_convs(), images()
     c = compare(net, thin(without_a_filter(net), example_inputs=x), x, runs=2, devices='cpu')
@@ -229,8 +238,10 @@ def test_shown():
     html = c._repr_html_()
     assert html.count('<tr>') == 1 + 6 + 1 + 2 and '4 → 2</td>' in html and '75.00%' in html
     df = c.to_pandas()
-    assert df.shape == (2, 12) and df.outputs_after.tolist() == [3, 2] and df.multiply_adds_before.tolist() == [576, 288]
-    assert c.to_pandas('costs').cost.tolist() == ['Parameters', 'Zero weights', 'Multiply-adds', 'Activations', 'File', 'Latency, cpu']
+    assert df.shape == (2, 12) and df.outputs_after.tolist() == [3, 2]
+    assert df.multiply_adds_before.tolist() == [576, 288]
+    assert c.to_pandas('costs').cost.tolist() == ['Parameters', 'Zero weights', 'Multiply-adds', 'Activations',
+                                                  'File', 'Latency, cpu']
     assert pickle.loads(pickle.dumps(c)) == c
 
 def test_plot():
@@ -238,13 +249,14 @@ def test_plot():
     c = counted(net, thin(without_a_filter(net), example_inputs=x), x)
     left, right = c.plot()
     assert [b.get_width() for b in right.patches] == [4, 2, 3, 2]
-    assert left.patches[4].get_width() == pytest.approx(75) and [t.get_text() for t in left.get_yticklabels()][0] == 'Parameters'
+    assert left.patches[4].get_width() == pytest.approx(75)
+    assert [t.get_text() for t in left.get_yticklabels()][0] == 'Parameters'
     axes = matplotlib.pyplot.subplots(1, 2)[1]
     assert c.plot(axes) is axes
     matplotlib.pyplot.close('all')
 
 
-# -- refused -----------------------------------------------------------------------------------------------------------------------------
+# -- refused ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize('kwargs, error, says', [
     (dict(before='net'), TypeError, '`nn.Module`, got str'),
     (dict(after=nn.Linear(7, 7)), ValueError, '`after` does not run on `example_inputs`: RuntimeError'),
@@ -252,7 +264,8 @@ def test_plot():
     (dict(example_inputs=None), ValueError, 'there is no tensor in it'),
     (dict(example_inputs=torch.tensor(1.)), ValueError, 'there is no tensor in it'),
     (dict(example_inputs=torch.empty(0, 1, 6, 6)), ValueError, 'there is no tensor in it'),
-    (dict(runs=0), ValueError, 'from 1 on, got 0'), (dict(runs=2.5), ValueError, 'got 2.5'), (dict(runs=True), ValueError, 'got True'),
+    (dict(runs=0), ValueError, 'from 1, got 0'), (dict(runs=2.5), ValueError, 'got 2.5'),
+    (dict(runs=True), ValueError, 'got True'),
     (dict(devices='meta'), ValueError, "can be cpu and cuda, got 'meta'"),
     (dict(devices=['cpu', 'gpu']), ValueError, "can be cpu and cuda, got 'gpu'"),
     (dict(devices=[0.5]), ValueError, 'can be cpu and cuda, got 0.5'),

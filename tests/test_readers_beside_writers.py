@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest, torch, torch.nn as nn
 
-from fasterai_clone.core.files import FileFormat, read_file, whole_file, write_file
+from fasterai_clone.core.envelope import FileFormat, read_file, write_file
 from fasterai_clone.core.masks import Masks
 from fasterai_clone.prune.thinned_files import load_thinned, save_thinned
 from fasterai_clone.sparse.ticket_files import load_ticket, save_ticket, ticket_info
@@ -56,7 +56,8 @@ def read_small(file):
     return i if all(map(torch.equal, model.parameters(), smaller(i).parameters())) else None
 
 numbers = FileFormat('example.numbers', 'numbers', 'save_numbers', needed=('i',))
-def save_numbers(file, i): write_file(file, numbers, {'a': torch.full((1000 + i,), i), f'b{i}': torch.tensor(i)}, i=str(i))
+def save_numbers(file, i):
+    write_file(file, numbers, {'a': torch.full((1000 + i,), i), f'b{i}': torch.tensor(i)}, i=str(i))
 def read_any(file):
     "As any safetensors file is read, for a report"
     about, found = read_file(file)
@@ -110,7 +111,7 @@ def test_two_writers_and_a_reader(tmp_path):
 
 def test_a_file_that_is_replaced_between_two_reads_of_a_reader(tmp_path, monkeypatch):
     "The handle is that of the old file, at whichever moment the new one comes"
-    import fasterai_clone.core.files as files
+    import fasterai_clone.core.envelope as files
     file, read_header = tmp_path/'f.safetensors', files._read_header
     def replaced(f, format):
         found = read_header(f, format)
@@ -124,7 +125,7 @@ def test_a_file_that_is_replaced_between_two_reads_of_a_reader(tmp_path, monkeyp
 
 def test_a_file_that_is_written_to_in_place_is_refused(tmp_path, monkeypatch):
     "As other programs do"
-    import fasterai_clone.core.files as files
+    import fasterai_clone.core.envelope as files
     file, read_header = Masks({'a': torch.ones(800_000).bool()}).save(tmp_path/'f'), files._read_header
     whole = file.read_bytes()
     for new in (whole[:-5], whole + b'.....', whole[:-5] + bytes(5)):

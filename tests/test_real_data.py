@@ -5,12 +5,12 @@ import numpy as np, pandas as pd, pytest, torch, torch.nn as nn
 from fastai.basics import CategoryBlock, ColReader, DataBlock, RandomSplitter, accuracy, load_learner, set_seed
 from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
-from fastai.text.all import (AWD_LSTM, TextBlock, TextDataLoaders, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner,
-                             text_classifier_learner)
+from fastai.text.all import (AWD_LSTM, TextBlock, TextDataLoaders, awd_lstm_clas_config, awd_lstm_lm_config,
+                             language_model_learner, text_classifier_learner)
 from fastai.vision.all import ImageDataLoaders, SegmentationDataLoaders, TensorImage, unet_learner, vision_learner
 from PIL import Image
 
-from fasterai_clone.core.flow import tensors_in
+from fasterai_clone.model.run import tensors_in
 from fasterai_clone.prune.all import *
 from fasterai_clone.sparse.all import *
 
@@ -44,18 +44,21 @@ def write_masks(folder):
 
 def table():
     rng = np.random.default_rng(0)
-    df  = pd.DataFrame(dict(color=rng.choice(['red', 'blue', 'green'], 160), size=rng.choice([*'SML'], 160), x=rng.normal(size=160), y=rng.normal(size=160)))
+    df  = pd.DataFrame(dict(color=rng.choice(['red', 'blue', 'green'], 160), size=rng.choice([*'SML'], 160),
+                            x=rng.normal(size=160), y=rng.normal(size=160)))
     return df.assign(good=np.where((df.color == 'red') ^ (df.x > 0), 'yes', 'no'))
 
 def texts():
     rng = np.random.default_rng(0)
     def one(words): return ' '.join(rng.choice(words, 12))
-    return pd.DataFrame([(one(['good', 'great', 'fine', 'film', 'the']), 'pos') if i % 2 else (one(['bad', 'poor', 'dull', 'film', 'the']), 'neg')
+    return pd.DataFrame([(one(['good', 'great', 'fine', 'film', 'the']), 'pos') if i % 2
+                         else (one(['bad', 'poor', 'dull', 'film', 'the']), 'neg')
                          for i in range(80)], columns=['text', 'label'])
 
 def ratings():
     rng = np.random.default_rng(0)
-    return pd.DataFrame(dict(user=rng.integers(0, 12, 200), item=rng.integers(0, 15, 200), rating=rng.integers(1, 6, 200).astype(float)))
+    return pd.DataFrame(dict(user=rng.integers(0, 12, 200), item=rng.integers(0, 15, 200),
+                             rating=rng.integers(1, 6, 200).astype(float)))
 
 
 # --- five kinds of learners
@@ -78,52 +81,65 @@ def two_stages(**kwargs): return nn.Sequential(nn.Sequential(*conv(3, 8)), nn.Se
 def images_of(path): return ImageDataLoaders.from_folder(write_images(path), valid='valid', bs=12, num_workers=0)
 
 def vision(path):
-    return vision_learner(images_of(path), small_resnet, pretrained=False, cut=-3, normalize=False, lin_ftrs=[16], metrics=accuracy, path=path)
+    return vision_learner(images_of(path), small_resnet, pretrained=False, cut=-3, normalize=False, lin_ftrs=[16],
+                          metrics=accuracy, path=path)
 
 def mask_of(folder, file): return folder/file.name
 
 @cache
 def masks_of(path):
     files = sorted((write_masks(path)/'images').glob('*.png'))
-    return SegmentationDataLoaders.from_label_func(path, files, partial(mask_of, path/'masks'), codes=['no', 'yes'], bs=4, num_workers=0)
+    return SegmentationDataLoaders.from_label_func(path, files, partial(mask_of, path/'masks'), codes=['no', 'yes'],
+                                                   bs=4, num_workers=0)
 
-def segmentation(path): return unet_learner(masks_of(path), two_stages, pretrained=False, cut=-3, normalize=False, n_out=2, path=path)
+def segmentation(path):
+    return unet_learner(masks_of(path), two_stages, pretrained=False, cut=-3, normalize=False, n_out=2, path=path)
 
 @cache
 def table_of(path):
-    return TabularDataLoaders.from_df(table(), path, procs=[Categorify, Normalize], cat_names=['color', 'size'], cont_names=['x', 'y'],
-                                      y_names='good', bs=32, num_workers=0)
+    return TabularDataLoaders.from_df(table(), path, procs=[Categorify, Normalize], cat_names=['color', 'size'],
+                                      cont_names=['x', 'y'], y_names='good', bs=32, num_workers=0)
 
 def tabular(path): return tabular_learner(table_of(path), layers=[16, 8], metrics=accuracy, path=path)
 
 @cache
 def texts_of(path, is_lm):
     blocks = [TextBlock.from_df('text', is_lm=is_lm, seq_len=8, n_workers=0)] + ([] if is_lm else [CategoryBlock])
-    block  = DataBlock(blocks=blocks, get_x=ColReader('text'), get_y=None if is_lm else ColReader('label'), splitter=RandomSplitter(0.2, seed=0))
+    block  = DataBlock(blocks=blocks, get_x=ColReader('text'), get_y=None if is_lm else ColReader('label'),
+                       splitter=RandomSplitter(0.2, seed=0))
     return TextDataLoaders.from_dblock(block, texts(), path=path, seq_len=8, bs=8, num_workers=0)
 
 sizes = dict(emb_sz=12, n_hid=16, n_layers=2)
 
 def language(path):
-    return language_model_learner(texts_of(path, True), AWD_LSTM, config={**awd_lstm_lm_config, **sizes}, pretrained=False, path=path)
+    return language_model_learner(texts_of(path, True), AWD_LSTM, config={**awd_lstm_lm_config, **sizes},
+                                  pretrained=False, path=path)
 
 def classifier(path):
-    return text_classifier_learner(texts_of(path, False), AWD_LSTM, config={**awd_lstm_clas_config, **sizes}, pretrained=False, seq_len=8, path=path)
+    return text_classifier_learner(texts_of(path, False), AWD_LSTM, config={**awd_lstm_clas_config, **sizes},
+                                   pretrained=False, seq_len=8, path=path)
 
 @cache
 def ratings_of(path): return CollabDataLoaders.from_df(ratings(), bs=32, num_workers=0, path=path)
 
-def collab(path): return collab_learner(ratings_of(path), use_nn=True, emb_szs={'user': 6, 'item': 8}, layers=[16, 8], y_range=(0, 5.5), path=path)
+def collab(path):
+    return collab_learner(ratings_of(path), use_nn=True, emb_szs={'user': 6, 'item': 8}, layers=[16, 8],
+                          y_range=(0, 5.5), path=path)
 
-kinds = dict(vision=vision, segmentation=segmentation, tabular=tabular, language=language, classifier=classifier, collab=collab)
+kinds = dict(vision=vision, segmentation=segmentation, tabular=tabular, language=language,
+             classifier=classifier, collab=collab)
 
-# layer → (inputs, outputs) after half of the filters of each group are removed; embeddings have none, and the outputs of the model stay
+# layer → (inputs, outputs) after half of the filters of each group are removed; embeddings have none, and the outputs
+# of the model stay
 halves = dict(
-    vision       = {'0.0': (3, 4), '0.3.conv1': (4, 4), '0.3.conv2': (4, 4), '0.4': (4, 8), '1.4': (16, 8), '1.8': (8, 3)},
+    vision       = {'0.0': (3, 4), '0.3.conv1': (4, 4), '0.3.conv2': (4, 4), '0.4': (4, 8),
+                    '1.4': (16, 8), '1.8': (8, 3)},
     segmentation = {'layers.3.0.0': (8, 16), 'layers.3.1.0': (16, 8)},
-    tabular      = {'embeds.0': (4, 3), 'embeds.1': (4, 3), 'layers.0.0': (8, 8), 'layers.1.0': (8, 4), 'layers.2.0': (4, 2)},
+    tabular      = {'embeds.0': (4, 3), 'embeds.1': (4, 3), 'layers.0.0': (8, 8), 'layers.1.0': (8, 4),
+                    'layers.2.0': (4, 2)},
     classifier   = {'1.layers.0.2': (36, 25), '1.layers.1.2': (25, 2)},
-    collab       = {'embeds.0': (13, 6), 'embeds.1': (16, 8), 'layers.0.0': (14, 8), 'layers.1.0': (8, 4), 'layers.2.0': (4, 1)})
+    collab       = {'embeds.0': (13, 6), 'embeds.1': (16, 8), 'layers.0.0': (14, 8), 'layers.1.0': (8, 4),
+                    'layers.2.0': (4, 1)})
 
 
 @pytest.fixture(scope='module')
@@ -148,9 +164,11 @@ def outputs(model, x):
     if hasattr(model, 'reset'): model.reset()
     return tensors_in(model.eval()(*x) if isinstance(x, tuple) else model(x))
 
-def close(a, b): return len(a) == len(b) and all(s.shape == t.shape and torch.allclose(s, t, atol=1e-5) for s,t in zip(a, b))
+def close(a, b):
+    return len(a) == len(b) and all(s.shape == t.shape and torch.allclose(s, t, atol=1e-5) for s,t in zip(a, b))
 def n_params(model): return sum(p.numel() for p in model.parameters())
-def width(m): return (m.num_embeddings, m.embedding_dim) if isinstance(m, nn.Embedding) else tuple(m.weight.shape[:2][::-1])
+def width(m):
+    return (m.num_embeddings, m.embedding_dim) if isinstance(m, nn.Embedding) else tuple(m.weight.shape[:2][::-1])
 def widths(model, kind): return {k: width(model.get_submodule(k)) for k,w in halves[kind].items() if w}
 
 def goes_on(learn):
@@ -185,7 +203,8 @@ def test_masks(make, kind, granularity):
     goes_on(learn)
 
 def test_the_language_model_is_masked_in_the_weights_that_are_used(make):
-    "`WeightDropout` keeps the recurrent weights as `weight_hh_l0_raw`; in eval mode they are what the LSTM computes with"
+    """`WeightDropout` keeps the recurrent weights as `weight_hh_l0_raw`; in eval mode they are what the LSTM computes
+    with"""
     learn = make('language')
     cb = SparsifyCallback(50, 'weight', layer_type=nn.Module, verbose=False)
     fit(learn, cb)
@@ -219,9 +238,11 @@ def test_prune_callback(make, kind):
     assert n_params(learn.model) < dense and [t.shape for t in outputs(learn.model, x)] == shapes
     goes_on(learn)
 
-@pytest.mark.parametrize('cb', [SparsifyCallback(50, 'filter', layer_type=nn.Module, coupled=True, verbose=False), PruneCallback(50, verbose=False)])
+@pytest.mark.parametrize('cb', [SparsifyCallback(50, 'filter', layer_type=nn.Module, coupled=True, verbose=False),
+                                PruneCallback(50, verbose=False)])
 def test_the_states_of_a_language_model_have_sizes(make, cb):
-    "Its embedding is tied to the output, and its LSTMs go on from states with as many units as they began with: nothing can be removed"
+    """Its embedding is tied to the output, and its LSTMs go on from states with as many units as they began with:
+    nothing can be removed"""
     with pytest.raises(ValueError, match='no channel can'): fit(make('language'), cb)
 
 def test_resnet18(make):
@@ -237,5 +258,6 @@ def test_resnet18(make):
     assert [(g.n, g.why_not) for g in groups if g.why_not] == [(3, 'it is the output of the model')]
     Sparsifier(model, 'filter', layer_type=nn.Module, coupled=True, example_inputs=x).sparsify_model(50)
     small = thin(model, example_inputs=x)
-    assert (small[0][0].out_channels, small[1][4].in_features, small[1][4].out_features, small[1][8].out_features) == (32, 512, 256, 3)
+    assert (small[0][0].out_channels, small[1][4].in_features, small[1][4].out_features,
+            small[1][8].out_features) == (32, 512, 256, 3)
     assert close(outputs(small, x), outputs(model, x))

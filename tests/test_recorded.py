@@ -1,7 +1,9 @@
-"""Masks and files of earlier versions: what was chosen then is chosen now, to the bit, and what was saved then can be read.
+"""Masks and files of earlier versions: what was chosen then is chosen now, to the bit, and what was saved then can be
+read.
 
-Weights and inputs are whole numbers over powers of two, few enough bits that every sum is exact: no kernel, thread count or processor can
-change a score, ties included. `python tests/test_recorded.py` prints what `recorded.json` holds, for a choice that was changed on purpose."""
+Weights and inputs are whole numbers over powers of two, few enough bits that every sum is exact: no kernel, thread
+count or processor can change a score, ties included. `python tests/test_recorded.py` prints what `recorded.json` holds,
+for a choice that was changed on purpose."""
 import hashlib, json
 from itertools import product
 from pathlib import Path
@@ -40,16 +42,22 @@ BOTH = dict(layer_type=(nn.Conv2d, nn.Linear))
 def combinations():
     "What is recorded: name → (arguments of `Sparsifier`, sparsity)"
     for g in GRANULARITIES: yield f'{g} local', dict(granularity=g), 60
-    for g,c in product(('weight', 'kernel', 'filter'), ('global', 'erk', 'lamp')): yield f'{g} {c}', dict(granularity=g, context=c), 55
-    for c in available_contexts(): yield f'weight {c} of two kinds of layers', dict(context=c, **BOTH), 75
+    for g,c in product(('weight', 'kernel', 'filter'), ('global', 'erk', 'lamp')):
+        yield f'{g} {c}', dict(granularity=g, context=c), 55
+    for c in ('local', 'global', 'erk', 'lamp', 'output'):
+        yield f'weight {c} of two kinds of layers', dict(context=c, **BOTH), 75
     for criteria in EXACT: yield f'weight {criteria}', dict(criteria=criteria, **BOTH), 50
     for criteria in MEASURED:
-        yield f'{criteria}', dict(criteria=criteria, granularity='filter' if criteria in ('apoz', 'mean_activation') else 'weight', data=[(batch(), torch.tensor([2, 3]).view(2, 1))], loss_func=total, **BOTH), 50
+        yield f'{criteria}', dict(criteria=criteria, granularity='filter' if criteria in ('apoz', 'mean_activation')
+                                  else 'weight', data=[(batch(), torch.tensor([2, 3]).view(2, 1))],
+                                  loss_func=total, **BOTH), 50
     for b,(g,c) in product(('params', 'flops'), (('weight', 'global'), ('filter', 'global'), ('filter', 'lamp'))):
         yield f'{g} {c} budget {b}', dict(granularity=g, context=c, budget=b, example_inputs=batch()), 50
-    for nm,c in product(((2, 4), (1, 4), (1, 2)), ('local',)): yield f'nm {nm}', dict(nm=nm, **BOTH), 100*(nm[1] - nm[0])/nm[1]
+    for nm,c in product(((2, 4), (1, 4), (1, 2)), ('local',)):
+        yield f'nm {nm}', dict(nm=nm, **BOTH), 100*(nm[1] - nm[0])/nm[1]
     for c,b in [*product(('local', 'global', 'erk', 'lamp'), ['groups']), ('global', 'params'), ('lamp', 'params')]:
-        yield f'filter {c} coupled budget {b}', dict(granularity='filter', context=c, coupled=True, budget=b, example_inputs=batch(), **BOTH), 40
+        yield f'filter {c} coupled budget {b}', dict(granularity='filter', context=c, coupled=True, budget=b,
+                                                     example_inputs=batch(), **BOTH), 40
     yield 'limits local', dict(min_sparsity={'a': 30}, max_sparsity={'b': 50}, context='global'), 60
     yield 'limits filters', dict(granularity='filter', context='global', max_sparsity=50), 45
     yield 'layers by name', dict(exclude='c', include=['a', 'b', 'c', 'body.*'], **BOTH), 80
@@ -57,7 +65,8 @@ def combinations():
     yield 'heads of rows', dict(granularity='row', layer_type=nn.Linear, context='global'), 50
 
 GRANULARITIES = 'weight kernel filter channel row column shared_weight horizontal_slice vertical_slice layer'.split()
-EXACT    = ['large_final', 'small_final', 'squared_final', 'large_init', 'small_init', 'large_init_large_final', 'small_init_small_final',
+EXACT    = ['large_final', 'small_final', 'squared_final', 'large_init', 'small_init', 'large_init_large_final',
+            'small_init_small_final',
             'magnitude_increase', 'movement', 'movmag', 'updating_magnitude_increase', 'updating_movement']
 MEASURED = ['gradient', 'snip', 'synflow', 'wanda', 'apoz', 'mean_activation']
 

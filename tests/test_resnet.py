@@ -26,7 +26,8 @@ schedules = dict(one_shot=one_shot, iterative=iterative, agp=agp, five=partial(i
 def folder(tmp_path_factory):
     "Ten images of noise, of two classes"
     path, rng = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
-    for i in range(10): Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype='uint8')).save(path/f'{"ab"[i % 2]}_{i}.png')
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype='uint8')).save(path/f'{"ab"[i % 2]}_{i}.png')
     return path
 
 def label(name): return name[0]
@@ -38,12 +39,15 @@ def trained(folder):
     def train(name):
         import contextlib, io
         set_seed(0, reproducible=True)
-        dls = ImageDataLoaders.from_name_func(folder, sorted(folder.glob('*.png')), label, valid_pct=0.2, seed=0, bs=4, num_workers=0)
+        dls = ImageDataLoaders.from_name_func(folder, sorted(folder.glob('*.png')), label, valid_pct=0.2, seed=0,
+                                              bs=4, num_workers=0)
         learn = vision_learner(dls, resnet18, pretrained=False, path=folder)
         learn.unfreeze()
         keys, seen, out = list(learn.model.state_dict()), [], io.StringIO()
-        cb = SparsifyCallback(sparsity=90, granularity='weight', context='local', criteria=large_final, schedule=schedules[name])
-        with contextlib.redirect_stdout(out): learn.fit(10, 1e-3, cbs=[cb, spy('before_validate', lambda: seen.append(zeros(learn.model)))])
+        cb = SparsifyCallback(sparsity=90, granularity='weight', context='local', criteria=large_final,
+                              schedule=schedules[name])
+        with contextlib.redirect_stdout(out):
+            learn.fit(10, 1e-3, cbs=[cb, spy('before_validate', lambda: seen.append(zeros(learn.model)))])
         assert len(dls.train) == 2 and list(learn.model.state_dict()) == keys
         return learn, cb, seen, out.getvalue()
     return train
@@ -71,7 +75,8 @@ def test_layers_are_numbered_as_in_modules(trained):
     learn, cb, *_ = trained('agp')
     assert [r.layer for r in cb.report.rows] == [f'Layer {i}' for i in indices]
     modules = list(learn.model.named_modules())
-    assert [modules[i][1] for i in indices] == layers(learn.model) and [modules[i][0] for i in indices] == [r.name for r in cb.report.rows]
+    assert [modules[i][1] for i in indices] == layers(learn.model)
+    assert [modules[i][0] for i in indices] == [r.name for r in cb.report.rows]
 
 def test_what_is_printed_to_the_letter(trained):
     learn, cb, _, text = trained('agp')
@@ -80,7 +85,8 @@ def test_what_is_printed_to_the_letter(trained):
     assert out[0] == 'Pruning of weight until a sparsity of [90]%'
     k = out.index('Sparsity Report:')
     assert out[k-2:k] == ['Final Sparsity: [90.0]%', ''] and '\n'.join(out[k:]) == str(cb.report)
-    assert out[k:k+5] == ['Sparsity Report:', rule, 'Layer                Type            Params     Zeros      Sparsity', rule,
+    assert out[k:k+5] == ['Sparsity Report:', rule,
+                          'Layer                Type            Params     Zeros      Sparsity', rule,
                           'Layer 2              Conv2d          9,408      8,467         90.00%  0.0']
     assert out[k+24:k+26] == [rule, 'Overall              all             11,166,912 10,050,211    90.00%']
     assert out[k+23] == 'Layer 65             Conv2d          2,359,296  2,123,366     90.00%  0.7.1.conv2'
@@ -96,5 +102,6 @@ def test_nothing_of_ours_on_the_modules(trained):
     learn, *_ = trained('agp')
     fresh = resnet18()
     conv  = next(m for m in learn.model.modules() if isinstance(m, nn.Conv2d))
-    assert set(vars(conv)) == set(vars(fresh.conv1)) and not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
+    assert set(vars(conv)) == set(vars(fresh.conv1))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
     assert 'sparsity' not in [m.name for m in learn.metrics]

@@ -1,14 +1,15 @@
 "Sharded weights: the masks of several processes are those of one, bit for bit"
-import itertools, threading, warnings
+import itertools, threading
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest, torch, torch.distributed as dist, torch.nn as nn
+import pytest, torch, torch.nn as nn
 from torch.nn.functional import cross_entropy
 from fasterai_clone.core.criteria import Criteria, Normalizer, magnitude
-from fasterai_clone.core.measure import as_criteria, available_criterias
-from fasterai_clone.core.selection import Piece, _kth, keep_masks, keep_masks_sharded
+from fasterai_clone.sparse.measure import as_criteria, available_criterias
+from fasterai_clone.core.selection import keep_masks
+from fasterai_clone.core.sharded import Piece, _kth, keep_masks_sharded
 from fasterai_clone.sparse.sparsifier import Sparsifier  # not `sparse.all`, which imports fastai
-from fasterai_clone.sparse.targets import _is_sharded, _piece
+from fasterai_clone.sparse.placement import is_sharded, piece_of
 from processes import main, start
 
 
@@ -36,7 +37,8 @@ def cut(t, n, axis=0):
     "The pieces of `t` for `n` processes, and where they lie"
     size  = -(-t.shape[axis] // n)
     spans = [(min(i*size, t.shape[axis]), min((i+1)*size, t.shape[axis])) for i in range(n)]
-    return [(t.narrow(axis, a, b-a), Piece(tuple(t.shape), tuple(a if i == axis else 0 for i in range(t.ndim)))) for a,b in spans]
+    return [(t.narrow(axis, a, b-a), Piece(tuple(t.shape), tuple(a if i == axis else 0 for i in range(t.ndim))))
+            for a,b in spans]
 
 def sharded(tensors, n_drop, n, axes, old=None, magnitude=False):
     "`keep_masks` as `n` processes find it, put together again"
@@ -66,7 +68,8 @@ def tensors(kind, dtype, seed=0):
 def test_pieces_find_the_mask_of_the_whole(kind, dtype):
     ts    = tensors(kind, dtype)
     total = sum(t.numel() for t in ts)
-    for n,axes,by in itertools.product((1, 2, 3, 4), ((0, 0, 0, 0), (1, 0, 2, 1)), (False, True)):  # uneven, and empty: 7 in 4, 1 in 4
+    # uneven, and empty: 7 in 4, 1 in 4
+    for n,axes,by in itertools.product((1, 2, 3, 4), ((0, 0, 0, 0), (1, 0, 2, 1)), (False, True)):
         for k in (0, 1, 13, total - 1, total):
             assert same(sharded(ts, k, n, axes, magnitude=by), keep_masks(ts, k, by)), (n, axes, k, by)
 
@@ -87,7 +90,8 @@ def test_mixed_precision_is_compared_in_the_higher_one():
 
 def test_copies_count_once():
     w = torch.tensor([3., 1., 1., 2.])
-    def rank(r, reduce): return keep_masks_sharded([w, w[2*r:2*r + 2]], [Piece((4,), (0,), r == 0), Piece((4,), (2*r,))], 3, reduce)
+    def rank(r, reduce):
+        return keep_masks_sharded([w, w[2*r:2*r + 2]], [Piece((4,), (0,), r == 0), Piece((4,), (2*r,))], 3, reduce)
     (a, first), (b, second) = together(2, rank)
     want = keep_masks([w, w], 3)
     assert torch.equal(a, b) and same([a, torch.cat([first, second])], want)
@@ -97,7 +101,8 @@ def test_many_equal_scores_and_digits_of_64_bits():
     w[69_000:] = 1
     assert same(sharded([w], 66_000, 3, (0,)), [torch.arange(70_000) >= 66_000])
     keys = [torch.tensor([3 << 40, -5, 7]), torch.tensor([1 << 40, 3 << 40])]
-    assert [_kth(keys, r, 64, lambda c: c) for r in (1, 2, 3, 4, 5)] == [(-5, 0, 1), (7, 1, 1), (1 << 40, 2, 1), (3 << 40, 3, 2), (3 << 40, 3, 2)]
+    assert [_kth(keys, r, 64, lambda c: c) for r in (1, 2, 3, 4, 5)] == [(-5, 0, 1), (7, 1, 1), (1 << 40, 2, 1),
+                                                                         (3 << 40, 3, 2), (3 << 40, 3, 2)]
 
 def test_messages_are_few_and_of_one_size():
     sent = []
@@ -120,8 +125,8 @@ def test_NaN_in_one_process_is_raised_in_all():
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
-                         nn.Linear(96, 3))
+    return nn.Sequential(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 6, 3), nn.BatchNorm2d(6),
+                         nn.ReLU(), nn.Flatten(), nn.Linear(96, 3))
 
 def batch(step):
     g = torch.Generator().manual_seed(step)
@@ -136,15 +141,21 @@ def placed(model, mesh, **placements):
     from torch.distributed.tensor import distribute_tensor
     for m in model.modules():
         for k,p in m._parameters.items():
-            if p is not None: m._parameters[k] = nn.Parameter(distribute_tensor(p.detach(), mesh, placements['weights' if p.ndim > 1 else 'others']))
+            if p is not None:
+                m._parameters[k] = nn.Parameter(distribute_tensor(p.detach(), mesh,
+                                                                  placements['weights' if p.ndim > 1 else 'others']))
     return model
 
 def held_here(sp):
     "What this process has: parameter name → the shape of the whole, where the piece begins, its mask and its weights"
-    def where(p): return _piece(p.whole)[0][:2] if _is_sharded(p.whole) else (tuple(p.whole.shape), (0,) * p.whole.ndim)
-    return {p.name: (*where(p), sp.masks[p.name].clone(), p.tensor.detach().clone()) for t in sp.targets for p in t.parts + t.held}
+    def where(p):
+        return piece_of(p.whole)[0][:2] if is_sharded(p.whole) else (tuple(p.whole.shape), (0,) * p.whole.ndim)
+    return {p.name: (*where(p), sp.masks[p.name].clone(), p.tensor.detach().clone()) for t in sp.targets
+            for p in t.parts + t.held}
 
-def counted(sp): return [(r.name, r.params, r.zeros, r.groups, r.zero_groups) for r in sp.report().rows], sp.dropped(), sp.sizes, sp.sparsity, sp.report().total
+def counted(sp):
+    return [(r.name, r.params, r.zeros, r.groups, r.zero_groups)
+            for r in sp.report().rows], sp.dropped(), sp.sizes, sp.sparsity, sp.report().total
 
 def set_grads(model, step):
     "Known gradients, in the place of a backward pass"
@@ -170,7 +181,8 @@ def meshes(world):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
     flat = init_device_mesh('cpu', (world,))
-    found = dict(rows  =(flat, dict(weights=[Shard(0)], others=[Shard(0)])), inputs=(flat, dict(weights=[Shard(1)], others=[Replicate()])),
+    found = dict(rows  =(flat, dict(weights=[Shard(0)], others=[Shard(0)])),
+                 inputs=(flat, dict(weights=[Shard(1)], others=[Replicate()])),
                  copies=(flat, dict(weights=[Replicate()], others=[Replicate()])))
     if world == 4:
         square = init_device_mesh('cpu', (2, 2))
@@ -183,12 +195,15 @@ def single_weights(rank, world):
     "Every context and criterion, and every placement"
     ms = meshes(world)
     def case(name, *args): return steps(placed(net(), ms[name][0], **ms[name][1]), 'weight', *args)
-    found = {('rows', 'global', c): case('rows', 'global', c) for c in (ALLOWED if world < 4 else ())}  # it would take long
-    return {**found, **{(name, context, 'large_final'): case(name, context, 'large_final') for name in ms for context in ('local', 'global', 'erk')}}
+    # it would take long
+    found = {('rows', 'global', c): case('rows', 'global', c) for c in (ALLOWED if world < 4 else ())}
+    return {**found, **{(name, context, 'large_final'): case(name, context, 'large_final') for name in ms
+                        for context in ('local', 'global', 'erk')}}
 
 def filters(rank, world):
     "Whole filters with their biases and norms"
-    return {(name, context, c): steps(placed(net(), mesh, **how), 'filter', context, c, nn.Conv2d) for name,(mesh,how) in meshes(world).items()
+    return {(name, context, c): steps(placed(net(), mesh, **how), 'filter', context, c, nn.Conv2d)
+            for name,(mesh,how) in meshes(world).items()
             if name in ('rows', 'hsdp', 'copies') for context,c in (('local', 'large_final'), ('global', 'gradient'))}
 
 def fsdp(rank, world):
@@ -223,7 +238,6 @@ def fsdp(rank, world):
 
 def failures(rank, world):
     "What one process alone has wrong; and what is refused at once"
-    from torch.distributed.tensor import Shard
     mesh, how = meshes(world)['rows']
     def tried(f):
         try: f()
@@ -250,9 +264,12 @@ def refused(rank, world):
         try: Sparsifier(placed(net(), mesh, **placements), **kwargs)
         except ValueError as e: return str(e)
     own = Criteria(magnitude, normalizer=Normalizer.mean)
-    return [why(context='lamp'), why(context='output'), why(nm=True, layer_type=nn.Linear), why(context='global', budget='params'), why(context='global', max_sparsity=50),
-            why(data=torch.zeros(1, 1, 8, 8)), why(example_inputs=torch.zeros(1, 1, 8, 8)), why(criteria='random'), why(criteria='synflow'), why(criteria=own),
-            why(criteria=torch.abs), why(granularity='column'), why(granularity='layer'), why(placements=dict(weights=[Shard(1)], others=[Replicate()]), granularity='filter'),
+    return [why(context='lamp'), why(context='output'), why(nm=True, layer_type=nn.Linear),
+            why(context='global', budget='params'), why(context='global', max_sparsity=50),
+            why(data=torch.zeros(1, 1, 8, 8)), why(example_inputs=torch.zeros(1, 1, 8, 8)), why(criteria='random'),
+            why(criteria='synflow'), why(criteria=own),
+            why(criteria=torch.abs), why(granularity='column'), why(granularity='layer'),
+            why(placements=dict(weights=[Shard(1)], others=[Replicate()]), granularity='filter'),
             why(placements=dict(weights=[Shard(0)], others=[Replicate()]), granularity='filter')]
 
 CASES = [single_weights, filters, fsdp, failures, refused]
@@ -269,11 +286,13 @@ def assembled(pieces):
     whole = {}
     for name in pieces[0]:
         shape  = pieces[0][name][0]
-        mask, weight, seen = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+        mask, weight = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+        seen = torch.zeros(shape, dtype=torch.bool)
         for _,at,m,w in (p[name] for p in pieces):
             where = tuple(slice(a, a + n) for a,n in zip(at, m.shape))
             known = seen[where]
-            assert torch.equal(mask[where][known], m[known]) and torch.equal(weight[where][known], w[known])  # copies are the same
+            # copies are the same
+            assert torch.equal(mask[where][known], m[known]) and torch.equal(weight[where][known], w[known])
             mask[where], weight[where], seen[where] = m, w, True
         assert seen.all()
         whole[name] = mask, weight
@@ -289,54 +308,68 @@ def alike(a, b):
 def test_masks_weights_and_counts_are_those_of_one_process(ranks, case):
     cases  = [r[case][0] for r in ranks]
     places = {'rows', 'inputs', 'copies'} | ({'hsdp', 'both', 'twice'} if len(ranks) == 4 else set())
-    assert {place for place,*_ in cases[0]} == (places if case == 'single_weights' else places & {'rows', 'copies', 'hsdp'})
+    assert {place for place,*_ in cases[0]} == (places if case == 'single_weights'
+                                                else places & {'rows', 'copies', 'hsdp'})
     for (place,context,criteria) in cases[0]:
         args = ('weight', context, criteria) if case == 'single_weights' else ('filter', context, criteria, nn.Conv2d)
         want, counts = steps(net(), *args)
         every = [c[place, context, criteria] for c in cases]
         assert all(alike(c, counts) for _,c in every), (place, context, criteria)
-        for i,w in enumerate(want): assert alike(assembled([f[i] for f,_ in every]), assembled([w])), (place, context, criteria, i)
+        for i,w in enumerate(want):
+            assert alike(assembled([f[i] for f,_ in every]), assembled([w])), (place, context, criteria, i)
 
-def test_criteria_of_single_weights_are_many(): assert len(ALLOWED) == 16 and {'large_final', 'movement', 'gradient', 'fisher'} <= {*ALLOWED}
+def test_criteria_of_single_weights_are_many():
+    assert len(ALLOWED) == 16 and {'large_final', 'movement', 'gradient', 'fisher'} <= {*ALLOWED}
 
 def test_training_with_fully_shard(ranks):
     "The same choices as one process makes from the weights of all, and they last"
     found = [r['fsdp'][0][0] for r in ranks]
     model = net()
-    every, whole = Sparsifier(model, 'weight', 'global', 'movement', layer_type=LAYERS), Sparsifier(model, 'filter', 'global')
+    every = Sparsifier(model, 'weight', 'global', 'movement', layer_type=LAYERS)
+    whole = Sparsifier(model, 'filter', 'global')
     for i,s in enumerate((*ASKED, None)):
         now = found[0][i][0]
         assert all(alike(f[i][0], now) for f in found)
         model.load_state_dict(now, strict=False)
         if s: every.sparsify_model(s), whole.sparsify_model(s)
-        else: assert all(alike(p, now[k]) for k,p in model.named_parameters()) and (every.apply_masks(), whole.apply_masks())
+        else:
+            assert all(alike(p, now[k]) for k,p in model.named_parameters())
+            every.apply_masks()
+            whole.apply_masks()
         for sp,where in ((every, 1), (whole, 2)):
             got = assembled([f[i][where] for f in found])
             assert alike({k: m for k,(m,_) in got.items()}, dict(sp.masks))
-            if where == 2 or not s: assert all(alike(w, sp._params()[k]) for k,(_,w) in got.items())  # the other looked before this one pruned
+            # the other looked before this one pruned
+            if where == 2 or not s: assert all(alike(w, sp.params[k]) for k,(_,w) in got.items())
 
 def test_what_is_counted_after_fully_shard(ranks):
     for i,r in enumerate(ranks):
         (found, said, (rows, dropped, sizes, sparsity, total), *pruned), printed = r['fsdp']
-        assert 'gathered now' in said and 'model.reshard()' in said
-        assert dropped == [4] and sizes == [11] and [n for *_,n,_ in rows] == [5, 6] and total == sum(p.numel() for p in net().parameters())
+        assert 'currently gathered' in said and 'model.reshard()' in said
+        assert dropped == [4] and sizes == [11] and [n for *_,n,_ in rows] == [5, 6]
+        assert total == sum(p.numel() for p in net().parameters())
         assert sum(z for *_,z in rows) >= 4 and sparsity == 100 * sum(z for _,_,z,*_ in rows) / 315
-        assert pruned == [True, any(z for name,*_,z in rows if name == '0'), False] and ('Sparsity Report' in printed) == (i == 0)
+        assert pruned == [True, any(z for name,*_,z in rows if name == '0'), False]
+        assert ('Sparsity Report' in printed) == (i == 0)
 
 def test_what_one_process_cannot_do_stops_all(ranks):
     found = [r['failures'][0] for r in ranks]
     for i,(infinite, masks, no_gradient, nan, mixed) in enumerate(found):
         assert infinite[0] == 'ValueError' and masks == {}
-        assert infinite[1] == ('The scores of 0.weight hold NaN or infinite numbers' if i == 0 else 'Another process cannot score its part of the weights')
+        assert infinite[1] == ('The scores of 0.weight hold NaN or infinite numbers' if i == 0
+                               else 'Another process cannot score its part of the weights')
         assert 'run a backward pass first' in no_gradient[1] and 'The weight of 3 (Conv2d) holds NaN' in nan[1]
         assert mixed == ('ValueError', '3.weight are not sharded, and the others are: leave them out with `exclude`')
 
 def test_what_needs_the_whole_is_refused_at_once(ranks):
-    named = ["context='lamp'", "context='output'", '`nm`', '`budget`', '`min_sparsity` and `max_sparsity`', '`data`', '`example_inputs`', *['this criterion']*4]
+    named = ["context='lamp'", "context='output'", '`nm`', '`budget`', '`min_sparsity` and `max_sparsity`', '`data`',
+             '`example_inputs`', *['this criterion']*4]
     for r in ranks:
         *first, column, layer, across, uncut = r['refused'][0]
-        for said,name in zip(first, named, strict=True): assert said.startswith(f'Weights that are sharded (`DTensor`) cannot be sparsified with {name}: ')
+        for said,name in zip(first, named, strict=True):
+            assert said.startswith(f'Weights that are sharded (`DTensor`) cannot be sparsified with {name}: ')
         assert column is None  # of a kernel: it lies in one filter
         assert 'Groups of 0.weight would lie in more than one process, which has a part of axis [0]' in layer
         assert 'which has a part of axis [1]' in across
-        assert uncut is None if len(ranks) == 1 else uncut == '0.bias is not cut where 0.weight is, with which it is dropped'
+        why = '0.bias is not cut where 0.weight is, with which it is pruned'
+        assert uncut == (None if len(ranks) == 1 else why)

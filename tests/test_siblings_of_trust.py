@@ -1,4 +1,5 @@
-"Siblings of the faults of files from anywhere and of models that change, found by a reader who had not written the fixes"
+"""Siblings of the faults of files from anywhere and of models that change, found by a reader who had not written the
+fixes"""
 import io, zipfile
 from copy import deepcopy
 
@@ -63,7 +64,8 @@ def test_another_shape_in_a_compact_fit_is_refused_by_name():
     learn = learner()
     def change(): learn.model[6].weight.data = torch.randn(3, 3, 3, 3)
     cb = SparsifyCallback(50, schedule=one_shot, start_epoch=0, compact=True, verbose=False)
-    with pytest.raises(ValueError, match='6.weight.*shape'): quiet(learn, 2, 1e-2, cbs=[cb, spy('after_step', change, order=-20)])
+    with pytest.raises(ValueError, match='6.weight.*shape'):
+        quiet(learn, 2, 1e-2, cbs=[cb, spy('after_step', change, order=-20)])
 
 # Checkpoints of `PruneCallback`
 

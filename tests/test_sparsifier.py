@@ -3,11 +3,12 @@ import math, pickle
 from copy import deepcopy
 from functools import partial
 
-import pytest, torch, torch.nn as nn
+import pytest, torch, torch.nn as nn, torch.nn.functional as F
 
 from torch.nn.utils import prune
 from fasterai_clone.digits import digits_net
 from fasterai_clone.sparse.all import *
+from fasterai_clone.core.schedule import as_schedule
 from helpers import same, zeros
 
 
@@ -18,9 +19,10 @@ def steps(net, opt, n=3):
         opt.step()
         opt.zero_grad()
 
-@pytest.mark.parametrize('opt_func', [partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1), torch.optim.AdamW,
-                                      torch.optim.RMSprop])
-@pytest.mark.parametrize('criteria, kwargs', [('large_final', {}), ('random', {}), ('wanda', dict(data=torch.rand(4, 1, 8, 8)))])
+@pytest.mark.parametrize('opt_func', [partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+                                      torch.optim.AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize('criteria, kwargs', [('large_final', {}), ('random', {}),
+                                              ('wanda', dict(data=torch.rand(4, 1, 8, 8)))])
 def test_hold_keeps_zeros_until_released(opt_func, criteria, kwargs):
     net = digits_net(4)
     sp, opt = Sparsifier(net, criteria=criteria, **kwargs), opt_func(net.parameters())
@@ -33,7 +35,8 @@ def test_hold_keeps_zeros_until_released(opt_func, criteria, kwargs):
 def test_hold_counts_gradients():
     net = digits_net(4)
     sp, opt, before = Sparsifier(net, criteria='gradient'), torch.optim.SGD(net.parameters(), lr=0.), {}
-    def add(*args): before.update({t.name: before.get(t.name, 0) + (t.weight * t.weight.grad).abs().detach() for t in sp.targets})
+    def add(*args):
+        before.update({t.name: before.get(t.name, 0) + (t.weight * t.weight.grad).abs().detach() for t in sp.targets})
     opt.register_step_pre_hook(add)
     with sp.hold(opt): steps(net, opt)
     sp.sparsify_model(50)
@@ -119,13 +122,15 @@ def test_what_is_pruned():
     sp = Sparsifier(net, layer_type=nn.Linear)
     assert not sp.is_pruned()
     sp.sparsify_model({'1.0': 50})
-    assert sp.is_pruned() and sp.is_pruned('1') and sp.is_pruned(net[1][0]) and sp.is_pruned('1.0.weight') and sp.is_pruned(net[1][0].weight)
+    assert sp.is_pruned() and sp.is_pruned('1') and sp.is_pruned(net[1][0]) and sp.is_pruned('1.0.weight')
+    assert sp.is_pruned(net[1][0].weight)
     assert not any(map(sp.is_pruned, ('0', '0.weight', '1.0.bias', net[0])))
     with pytest.raises(ValueError, match="'1.0.bais'.*mean '1.0.bias'"): sp.is_pruned('1.0.bais')
     with pytest.raises(TypeError, match='module, a parameter'): sp.is_pruned(3)
 
 
-@pytest.mark.parametrize('schedule', ['agp', one_shot, cos(end_pct=0.5), lambda pos: pos**2], ids=['name', 'one_shot', 'cos', 'function'])
+@pytest.mark.parametrize('schedule', ['agp', one_shot, cos(end_pct=0.5), lambda pos: pos**2],
+                         ids=['name', 'one_shot', 'cos', 'function'])
 @pytest.mark.parametrize('context', ['local', 'global'])
 def test_a_schedule_in_a_loop_of_ones_own(schedule, context):
     "Exactly as many as the schedule says, also between 0 and 1 %, whatever the number of layers"
@@ -139,8 +144,18 @@ def test_a_schedule_in_a_loop_of_ones_own(schedule, context):
 
 def test_a_schedule_and_how_far_to_be_go_together():
     sp = Sparsifier(nn.Linear(4, 4), layer_type=nn.Linear)
-    for kw, words in ((dict(schedule='agp'), 'go together'), (dict(done=0.5), 'go together'), (dict(schedule='agp', done=50), 'from 0 to 1, got 50'),
+    for kw, words in ((dict(schedule='agp'), 'belong together'), (dict(done=0.5), 'belong together'),
+                      (dict(schedule='agp', done=50), 'from 0 to 1, got 50'),
                       (dict(schedule='agp', done='half'), "got 'half'"), (dict(schedule='agpp', done=1), 'agp'),
-                      (dict(schedule='agp', done=1, relative=True), 'leave `n` and `relative` out')):
+                      (dict(schedule='agp', done=1, relative=True), 'omit `n` and `relative`')):
         with pytest.raises(ValueError, match=words): sp.sparsify_model(90, **kw)
     assert not sp.masks
+
+def test_data_and_loss_may_be_replaced():
+    "Of the next update; and what a budget needs to run the model"
+    net, x = nn.Sequential(nn.Linear(3, 2)), torch.eye(3)
+    sp = Sparsifier(net, criteria='snip', layer_type=nn.Linear, loss_func=F.mse_loss, data=[(x, torch.zeros(3, 2))])
+    sp.data, sp.loss_func = [(x[:1], torch.ones(1, 2))], F.l1_loss   # inputs 1 and 2 get no gradient from it
+    sp.sparsify_model(66.7)
+    assert sp.masks['0.weight'].tolist() == [[True, False, False]]*2
+    assert (sp.loss_func, sp.example_inputs) == (F.l1_loss, None) and len(sp.data) == 1

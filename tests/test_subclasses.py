@@ -1,12 +1,17 @@
-"Tensor subclasses, writes through views, what is kept for the caller, random numbers, and copies of models that remember"
+"""Tensor subclasses, writes through views, what is kept for the caller, random numbers, and copies of models that
+remember"""
 import copy, threading
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.torch_core import TensorBase, TensorImage
 from fastai.vision.models.unet import DynamicUnet
 
-from fasterai_clone.core.flow import copied, multiply_adds, trace_flow
-from fasterai_clone.core.measure import input_norms, snip_scores, synflow_scores
+from fasterai_clone.model.flops import multiply_adds
+from fasterai_clone.model.flow import trace_flow
+from fasterai_clone.model.preserve import copied
+from fasterai_clone.sparse.activations import input_norms
+from fasterai_clone.sparse.gradients import snip_scores
+from fasterai_clone.sparse.synflow import synflow_scores
 from fasterai_clone.prune.all import *
 from fasterai_clone.sparse.all import *
 
@@ -35,11 +40,14 @@ def conv(i, o): return nn.Conv2d(i, o, 3, padding=1)
 def image(n=2): return torch.rand(n, 3, 6, 6)
 def net():
     torch.manual_seed(0)
-    model = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    model = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 6), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                          nn.Flatten(), nn.Linear(6, 4))
     nn.init.uniform_(model[1].bias, 0.1, 0.2)
     return model
 
-def seen(model, x): return [(g.name, g.n, g.why_not, [(m.name, m.role, m.channel.tolist()) for m in g.members]) for g in coupled_groups(model, x)]
+def seen(model, x):
+    return [(g.name, g.n, g.why_not, [(m.name, m.role, m.channel.tolist()) for m in g.members])
+            for g in coupled_groups(model, x)]
 def free(model, x): return {g.name: g.n for g in coupled_groups(model, x) if not g.why_not}
 def why (model, x, name): return next(g.why_not for g in coupled_groups(model, x) if g.name == name)
 
@@ -61,9 +69,11 @@ def test_made_inside_and_turned_back(kind):
         return m.c(F.relu(m.b(F.relu(y)).as_subclass(torch.Tensor) + y))
     model = Net(forward, a=conv(3, 8), b=conv(8, 8), c=conv(8, 2))
     assert free(model, image()) == {'a': 8}
-    plain = Net(lambda m, x: m.c(F.relu(m.b(F.relu(y)) + y)) if (y := m.a(x)) is not None else None, a=conv(3, 8), b=conv(8, 8), c=conv(8, 2))
+    plain = Net(lambda m, x: m.c(F.relu(m.b(F.relu(y)) + y)) if (y := m.a(x)) is not None else None, a=conv(3, 8),
+                b=conv(8, 8), c=conv(8, 2))
     assert seen(model, image()) == seen(plain, image())
-    assert why(Net(lambda m, x: m.a(x).as_subclass(kind), a=conv(3, 8)), image(), 'a') == 'it is the output of the model'
+    assert why(Net(lambda m, x: m.a(x).as_subclass(kind), a=conv(3, 8)), image(),
+               'a') == 'it is the output of the model'
 
 @pytest.mark.parametrize('kind', kinds)
 def test_parameters(kind):
@@ -74,7 +84,8 @@ def test_parameters(kind):
     Sparsifier(model, 'filter', coupled=True, example_inputs=image()).sparsify_model(50)
     small = thin(model, example_inputs=image())
     assert (small[0].out_channels, small[3].out_channels, small[7].in_features, small[7].out_features) == (4, 3, 3, 4)
-    assert isinstance(small[0].weight, kind) and torch.allclose(small.eval()(image(1)*0 + 1), model.eval()(image(1)*0 + 1), atol=1e-6)
+    assert isinstance(small[0].weight, kind)
+    assert torch.allclose(small.eval()(image(1)*0 + 1), model.eval()(image(1)*0 + 1), atol=1e-6)
 
 @pytest.mark.parametrize('kind', kinds)
 def test_coupled_sparsifier_and_thin(kind):
@@ -91,7 +102,9 @@ def test_coupled_sparsifier_and_thin(kind):
 def test_scores(kind):
     x, y, model = image(), torch.tensor([0, 1]), net()
     params = {k: p for k,p in model.named_parameters() if k in ('0.weight', '3.weight')}
-    for measure in (input_norms, synflow_scores): assert all(torch.equal(a, b) for a,b in zip(measure(model, params, x).values(), measure(model, params, kind(x)).values()))
+    for measure in (input_norms, synflow_scores):
+        assert all(torch.equal(a, b) for a,b in zip(measure(model, params, x).values(),
+                                                    measure(model, params, kind(x)).values()))
     a, b = (snip_scores(model, params, (t, y), F.cross_entropy) for t in (x, kind(x)))
     assert all(torch.allclose(a[k], b[k]) and type(b[k]) is torch.Tensor for k in a)
 
@@ -113,18 +126,18 @@ def test_both_names_of_a_value_have_its_label():
         z = y.detach()
         z.add_(1)
         return m.b(y)
-    assert 'makes something else of zero with `add`' in why(Net(forward, a=conv(3, 8), b=conv(8, 2)), image(), 'a')
+    assert 'does not keep zero at zero with `add`' in why(Net(forward, a=conv(3, 8), b=conv(8, 2)), image(), 'a')
 
 @pytest.mark.parametrize('write, says', [
-    (lambda y: y[:, :, 0].add_(1), 'makes something else of zero with `add`'),
-    (lambda y: y[:, :, :2].copy_(torch.ones(2, 8, 2, 6)), 'meets a value that is not of a layer'),
-    (lambda y: y[0].fill_(5), 'makes something else of zero with `fill`'),
-    (lambda y: y.__setitem__((Ellipsis, 0), 5), 'makes something else of zero with'),
-    (lambda y: y.flatten(2).sigmoid_(), 'makes something else of zero with `sigmoid`'),
+    (lambda y: y[:, :, 0].add_(1), 'does not keep zero at zero with `add`'),
+    (lambda y: y[:, :, :2].copy_(torch.ones(2, 8, 2, 6)), 'meets a value that does not come from a layer'),
+    (lambda y: y[0].fill_(5), 'does not keep zero at zero with `fill`'),
+    (lambda y: y.__setitem__((Ellipsis, 0), 5), 'does not keep zero at zero with'),
+    (lambda y: y.flatten(2).sigmoid_(), 'does not keep zero at zero with `sigmoid`'),
     (lambda y: y[:, :, 0].cumsum_(1), 'uses `cumsum` on it'),
     (lambda y: y[:, 0].fill_(5), 'takes a part of it with `select`'),
     (lambda y: y[:, :4].relu_(), 'takes a part of it with `slice`'),
-    (lambda y: y.__setitem__(y > 0.5, 1.), 'makes something else of zero with `masked_fill`'),
+    (lambda y: y.__setitem__(y > 0.5, 1.), 'does not keep zero at zero with `masked_fill`'),
     (lambda y: y.__setitem__((0, torch.tensor([1, 2])), 1.), 'uses `index_')])
 def test_writes_through_a_view(write, says):
     def forward(m, x):
@@ -139,10 +152,13 @@ def test_a_view_made_before_the_write():
         flat = y.flatten(1)
         y += 1
         return m.b(flat)
-    assert 'makes something else of zero with `add`' in why(Net(forward, a=conv(3, 8), b=nn.Linear(8*36, 2)), image(), 'a')
+    assert 'does not keep zero at zero with `add`' in why(Net(forward, a=conv(3, 8), b=nn.Linear(8*36, 2)), image(),
+                                                          'a')
 
-@pytest.mark.parametrize('write', [lambda y: y[:, :, 0].relu_(), lambda y: y[0].mul_(2), lambda y: y.flatten(2).clamp_(min=0),
-                                   lambda y: y[..., 1:3].zero_(), lambda y: y.unsqueeze_(0).squeeze_(0), lambda y: y[1].__setitem__(slice(None), 0)])
+@pytest.mark.parametrize('write', [lambda y: y[:, :, 0].relu_(), lambda y: y[0].mul_(2),
+                                   lambda y: y.flatten(2).clamp_(min=0),
+                                   lambda y: y[..., 1:3].zero_(), lambda y: y.unsqueeze_(0).squeeze_(0),
+                                   lambda y: y[1].__setitem__(slice(None), 0)])
 def test_writes_that_keep_zero(write):
     "Exactly: the thinned model computes the same"
     def forward(m, x):
@@ -161,7 +177,6 @@ def test_parts_of_one_memory_that_do_not_overlap():
     layer, out = nn.Linear(3, 8), nn.Linear(8, 2)
     layer.weight.data, layer.bias.data = flat[:24].view(8, 3), flat[24:]
     def forward(m, x):
-        y = torch.zeros(2, 2, 8)
         m.a.bias.data.mul_(1)
         return m.b(m.a(x))
     assert free(Net(forward, a=layer, b=out), torch.rand(2, 3)) == {'a': 8}
@@ -180,7 +195,8 @@ def test_memory_used_again_misleads_nobody():
 # --- what leaves the model
 
 def test_kept_for_the_caller():
-    "An auxiliary output that is only an attribute has the classes of the training loop; what the model reads itself has none"
+    """An auxiliary output that is only an attribute has the classes of the training loop; what the model reads itself
+    has none"""
     def forward(m, x):
         y = F.relu(m.a(x))
         m.features = [y]
@@ -205,7 +221,8 @@ class Always(nn.Module):
 def by_hand(x): return x * (torch.rand(x.shape) > 0.3) / 0.7
 def path(x): return x * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.9).div_(0.9)
 
-@pytest.mark.parametrize('drop', [lambda x: F.dropout(x, 0.5, True), lambda x: F.dropout2d(x, 0.5, True), lambda x: F.dropout(x, 0.5, True, inplace=True),
+@pytest.mark.parametrize('drop', [lambda x: F.dropout(x, 0.5, True), lambda x: F.dropout2d(x, 0.5, True),
+                                  lambda x: F.dropout(x, 0.5, True, inplace=True),
                                   by_hand, path, lambda x: x * torch.bernoulli(torch.full_like(x[:, :, :1, :1], 0.5)),
                                   torch.jit.script(nn.Dropout2d().train())])
 def test_dropout_that_is_always_on(drop):
@@ -217,10 +234,12 @@ def test_noise():
     assert why(model(True), image(), '0') == '`2` (Noise) adds random numbers to it with `add`'
     assert free(model(False), image()) == {'0': 8}
 
-@pytest.mark.parametrize('extra', [nn.Dropout(), nn.Dropout2d(), nn.AlphaDropout(), nn.FeatureAlphaDropout(), nn.RReLU(), Noise(False), nn.BatchNorm2d(6)])
+@pytest.mark.parametrize('extra', [nn.Dropout(), nn.Dropout2d(), nn.AlphaDropout(), nn.FeatureAlphaDropout(),
+                                   nn.RReLU(), Noise(False), nn.BatchNorm2d(6)])
 @pytest.mark.parametrize('n', [1, 2])
 def test_heads_that_run_in_training_only(extra, n):
-    "What a head for training reads goes with it: in exact numbers, 8 channels of `a` and 6 of the head's own; a batch of one image, too"
+    """What a head for training reads goes with it: in exact numbers, 8 channels of `a` and 6 of the head's own; a batch
+    of one image, too"""
     def forward(m, x):
         y = F.relu(m.a(x))
         if m.training: return m.b(y), m.out(m.extra(m.aux(m.extra2(y))))
@@ -228,10 +247,14 @@ def test_heads_that_run_in_training_only(extra, n):
     extra2 = nn.BatchNorm2d(8) if isinstance(extra, nn.BatchNorm2d) else copy.deepcopy(extra)
     model = Net(forward, a=conv(3, 8), b=conv(8, 2), aux=conv(8, 6), extra=extra, extra2=extra2, out=conv(6, 3)).eval()
     if n == 1 and isinstance(extra, nn.BatchNorm2d):  # which refuse single numbers
-        model.f = lambda m, x: (m.b(y), m.out(m.extra(m.aux(m.extra2(y.mean((2, 3), keepdim=True)))))) if (y := F.relu(m.a(x))) is not None and m.training else m.b(y)
+        def pooled(m, x):
+            y = F.relu(m.a(x))
+            return (m.b(y), m.out(m.extra(m.aux(m.extra2(y.mean((2, 3), keepdim=True)))))) if m.training else m.b(y)
+        model.f = pooled
     groups = {g.name: g for g in coupled_groups(model, image(n))}
     assert {k for k,g in groups.items() if not g.why_not} == {'a', 'aux'}
-    assert ('aux.weight', 1) in {(m.name, m.axis) for m in groups['a'].members} and groups['out'].why_not == 'it is the output of the model'
+    assert ('aux.weight', 1) in {(m.name, m.axis) for m in groups['a'].members}
+    assert groups['out'].why_not == 'it is the output of the model'
 
 
 # --- copies
@@ -257,7 +280,8 @@ class Hooked(nn.Module):
         def function(m, inputs, out): self.kept['it'] = out
         def default(m, inputs, out, kept=self.kept): kept['it'] = out
         self.how = how
-        self.a.register_forward_hook(dict(object=self.holder, method=self.holder.__call__, function=function, default=default)[how])
+        self.a.register_forward_hook(dict(object=self.holder, method=self.holder.__call__, function=function,
+                                          default=default)[how])
     def forward(self, x):
         self.a(x)
         return self.b(F.relu(self.holder.stored if self.how in ('object', 'method') else self.kept['it']))
@@ -272,7 +296,8 @@ def test_copies_of_models_that_remember(make, x):
     torch.manual_seed(0)
     model = make()
     want, _ = model(x), model.eval()(x).sum()
-    kept = [t for m in model.modules() for t in (getattr(m, 'aux_loss', None), *(h.stored for h in getattr(m, 'sfs', ()))) if t is not None]
+    kept = [t for m in model.modules()
+            for t in (getattr(m, 'aux_loss', None), *(h.stored for h in getattr(m, 'sfs', ()))) if t is not None]
     new  = copied(model)
     new(torch.zeros_like(x))
     assert torch.equal(new(x), model(x))
@@ -283,10 +308,14 @@ def test_copies_of_models_that_remember(make, x):
     want.sum().backward()  # from before the copy
     assert all(p.grad is not None for p in model.parameters())
 
-def test_hooks_of_a_copy_that_are_functions(): assert free(Hooked('function'), torch.rand(2, 4)) == free(Hooked('default'), torch.rand(2, 4)) == {'a': 8}
+def test_hooks_of_a_copy_that_are_functions():
+    assert free(Hooked('function'), torch.rand(2, 4)) == free(Hooked('default'), torch.rand(2, 4)) == {'a': 8}
 
-@pytest.mark.parametrize('make, x, some', [(Experts, torch.rand(2, 4), {'a'}), (lambda: DynamicUnet(body(), 3, (16, 16)), torch.rand(2, 3, 16, 16), {'layers.0.1.0'}),
-                                           *[(lambda how=how: Hooked(how), torch.rand(2, 4), {'a'}) for how in ('object', 'method')]])
+@pytest.mark.parametrize('make, x, some', [(Experts, torch.rand(2, 4), {'a'}),
+                                           (lambda: DynamicUnet(body(), 3, (16, 16)), torch.rand(2, 3, 16, 16),
+                                            {'layers.0.1.0'}),
+                                           *[(lambda how=how: Hooked(how), torch.rand(2, 4), {'a'})
+                                             for how in ('object', 'method')]])
 def test_models_that_remember_shrink(make, x, some):
     torch.manual_seed(0)
     model = make()
@@ -301,14 +330,19 @@ def test_models_that_remember_shrink(make, x, some):
 def test_what_cannot_be_copied_is_named():
     model = nn.Sequential(nn.Linear(4, 2))
     model[0].lock = threading.Lock()
-    with pytest.raises(ValueError, match=r'Sequential cannot be copied, because `0.lock` \(lock\) cannot: TypeError'): coupled_groups(model, torch.rand(1, 4))
+    with pytest.raises(ValueError, match=r'Sequential cannot be copied, because `0.lock` \(lock\) cannot: TypeError'):
+        coupled_groups(model, torch.rand(1, 4))
     model[0].lock = None
     model.pipe = [(i for i in range(3))]
     with pytest.raises(ValueError, match=r'because `pipe` \(list\) cannot: TypeError'): copied(model)
 
-@pytest.mark.parametrize('look', [lambda m, x: multiply_adds(m, x), lambda m, x: trace_flow(m, x), lambda m, x: coupled_groups(m, x),
-                                  lambda m, x: compare(m, m, x, runs=1), lambda m, x: Sparsifier(m, 'filter', layer_type=nn.Module, coupled=True, example_inputs=x)])
-@pytest.mark.parametrize('make, x', [(lambda: DynamicUnet(body(), 3, (16, 16)), torch.rand(2, 3, 16, 16)), (lambda: Hooked('object'), torch.rand(2, 4))])
+@pytest.mark.parametrize('look', [lambda m, x: multiply_adds(m, x), lambda m, x: trace_flow(m, x),
+                                  lambda m, x: coupled_groups(m, x),
+                                  lambda m, x: compare(m, m, x, runs=1),
+                                  lambda m, x: Sparsifier(m, 'filter', layer_type=nn.Module, coupled=True,
+                                                          example_inputs=x)])
+@pytest.mark.parametrize('make, x', [(lambda: DynamicUnet(body(), 3, (16, 16)), torch.rand(2, 3, 16, 16)),
+                                     (lambda: Hooked('object'), torch.rand(2, 4))])
 def test_what_hooks_store_is_still_there(make, x, look):
     "A loss of what a hook stored, computed after a look at the model, has its gradients"
     model  = make()

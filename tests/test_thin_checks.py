@@ -1,4 +1,5 @@
-"What `thin` and `Sparsifier(coupled=True)` try before they promise: innocent layers go on, guilty ones are named, in few runs; export; sizes"
+"""What `thin` and `Sparsifier(coupled=True)` try before they promise: innocent layers go on, guilty ones are named, in
+few runs; export; sizes"""
 import copy, io, pickle, warnings
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fasterai_clone.prune.coupling import CoupledGroup, group_masks
 from fasterai_clone.prune.prune_callback import PruneCallback
 from fasterai_clone.prune.thin import sampled, unremovable
 from fasterai_clone.sparse.all import *
+from fasterai_clone.sparse.signal import LayerCollapse
 from torchvision.ops import nms
 from test_thin import Net, conv, dropping, error, image, lively, masked, n_params
 
@@ -29,10 +31,11 @@ def runs_of(monkeypatch):
     return runs
 
 
-# -- a trial before training -------------------------------------------------------------------------------------------------------------
+# -- a trial before training -----------------------------------------------------------------------
 
 class Told(nn.Module):
-    "A block that asks how many channels it has, where no trace sees it, and multiplies by that: always, in training, or never"
+    """A block that asks how many channels it has, where no trace sees it, and multiplies by that: always, in training,
+    or never"""
     def __init__(self, told):
         super().__init__()
         self.told, self.a, self.b = told, nn.Linear(8, 8), nn.Linear(8, 8)
@@ -46,18 +49,23 @@ def test_what_thin_would_refuse_is_left_out_before_training():
     model, x = tower(False, True, False), torch.randn(4, 8)
     sp = Sparsifier(model, 'filter', layer_type=nn.Linear, coupled=True, example_inputs=x)
     assert [t.layer for t in sp.targets] == ['0.a', '2.a'] and [g.name for g in sp.channel_groups] == ['0.a', '2.a']
-    assert "could not remove its channels: the outputs in eval mode differ" in sp.left_out['1.a'] and "`exclude='1.a'`" in sp.left_out['1.a']
+    assert "could not remove its channels: the outputs in eval mode differ" in sp.left_out['1.a']
+    assert "`exclude='1.a'`" in sp.left_out['1.a']
     assert '1.a: `thin` could not' in str(sp.report())
     sp.sparsify_model(50)
     assert [m.a.out_features for m in thin(model, example_inputs=x)[:3]] == [4, 8, 4]
-    assert [t.layer for t in Sparsifier(model, 'filter', layer_type=nn.Linear, coupled=True, example_inputs=x, check=False).targets] == ['0.a', '1.a', '2.a']
+    assert [t.layer for t in Sparsifier(model, 'filter', layer_type=nn.Linear, coupled=True, example_inputs=x,
+                                        check=False).targets] == ['0.a', '1.a', '2.a']
 
-@pytest.mark.parametrize('cb', [lambda: SparsifyCallback(50, 'filter', layer_type=nn.Linear, coupled=True), lambda: PruneCallback(50, layer_type=nn.Linear)])
+@pytest.mark.parametrize('cb', [lambda: SparsifyCallback(50, 'filter', layer_type=nn.Linear, coupled=True),
+                                lambda: PruneCallback(50, layer_type=nn.Linear)])
 def test_callbacks_say_it_before_the_first_batch(cb, capsys):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Told(True), Told(False), nn.Linear(8, 10))
     learn, seen = learner(n=64, model=model), []
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[cb(), spy('before_batch', lambda: seen.append(capsys.readouterr().out))])
-    assert "  2.a keeps all: `thin` could not remove its channels" in seen[0] and "`exclude='2.a'`" in seen[0] and '3.a' not in seen[0]
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3, cbs=[cb(), spy('before_batch', lambda: seen.append(capsys.readouterr().out))])
+    assert "  2.a keeps all: `thin` could not remove its channels" in seen[0] and "`exclude='2.a'`" in seen[0]
+    assert '3.a' not in seen[0]
     assert learn.model[2].a.out_features == 8
 
 def test_in_train_mode_only():
@@ -67,8 +75,9 @@ def test_in_train_mode_only():
     assert [groups[i].name for i in why] == ['1.a'] and 'in train mode' in [*why.values()][0]
 
 def test_nothing_is_left_to_prune():
-    with pytest.raises(ValueError, match=r"no channel can go. 0.a: `thin` could not .*`exclude='0.a'`"):
-        Sparsifier(tower(True), 'filter', layer_type=nn.Linear, include='*.a', coupled=True, example_inputs=torch.randn(4, 8))
+    with pytest.raises(ValueError, match=r"no channel can be removed. 0.a: `thin` could not .*`exclude='0.a'`"):
+        Sparsifier(tower(True), 'filter', layer_type=nn.Linear, include='*.a', coupled=True,
+                   example_inputs=torch.randn(4, 8))
 
 def test_a_wrong_trace_is_caught(monkeypatch):
     "Even if the groups were wrong: output classes are compared by their shape"
@@ -79,7 +88,7 @@ def test_a_wrong_trace_is_caught(monkeypatch):
     assert [*why] == [1] and 'have the shape (2, 3) instead of (2, 4)' in why[1]
 
 
-# -- few runs ----------------------------------------------------------------------------------------------------------------------------
+# -- few runs --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('guilty', [[3], [0], [31], [2, 29], [10, 11, 12], [], [*range(32)]])
 def test_the_guilty_are_found_in_ten_runs_more(guilty, monkeypatch):
@@ -98,7 +107,9 @@ def test_the_guilty_are_found_in_ten_runs_more(guilty, monkeypatch):
 def test_thin_names_the_guilty_only(monkeypatch):
     model, x = tower(*[i == 5 for i in range(16)]), torch.randn(4, 8)
     masks, runs = dropping(model, x), runs_of(monkeypatch)
-    with pytest.raises(ValueError, match=r"without the zero channels of `5.a`, the outputs in eval mode differ .*exclude=\['5.a'\]`$"): thin(model, masks, x)
+    with pytest.raises(ValueError,
+                       match=r"without the zero channels of `5.a`, the outputs in eval mode differ "
+                             r".*exclude=\['5.a'\]`$"): thin(model, masks, x)
     assert len(runs) <= 4 + 10
     assert thin(model, masks, x, exclude='5.a')[4].a.out_features == 4
 
@@ -140,10 +151,11 @@ def test_the_check_can_sample(monkeypatch):
     assert len(sampled(x)) == 2 and len(sampled(dict(a=x, b=[x[:, 0]]))['b'][0]) == 2 and sampled((x, x[:7]))[0] is x
 
 
-# -- choices -----------------------------------------------------------------------------------------------------------------------------
+# -- choices ---------------------------------------------------------------------------------------
 
 class Tied(nn.Module):
-    "Its outputs 0-3 are equal to 4-7, but for `off`, which is added or taken away depending on how many units are left: another one is the larger"
+    """Its outputs 0-3 are equal to 4-7, but for `off`, which is added or taken away depending on how many units are
+    left: another one is the larger"""
     def __init__(self, choose, off):
         super().__init__()
         self.choose, self.off, self.a, self.b = choose, off, nn.Linear(5, 16), nn.Linear(16, 8)
@@ -152,13 +164,19 @@ class Tied(nn.Module):
         return self.choose(torch.cat([y + (self.off if self.a.out_features == 16 else -self.off), y], 1))
 
 CHOICES = dict(
-    topk=lambda y: y.topk(4)[1].float(), sort=lambda y: y.sort(1)[1], argsort=lambda y: torch.argsort(y, 1), argmax=lambda y: y.argmax(1),
-    max=lambda y: y.max(1), min=lambda y: y.min(1, keepdim=True), kthvalue=lambda y: y.kthvalue(3, 1), compare=lambda y: y > y.roll(4, 1),
-    nonzero=lambda y: (y >= y.roll(4, 1)).nonzero(), rounding=lambda y: (y - y.roll(4, 1) + 1).floor(), to_int=lambda y: (y - y.roll(4, 1) + 1).long(),
-    bucketize=lambda y: torch.bucketize(y, y[0].sort()[0]), searchsorted=lambda y: torch.searchsorted(y[0].sort()[0], y),
+    topk=lambda y: y.topk(4)[1].float(), sort=lambda y: y.sort(1)[1], argsort=lambda y: torch.argsort(y, 1),
+    argmax=lambda y: y.argmax(1),
+    max=lambda y: y.max(1), min=lambda y: y.min(1, keepdim=True), kthvalue=lambda y: y.kthvalue(3, 1),
+    compare=lambda y: y > y.roll(4, 1),
+    nonzero=lambda y: (y >= y.roll(4, 1)).nonzero(), rounding=lambda y: (y - y.roll(4, 1) + 1).floor(),
+    to_int=lambda y: (y - y.roll(4, 1) + 1).long(),
+    bucketize=lambda y: torch.bucketize(y, y[0].sort()[0]),
+    searchsorted=lambda y: torch.searchsorted(y[0].sort()[0], y),
     unique=lambda y: y.unique(return_inverse=True), low=lambda y: y.half(), cummax=lambda y: y.cummax(1)[1],
-    item=lambda y: y[:, :2 + int(y[0, 0].item() >= y[0, 4].item())], mask=lambda y: torch.where(y > y.roll(4, 1), 1., -1.),
-    in_place=lambda y: (y - y.roll(4, 1) + 1).floor_(), into_int=lambda y: torch.zeros_like(y, dtype=torch.long).copy_(y - y.roll(4, 1) + 1),
+    item=lambda y: y[:, :2 + int(y[0, 0].item() >= y[0, 4].item())],
+    mask=lambda y: torch.where(y > y.roll(4, 1), 1., -1.),
+    in_place=lambda y: (y - y.roll(4, 1) + 1).floor_(),
+    into_int=lambda y: torch.zeros_like(y, dtype=torch.long).copy_(y - y.roll(4, 1) + 1),
     nms=lambda y: nms(torch.stack([0*y[0], 0*y[0], 1 + 0*y[0], 1 + 0*y[0]], 1), y[0], 0.5))
 
 def tied(name, off):
@@ -182,10 +200,12 @@ def same_outputs(a, b):
 def test_another_function_is_one_before_the_choice_too(name):
     "Off by a millionth: another function, though the same is chosen from it perhaps"
     model, x = tied(name, 1e-6)
-    with pytest.raises(ValueError, match="without the zero channels of `a`, the (values that|outputs)"): thin(model, None, x)
+    with pytest.raises(ValueError, match="without the zero channels of `a`, the (values that|outputs)"):
+        thin(model, None, x)
 
 def test_what_is_compared_on_removed_channels_is_left_to_itself():
-    model = lively(Net(lambda m, x: m.b(torch.where((y := m.a(x)) > 0, y, 0.1*y)), a=nn.Linear(5, 16), b=nn.Linear(16, 8)))
+    model = lively(Net(lambda m, x: m.b(torch.where((y := m.a(x)) > 0, y, 0.1*y)), a=nn.Linear(5, 16),
+                       b=nn.Linear(16, 8)))
     assert half(model, torch.randn(3, 5)).a.out_features == 8
 
 def test_experts_are_chosen_alike():
@@ -211,17 +231,21 @@ def test_random_numbers_hide_no_error():
     wrong = lively(Net(lambda m, x: noisy(m, x) * m.a.out_features, a=nn.Linear(5, 16), b=nn.Linear(16, 8)))
     with pytest.raises(ValueError, match='without the zero channels of `a`'): half(wrong, torch.randn(3, 5))
 
-@pytest.mark.parametrize('draw', [lambda y: F.dropout(y, 0.2), lambda y: y + torch.rand(y.shape, generator=torch.Generator().manual_seed(0)),
-                                  lambda y: y * torch.rand(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype).round()],
+@pytest.mark.parametrize('draw', [lambda y: F.dropout(y, 0.2),
+                                  lambda y: y + torch.rand(y.shape, generator=torch.Generator().manual_seed(0)),
+                                  lambda y: y * torch.rand(y.shape, generator=torch.Generator().manual_seed(0),
+                                                           dtype=y.dtype).round()],
                          ids=['dropout', 'added', 'mask'])
 @pytest.mark.parametrize('units', [16, 640])
 def test_fewer_random_numbers_are_no_error(draw, units):
-    "In train mode. Some kernels take a single number of the generator, whose state is the same afterwards, however many they draw"
-    model = lively(Net(lambda m, x: m.b(draw(m.a(x)) if m.training else m.a(x)), a=nn.Linear(5, units), b=nn.Linear(units, 8)))
+    """In train mode. Some kernels take a single number of the generator, whose state is the same afterwards, however
+    many they draw"""
+    model = lively(Net(lambda m, x: m.b(draw(m.a(x)) if m.training else m.a(x)), a=nn.Linear(5, units),
+                       b=nn.Linear(units, 8)))
     assert half(model, torch.randn(3, 5)).a.out_features == units // 2
 
 
-# -- outputs and inputs inside objects ---------------------------------------------------------------------------------------------------
+# -- outputs and inputs inside objects -------------------------------------------------------------
 
 @dataclass
 class Result: classes: torch.Tensor; features: torch.Tensor
@@ -235,7 +259,8 @@ class Slots:
     __slots__ = ('classes', 'features')
     def __init__(self, classes, features): self.classes, self.features = classes, features
 
-OBJECTS = dict(dataclass=Result, namespace=SimpleNamespace, instances=Instances, slots=Slots, mapping=lambda **kw: UserDict(kw),
+OBJECTS = dict(dataclass=Result, namespace=SimpleNamespace, instances=Instances, slots=Slots,
+               mapping=lambda **kw: UserDict(kw),
                nested=lambda **kw: [{'all': (Result(**kw), SimpleNamespace(inner=Instances(**kw)))}])
 
 @pytest.mark.parametrize('kind', OBJECTS)
@@ -247,7 +272,8 @@ def test_features_that_leave_in_objects_stay(kind):
     model = lively(Net(forward, a=nn.Linear(5, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 3)))
     small = half(model, x)
     assert (small.a.out_features, small.b.out_features, small.c.out_features) == (8, 4, 3)
-    free = [CoupledGroup(g.name, g.n, g.members, None) for g in coupled_groups(model, x)]   # if the trace had not seen it
+    # if the trace had not seen it
+    free = [CoupledGroup(g.name, g.n, g.members, None) for g in coupled_groups(model, x)]
     assert {free[i].name for i in unremovable(model, free, x)} == {'a', 'c'}
 
 Pair = namedtuple('Pair', 'x scale')
@@ -256,10 +282,13 @@ def test_subclasses_in_double_precision():
     x = with_tensors([TensorImage(torch.rand(2, 3))], doubled)
     assert type(x[0]) is TensorImage and x[0].dtype == torch.float64
 
-@pytest.mark.parametrize('wrap', [lambda x: (Pair(x, 2.),), lambda x: (SimpleNamespace(x=x, scale=2.),), lambda x: UserDict(x=x),
-                                  lambda x: (Result(x, x),), lambda x: ([x, {'x': x}],)])
+@pytest.mark.parametrize('wrap', [lambda x: (Pair(x, 2.),), lambda x: (SimpleNamespace(x=x, scale=2.),),
+                                  lambda x: UserDict(x=x), lambda x: (Result(x, x),), lambda x: ([x, {'x': x}],)])
 def test_inputs_of_any_kind_in_double_precision(wrap, monkeypatch):
-    def take(o): return o if isinstance(o, torch.Tensor) else take(o[0]) if isinstance(o, list) else o.classes if isinstance(o, Result) else o.x
+    def take(o):
+        if isinstance(o, torch.Tensor): return o
+        if isinstance(o, list): return take(o[0])
+        return o.classes if isinstance(o, Result) else o.x
     model, seen = lively(Net(lambda m, x: m.b(m.a(take(x)).relu()), a=nn.Linear(5, 8), b=nn.Linear(8, 3))), []
     run = Choices.run
     def look(self, args, kwargs):
@@ -269,7 +298,7 @@ def test_inputs_of_any_kind_in_double_precision(wrap, monkeypatch):
     assert half(model, wrap(torch.randn(4, 5))).a.out_features == 4 and {*seen} == {torch.float64}
 
 
-# -- sizes that modules and configs tell -------------------------------------------------------------------------------------------------
+# -- sizes that modules and configs tell -----------------------------------------------------------
 
 class Wrapped(nn.Module):
     "Layers in a wrapper that tells its size, and says it in its code"
@@ -282,8 +311,10 @@ class Wrapped(nn.Module):
 def test_sizes_of_wrappers(tmp_path):
     x, model = torch.randn(4, 5), lively(Wrapped())
     small = half(model, x)
-    for m in (small, load_thinned(Wrapped, save_thinned(small, tmp_path/'wrapped')), copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
-        assert (m.in_features, m.hidden_features, m.out_features, m.num_heads) == (5, 4, 3, 8) and torch.equal(m(x), small(x))
+    for m in (small, load_thinned(Wrapped, save_thinned(small, tmp_path/'wrapped')), copy.deepcopy(small),
+              pickle.loads(pickle.dumps(small))):
+        assert (m.in_features, m.hidden_features, m.out_features, m.num_heads) == (5, 4, 3, 8)
+        assert torch.equal(m(x), small(x))
     assert model.hidden_features == 8
 
 def test_what_is_ambiguous_stays():
@@ -297,7 +328,8 @@ def test_what_is_ambiguous_stays():
 def llama(**kwargs):
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    config = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2) | kwargs
+    config = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2) | kwargs
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
 
 def mlp_masks(model, kept):
@@ -312,7 +344,8 @@ def mlp_masks(model, kept):
 def test_the_config_of_transformers_says_what_is_left(tmp_path):
     model, ids = llama(), dict(input_ids=torch.randint(40, (2, 6)))
     small = thin(model, mlp_masks(model, [9, 9]), ids)
-    assert small.config.intermediate_size == 9 and model.config.intermediate_size == 24 and small.model.layers[0].mlp.intermediate_size == 9
+    assert small.config.intermediate_size == 9 and model.config.intermediate_size == 24
+    assert small.model.layers[0].mlp.intermediate_size == 9
     small.save_pretrained(tmp_path)
     again = type(small).from_pretrained(tmp_path).eval()
     with torch.no_grad(): assert torch.equal(again(**ids).logits, small(**ids).logits)
@@ -321,7 +354,8 @@ def test_the_config_of_transformers_says_what_is_left(tmp_path):
 
 def test_layers_of_different_sizes_are_more_than_a_config_can_say(tmp_path):
     model, ids = llama(), dict(input_ids=torch.randint(40, (2, 6)))
-    with pytest.warns(UserWarning, match='`config` of LlamaForCausalLM cannot describe.*`save_thinned`'): small = thin(model, mlp_masks(model, [9, 12]), ids)
+    with pytest.warns(UserWarning, match='`config` of LlamaForCausalLM cannot describe.*`save_thinned`'):
+        small = thin(model, mlp_masks(model, [9, 12]), ids)
     assert small.config.intermediate_size == 24 and [l.mlp.intermediate_size for l in small.model.layers] == [9, 12]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -329,13 +363,15 @@ def test_layers_of_different_sizes_are_more_than_a_config_can_say(tmp_path):
     with torch.no_grad(): torch.testing.assert_close(back(**ids).logits, small(**ids).logits)
 
 
-# -- where layers compete ----------------------------------------------------------------------------------------------------------------
+# -- where layers compete --------------------------------------------------------------------------
 
 def ladder():
     "A layer of 128 units with small weights, between two with large ones: it loses nearly all"
-    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 2))
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(),
+                          nn.Linear(64, 2))
     with torch.no_grad():
-        for i,scale in ((0, 1.), (2, 1e-4), (4, 1.), (6, 1.)): model[i].weight.copy_(scale * (1 + torch.arange(model[i].weight.numel()).reshape(model[i].weight.shape)))
+        for i,scale in ((0, 1.), (2, 1e-4), (4, 1.), (6, 1.)):
+            model[i].weight.copy_(scale * (1 + torch.arange(model[i].weight.numel()).reshape(model[i].weight.shape)))
     return model
 
 @pytest.mark.parametrize('context', ['global', 'lamp', 'local'])
@@ -345,17 +381,19 @@ def test_a_layer_that_loses_nearly_all_is_named_once(context):
         warnings.simplefilter('always')
         for s in (10, 50, 51): sp.sparsify_model(s)
     told = [str(o.message) for o in w if issubclass(o.category, LayerCollapse) and 'few channels' in str(o.message)]
-    assert told == (['Layer collapse: few channels are left in 2 (1 of 128). `max_sparsity` (of `PruneCallback`: `min_channels`) limits what a layer loses'] if context == 'global' else [])
+    assert told == (['Layer collapse: few channels are left in 2 (1 of 128). Limit what a layer loses '
+                     'with `max_sparsity`, or `min_channels` of `PruneCallback`'] if context == 'global' else [])
 
 def test_with_a_limit_there_is_no_warning():
-    sp = Sparsifier(ladder(), 'filter', 'global', layer_type=nn.Linear, coupled=True, example_inputs=torch.randn(3, 4), max_sparsity=80)
+    sp = Sparsifier(ladder(), 'filter', 'global', layer_type=nn.Linear, coupled=True, example_inputs=torch.randn(3, 4),
+                    max_sparsity=80)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         sp.sparsify_model(50)
-    assert sp._gone(sp.targets)[1] == 102
+    assert sp.found.n_pruned(sp.targets)[1] == 102
 
 
-# -- export ------------------------------------------------------------------------------------------------------------------------------
+# -- export ----------------------------------------------------------------------------------------
 
 class Attends(nn.Module):
     def __init__(self, **kwargs):
@@ -377,10 +415,12 @@ def exported(model, x):
 def attention_inputs(batch_first):
     padding, x = torch.tensor([[False]*4 + [True], [False]*5]), torch.randn(2, 5, 3)
     x = x if batch_first else x.transpose(0, 1).contiguous()
-    return [(x,), (x, padding), (x, None, torch.ones(5, 5).triu(1).bool()), (x, None, torch.randn(8, 5, 5)), (x, padding, torch.randn(5, 5))]
+    return [(x,), (x, padding), (x, None, torch.ones(5, 5).triu(1).bool()), (x, None, torch.randn(8, 5, 5)),
+            (x, padding, torch.randn(5, 5))]
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('kwargs', [{}, dict(batch_first=True), dict(bias=False, batch_first=True), dict(add_zero_attn=True, add_bias_kv=True)])
+@pytest.mark.parametrize('kwargs', [{}, dict(batch_first=True), dict(bias=False, batch_first=True),
+                                    dict(add_zero_attn=True, add_bias_kv=True)])
 def test_attention_exports(kwargs):
     model, inputs = lively(Attends(**kwargs)).eval(), attention_inputs(kwargs.get('batch_first'))
     masks = dropping(model, inputs[0])
@@ -395,15 +435,18 @@ def test_attention_exports(kwargs):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('batch_first', [False, True])
 def test_an_encoder_layer_exports(batch_first):
-    model, x = lively(nn.TransformerEncoderLayer(16, 4, 32, dropout=0., batch_first=batch_first)).eval(), torch.randn(2, 5, 16)
+    model = lively(nn.TransformerEncoderLayer(16, 4, 32, dropout=0., batch_first=batch_first)).eval()
+    x = torch.randn(2, 5, 16)
     masks = dropping(model, x)
     zeros, small = masked(model, masks), thin(model, masks, x).eval()
     for out in exported(small, (x,)): torch.testing.assert_close(out, zeros(x))
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('make, x', [
-    (lambda: nn.Sequential(conv(3, 8), nn.GroupNorm(4, 8), nn.ReLU(), conv(8, 8, groups=8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 2)), image()),
-    (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.ConvTranspose1d(8, 6, 3, groups=2), nn.PReLU(6), nn.Conv1d(6, 2, 1)), torch.randn(2, 3, 9)),
+    (lambda: nn.Sequential(conv(3, 8), nn.GroupNorm(4, 8), nn.ReLU(), conv(8, 8, groups=8), nn.BatchNorm2d(8),
+                           nn.ReLU(), conv(8, 2)), image()),
+    (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.ConvTranspose1d(8, 6, 3, groups=2), nn.PReLU(6),
+                           nn.Conv1d(6, 2, 1)), torch.randn(2, 3, 9)),
     (lambda: nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randint(7, (2, 5)))])
 def test_other_layers_export(make, x):
     small = half(lively(make()), x).eval()
@@ -411,4 +454,5 @@ def test_other_layers_export(make, x):
     for out in exported(small, (x,)): torch.testing.assert_close(out, small(x))
     torch.save(small, file := io.BytesIO())
     file.seek(0)
-    for m in (copy.deepcopy(small), pickle.loads(pickle.dumps(small)), torch.load(file, weights_only=False)): assert torch.equal(m(x), small(x))
+    for m in (copy.deepcopy(small), pickle.loads(pickle.dumps(small)), torch.load(file, weights_only=False)):
+        assert torch.equal(m(x), small(x))

@@ -6,18 +6,21 @@ from pathlib import Path
 import numpy as np, pytest, torch, torch.nn as nn
 from fastai.basics import Adam, CancelFitException, DataLoaders, Learner, OptimWrapper, SGD
 from fastai.callback.all import GradientAccumulation
-import fastai.callback.schedule  # of `fit_one_cycle`
+import fastai.callback.schedule  # noqa: F401, adds `lr_find` and `fit_one_cycle` to `Learner`
 from safetensors.torch import load_file
 from fasterai_clone.sparse.all import *
-from fasterai_clone.sparse.ticket_files import _snapshot, load_ticket, save_ticket, ticket_info
-from fasterai_clone.sparse.tickets import _reset_all, find_ticket
-from helpers import exact, learner, same, spy, zeros
+from fasterai_clone.model.snapshot import snapshot
+from fasterai_clone.sparse.ticket_files import load_ticket, save_ticket, ticket_info
+from fasterai_clone.sparse.tickets import reset_all
+from fasterai_clone.sparse.tickets_callback import find_ticket
+from helpers import exact, learner, same, shown, spy, zeros
 
 n_conv = (36, 288, 1152)
 
 def search(learn=None, n_epoch=2, lr=1e-2, **kwargs):
     learn = learner() if learn is None else learn
-    return learn, find_ticket(learn, n_epoch, lr, **{'verbose': False, 'seed': 1, 'rounds': 2, 'sparsity': 75, **kwargs})
+    return learn, find_ticket(learn, n_epoch, lr, **{'verbose': False, 'seed': 1, 'rounds': 2,
+                                                     'sparsity': 75, **kwargs})
 
 def dropped(masks): return [int((~m).sum()) for m in masks.values()]
 def runs(found, kind): return [r for r in found.runs if r.kind == kind]
@@ -26,7 +29,7 @@ def starts(learn, at=(0, 0)):
     "The whole network before the batch `at` (epoch, iter) of each training, as that goes on"
     seen = []
     def look():
-        if learn.training and (learn.epoch, learn.iter) == at and len(learn.yb): seen.append(_snapshot(learn.model))
+        if learn.training and (learn.epoch, learn.iter) == at and len(learn.yb): seen.append(snapshot(learn.model))
     learn.add_cb(spy('before_batch', look))
     return seen
 
@@ -35,7 +38,8 @@ def under(state, masks): return {k: t*masks[k] if k in masks else t for k,t in s
 
 # Counts
 
-@pytest.mark.parametrize('sparsity, rounds, after', [(87.5, 3, (50, 75, 87.5)), (75, 2, (50, 75)), (90, 1, (90,)), (29, 1, (29,)),
+@pytest.mark.parametrize('sparsity, rounds, after', [(87.5, 3, (50, 75, 87.5)), (75, 2, (50, 75)),
+                                                     (90, 1, (90,)), (29, 1, (29,)),
                                                      (98.4375, 6, (50, 75, 87.5, 93.75, 96.875, 98.4375))])
 def test_counts_of_each_round(sparsity, rounds, after):
     learn, found = search(n_epoch=1, sparsity=sparsity, rounds=rounds, controls=())
@@ -54,7 +58,8 @@ def test_a_sparsity_for_each_layer():
     assert [sum(dropped(m)) for m in found.masks] == [exact(288, 100*(1 - .5**.5)) + 576, 144 + 864]
     assert zeros(learn.model) == [0, 144, 864]
 
-@pytest.mark.parametrize('criteria', ['movement', 'gradient', 'large_init', 'magnitude_increase', 'updating_movement', 'snip', 'random'])
+@pytest.mark.parametrize('criteria', ['movement', 'gradient', 'large_init', 'magnitude_increase', 'updating_movement',
+                                      'snip', 'random'])
 def test_other_criteria(criteria):
     learn, found = search(sparsity=75, criteria=criteria)
     assert [dropped(m) for m in found.masks] == [[18, 144, 576], [27, 216, 864]]
@@ -62,7 +67,8 @@ def test_other_criteria(criteria):
 def test_each_round_drops_what_the_ticket_of_the_last_one_has_lowest():
     "The trained ticket is scored, not the control that was trained after it"
     learn, trained = learner(), []
-    learn.add_cb(spy('after_fit', lambda: trained.append(_snapshot(learn.model)) if len(learn.recorder.losses) else None))
+    learn.add_cb(spy('after_fit', lambda: trained.append(snapshot(learn.model))
+                     if len(learn.recorder.losses) else None))
     learn, found = search(learn, sparsity=75)
     byrun = dict(zip([(r.round, r.kind) for r in found.runs], trained))
     for i,at in (0, (0, 'dense')), (1, (1, 'ticket')):
@@ -74,8 +80,9 @@ def test_each_round_drops_what_the_ticket_of_the_last_one_has_lowest():
 
 def test_movement_is_counted_from_where_a_round_began():
     learn, trained = learner(), []
-    first = _snapshot(learn.model)
-    learn.add_cb(spy('after_fit', lambda: trained.append(_snapshot(learn.model)) if len(learn.recorder.losses) else None))
+    first = snapshot(learn.model)
+    learn.add_cb(spy('after_fit', lambda: trained.append(snapshot(learn.model))
+                     if len(learn.recorder.losses) else None))
     _, found = search(learn, sparsity=75, criteria='updating_movement', controls=())
     for k,m in found.masks[1].items():
         old   = found.masks[0][k]
@@ -90,23 +97,25 @@ optimizers = dict(Adam=Adam, SGD=partial(SGD, mom=.9), torch=partial(OptimWrappe
 @pytest.mark.parametrize('opt_func', optimizers.values(), ids=optimizers)
 def test_every_training_starts_where_the_first_did(opt_func):
     learn = learner(opt_func=opt_func)
-    first, seen = _snapshot(learn.model), starts(learn)
+    first, seen = snapshot(learn.model), starts(learn)
     _, found = search(learn, controls='random')
     masks = [{}, found.masks[0], None, found.masks[1], None]
     for s,m,r in zip(seen, masks, found.runs):
         if m is not None: assert same(s, under(first, m)), r
     assert len(seen) == len(found.runs) == 5
-    assert same(_snapshot(learn.model), under(first, found.masks[-1]))
+    assert same(snapshot(learn.model), under(first, found.masks[-1]))
     assert int(learn.model[1].num_batches_tracked) == 0
 
-@pytest.mark.parametrize('kw, at', [(dict(rewind_epoch=1), (1, 0)), (dict(rewind_step=3), (0, 3)), (dict(rewind_step=11), (1, 3))])
+@pytest.mark.parametrize('kw, at', [(dict(rewind_epoch=1), (1, 0)), (dict(rewind_step=3), (0, 3)),
+                                    (dict(rewind_step=11), (1, 3))])
 def test_rewinding_to_a_later_step(kw, at):
     learn = learner()
     seen  = starts(learn, at)
     _, found = search(learn, n_epoch=3, controls=(), **kw)
     assert int(seen[0]['1.num_batches_tracked']) == 8*at[0] + at[1]
-    assert len(seen) == 3 and same(seen[1], under(seen[0], found.masks[0])) and same(seen[2], under(seen[0], found.masks[1]))
-    assert same(_snapshot(learn.model), under(seen[0], found.masks[1]))
+    assert len(seen) == 3 and same(seen[1], under(seen[0], found.masks[0]))
+    assert same(seen[2], under(seen[0], found.masks[1]))
+    assert same(snapshot(learn.model), under(seen[0], found.masks[1]))
     assert [len(r.epochs) for r in found.runs] == [3] + [3 - at[0]]*2
 
 @pytest.mark.parametrize('kw', [{}, dict(rewind_epoch=2), dict(rewind_step=5), dict(rewind_step=23)], ids=str)
@@ -138,7 +147,7 @@ def test_a_better_epoch_loaded_at_the_end_is_what_is_measured():
 
 def test_the_same_seed_gives_the_same_search():
     (a, x), (b, y), (_, z) = search(seed=5), search(seed=5), search(seed=6)
-    assert x.runs == y.runs and x.masks == y.masks and same(_snapshot(a.model), _snapshot(b.model)) and x.runs != z.runs
+    assert x.runs == y.runs and x.masks == y.masks and same(snapshot(a.model), snapshot(b.model)) and x.runs != z.runs
 
 def test_what_is_random_goes_on_where_it_was():
     learn = learner()
@@ -154,10 +163,11 @@ def test_what_is_random_goes_on_where_it_was():
 
 # Controls
 
-@pytest.mark.parametrize('kw', [{}, dict(context='global'), dict(granularity='filter'), dict(granularity='row')], ids=str)
+@pytest.mark.parametrize('kw', [{}, dict(context='global'), dict(granularity='filter'),
+                                dict(granularity='row')], ids=str)
 def test_controls_have_the_same_zeros_in_each_layer(kw):
     learn = learner()
-    first, seen = _snapshot(learn.model), starts(learn)
+    first, seen = snapshot(learn.model), starts(learn)
     _, found = search(learn, sparsity=50, **kw)
     begun = {(r.round, r.kind): s for r,s in zip(found.runs, seen)}
     def counts(s): return [int((s[k] == 0).sum()) for k in found.masks[0]]
@@ -165,13 +175,18 @@ def test_controls_have_the_same_zeros_in_each_layer(kw):
         ticket, new, mixed = (begun[i, k] for k in ('ticket', 'reinit', 'random'))
         convs = [k for k in masks if first[k].ndim == 4]
         for k in convs:
-            assert torch.equal(new[k] != 0, masks[k]), k                                                  # the same masks
-            assert int((mixed[k] != 0).sum()) == int(masks[k].sum())                                      # as many zeros
-            assert not (new[k] == ticket[k])[masks[k]].any()                                              # other weights
-            assert torch.equal(mixed[k], first[k]*(mixed[k] != 0))                                        # the same weights
+            # the same masks
+            assert torch.equal(new[k] != 0, masks[k]), k
+            # as many zeros
+            assert int((mixed[k] != 0).sum()) == int(masks[k].sum())
+            # other weights
+            assert not (new[k] == ticket[k])[masks[k]].any()
+            # the same weights
+            assert torch.equal(mixed[k], first[k]*(mixed[k] != 0))
         assert any(not torch.equal(mixed[k] != 0, masks[k]) for k in convs)                               # other masks
         for k in first:
-            if k not in masks and 'weight' not in k and '.bias' not in k: assert torch.equal(new[k], first[k])  # buffers
+            # buffers
+            if k not in masks and 'weight' not in k and '.bias' not in k: assert torch.equal(new[k], first[k])
     assert not torch.equal(begun[1, 'reinit']['11.weight'], begun[2, 'reinit']['11.weight'])  # drawn anew in each round
 
 def test_held_norms_and_biases_go_with_shuffled_filters():
@@ -184,18 +199,19 @@ def test_held_norms_and_biases_go_with_shuffled_filters():
             assert torch.equal((s[f'{conv}.weight'] != 0).flatten(1).any(1), s[f'{norm}.weight'] != 0)
 
 def test_resetting_reaches_every_kind_of_layer():
-    net = nn.Sequential(nn.Embedding(5, 8), nn.RMSNorm(8), nn.LayerNorm(8), nn.MultiheadAttention(8, 2), nn.LSTM(8, 8), nn.Linear(8, 2))
+    net = nn.Sequential(nn.Embedding(5, 8), nn.RMSNorm(8), nn.LayerNorm(8), nn.MultiheadAttention(8, 2), nn.LSTM(8, 8),
+                        nn.Linear(8, 2))
     with torch.no_grad():
         for p in net.parameters(): p.fill_(7)
-    _reset_all(net)
+    reset_all(net)
     assert not any((p == 7).any() for p in net.parameters())
     assert (net[1].weight == 1).all() and (net[3].out_proj.bias == 0).all()
 
 def test_frozen_modules_keep_their_weights():
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     net[0].requires_grad_(False)
-    before = _snapshot(net)
-    _reset_all(net)
+    before = snapshot(net)
+    reset_all(net)
     assert torch.equal(net[0].weight, before['0.weight']) and not torch.equal(net[1].weight, before['1.weight'])
 
 def test_a_reinit_of_ones_own():
@@ -216,10 +232,12 @@ def test_epochs_cannot_be_skipped_by_trackers():
 
 def test_tables():
     learn, found = search(n_epoch=2, rounds=2)
-    df, each = found.df(), found.df(epochs=True)
+    df, each = found.to_pandas(), found.to_pandas(epochs=True)
     assert list(df) == ['round', 'kind', 'sparsity', 'valid_loss', 'accuracy']
-    assert list(zip(df['round'], df.kind)) == [(0, 'dense')] + [(i, k) for i in (1, 2) for k in ('ticket', 'reinit', 'random')]
-    assert list(each) == ['round', 'kind', 'sparsity', 'epoch', 'train_loss', 'valid_loss', 'accuracy'] and len(each) == 14
+    assert list(zip(df['round'], df.kind)) == [(0, 'dense')] + [(i, k) for i in (1, 2)
+                                                                for k in ('ticket', 'reinit', 'random')]
+    assert list(each) == ['round', 'kind', 'sparsity', 'epoch', 'train_loss', 'valid_loss', 'accuracy']
+    assert len(each) == 14
     assert list(each[each.epoch == 1].accuracy) == list(df.accuracy)
     assert '2 rounds to 75.00%, 7 trainings' in repr(found)
 
@@ -235,7 +253,8 @@ def test_the_plot_shows_the_numbers():
 def test_lines_printed(capsys):
     search(n_epoch=1, rounds=1, verbose=True)
     out = capsys.readouterr().out.splitlines()
-    assert [o.split()[:3] for o in out] == [['round', *r] for r in (['0', 'dense'], ['1', 'ticket'], ['1', 'reinit'], ['1', 'random'])]
+    assert [o.split()[:3] for o in out] == [['round', *r] for r in (
+        ['0', 'dense'], ['1', 'ticket'], ['1', 'reinit'], ['1', 'random'])]
     search(n_epoch=1, rounds=1)
     assert capsys.readouterr().out == ''
 
@@ -243,7 +262,8 @@ def test_lines_printed(capsys):
 def test_nothing_stays_after_an_exception(stop):
     learn = learner()
     learn.fit(1, 1e-2)
-    before, opt, cbs, logger, metrics = _snapshot(learn.model), learn.opt, list(learn.cbs), learn.logger, list(learn.metrics)
+    before, opt, cbs, logger = snapshot(learn.model), learn.opt, list(learn.cbs), learn.logger
+    metrics = list(learn.metrics)
     state = torch.get_rng_state()
     batches = []
     def count():
@@ -253,14 +273,15 @@ def test_nothing_stays_after_an_exception(stop):
     learn.add_cb(bomb)
     with pytest.raises(stop): search(learn)
     learn.remove_cb(bomb)
-    assert same(_snapshot(learn.model), before) and learn.opt is opt and list(learn.cbs) == cbs
+    assert same(snapshot(learn.model), before) and learn.opt is opt and list(learn.cbs) == cbs
     assert learn.logger is logger and list(learn.metrics) == metrics and torch.equal(torch.get_rng_state(), state)
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in learn.model.modules())
     learn.fit(1, 1e-2)
 
 def test_nothing_stays_after_a_search():
     learn = learner()
-    keys, cbs, params = list(learn.model.state_dict()), [c for c in learn.cbs], [id(p) for p in learn.model.parameters()]
+    keys, cbs = list(learn.model.state_dict()), [c for c in learn.cbs]
+    params = [id(p) for p in learn.model.parameters()]
     search(learn)
     assert list(learn.model.state_dict()) == keys and [id(p) for p in learn.model.parameters()] == params
     assert {type(c) for c in learn.cbs} == {type(c) for c in cbs}
@@ -268,22 +289,24 @@ def test_nothing_stays_after_a_search():
     assert zeros(learn.model) == [27, 216, 864]
 
 @pytest.mark.parametrize('kw, words', [
-    (dict(sparsity=.9), ['90']), (dict(sparsity=0), ['above 0']), (dict(sparsity=100), ['below 100']), (dict(rounds=0), ['rounds', '0']),
+    (dict(sparsity=.9), ['90']), (dict(sparsity=0), ['above 0']), (dict(sparsity=100), ['below 100']),
+    (dict(rounds=0), ['rounds', '0']),
     (dict(n_epoch=0), ['n_epoch', '0']), (dict(rewind_epoch=2), ['rewind_epoch', '2 epochs of 8 steps']),
     (dict(rewind_step=16), ['rewind_step', '16']), (dict(rewind_epoch=1, rewind_step=3), ['not both']),
     (dict(controls='reinitt'), ["Did you mean 'reinit'"]), (dict(controls=3), ['controls', '3']),
     (dict(granularity='filters'), ["Did you mean 'filter'"]), (dict(context='locale'), ["Did you mean 'local'"]),
     (dict(criteria='large_finl'), ["Did you mean 'large_final'"]), (dict(layer_type=nn.Conv3d), ['Conv2d (3)']),
     (dict(fit='fit'), ['fit_one_cycle']),
-    (dict(reinit=3), ['reinit', '3']), (dict(reinit=nn.Module.eval), ['in place', '0.weight']), (dict(seed=-1), ['seed', '-1']),
-    (dict(save=3), ['folder', '3']), (dict(exclude='7x'), ['exclude', '7x'])], ids=str)
+    (dict(reinit=3), ['reinit', '3']), (dict(reinit=nn.Module.eval), ['in place', '0.weight']),
+    (dict(seed=-1), ['seed', '-1']),
+    (dict(save=3), ['folder', '3']), (dict(exclude='7x'), ['exclude', '7x'])], ids=shown)
 def test_wrong_arguments_are_refused_before_the_first_batch(kw, words):
     learn, batches = learner(), []
     learn.add_cb(spy('before_batch', lambda: batches.append(1)))
-    before = _snapshot(learn.model)
+    before = snapshot(learn.model)
     with pytest.raises((ValueError, TypeError)) as e: search(learn, **kw)
     assert all(w in str(e.value) for w in words), e.value
-    assert not batches and same(_snapshot(learn.model), before) and learn.opt is None
+    assert not batches and same(snapshot(learn.model), before) and learn.opt is None
 
 class Scale(nn.Module):
     def __init__(self):
@@ -341,7 +364,8 @@ class Words(nn.Module):
         self.register_buffer('count', torch.tensor(5))
         self.register_buffer('hidden', torch.arange(3.), persistent=False)
 
-    def forward(self, x): return self.write(self.batch(self.layer(self.mix(self.rms(self.read(x[:, 0, 0, 0].mul(8).long())))*self.gain)))
+    def forward(self, x):
+        return self.write(self.batch(self.layer(self.mix(self.rms(self.read(x[:, 0, 0, 0].mul(8).long())))*self.gain)))
 
 def words(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
@@ -352,14 +376,15 @@ def words(seed=0, dtype=torch.float32):
 
 def some_masks(net):
     g = torch.Generator().manual_seed(0)
-    return {k: torch.rand(p.shape, generator=g) > .7 for k,p in net.named_parameters() if p.ndim == 2 or k == 'mix.bias'}
+    return {k: torch.rand(p.shape, generator=g) > .7 for k,p in net.named_parameters()
+            if p.ndim == 2 or k == 'mix.bias'}
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize('shared', [True, False])
 def test_a_ticket_there_and_back(dtype, shared, tmp_path):
     net   = words(dtype=dtype)
     masks = some_masks(net)
-    state = net.state_dict() if shared else _snapshot(net)
+    state = net.state_dict() if shared else snapshot(net)
     file  = save_ticket(tmp_path/'ticket_70.12', state, masks, step=3, names=['a', 'b'])
     assert file.name == 'ticket_70.12.safetensors'
     assert ticket_info(file) == dict(version=1, sparsity=Masks(masks).sparsity, step=3, names=['a', 'b'])
@@ -371,13 +396,14 @@ def test_a_ticket_there_and_back(dtype, shared, tmp_path):
     ids = {k: id(p) for k,p in other.named_parameters(remove_duplicate=False)}
     assert load_ticket(file, other) == masks
     assert same(other.state_dict(), expected) and int(other.count) == 5
-    assert {k: id(p) for k,p in other.named_parameters(remove_duplicate=False)} == ids and other.read.weight is other.write.weight
+    assert {k: id(p) for k,p in other.named_parameters(remove_duplicate=False)} == ids
+    assert other.read.weight is other.write.weight
 
 def test_saving_leaves_the_state_as_it_is(tmp_path):
     net = words()
-    before = _snapshot(net)
+    before = snapshot(net)
     save_ticket(tmp_path/'t', net.state_dict(), some_masks(net))
-    assert same(before, _snapshot(net))
+    assert same(before, snapshot(net))
 
 def test_infinite_weights_are_dropped_too(tmp_path):
     net = nn.Linear(2, 1, bias=False)
@@ -388,12 +414,12 @@ def test_infinite_weights_are_dropped_too(tmp_path):
 def test_hidden_buffers_come_back_from_a_snapshot(tmp_path):
     net, other = words(), words(1)
     other.hidden.fill_(9)
-    load_ticket(save_ticket(tmp_path/'t', _snapshot(net), {}), other)
-    assert same(_snapshot(net), _snapshot(other)) and other.hidden.tolist() == [0, 1, 2]
+    load_ticket(save_ticket(tmp_path/'t', snapshot(net), {}), other)
+    assert same(snapshot(net), snapshot(other)) and other.hidden.tolist() == [0, 1, 2]
 
 def test_a_model_that_is_wrapped(tmp_path):
     net   = words()
-    file  = save_ticket(tmp_path/'t', _snapshot(torch.compile(net)), some_masks(net))
+    file  = save_ticket(tmp_path/'t', snapshot(torch.compile(net)), some_masks(net))
     other = nn.DataParallel(words(1))
     load_ticket(file, other)
     assert same(other.module.state_dict(), words_under(net))
@@ -416,10 +442,10 @@ def wrong_models():
 @pytest.mark.parametrize('which', wrong_models())
 def test_a_ticket_of_another_model_changes_nothing(which, tmp_path):
     net, (other, parts) = words(), wrong_models()[which]
-    file, before = save_ticket(tmp_path/'t', net.state_dict(), some_masks(net)), _snapshot(other)
+    file, before = save_ticket(tmp_path/'t', net.state_dict(), some_masks(net)), snapshot(other)
     with pytest.raises(ValueError) as e: load_ticket(file, other)
     assert all(p in str(e.value) for p in parts), e.value
-    assert same(before, _snapshot(other))
+    assert same(before, snapshot(other))
 
 def test_files_that_are_no_tickets(tmp_path):
     net = words()
@@ -431,37 +457,40 @@ def test_states_that_cannot_be_saved(tmp_path):
     masks = some_masks(net)
     for e,kw in ((ValueError, dict(masks={'rea.weight': masks['read.weight']})), (TypeError, dict(state={'a': 1})),
                  (TypeError, dict(about=net)),
-                 (ValueError, dict(masks={'mix.bias': masks['read.weight']})), (TypeError, dict(masks={'mix.bias': torch.ones(8)}))):
+                 (ValueError, dict(masks={'mix.bias': masks['read.weight']})),
+                 (TypeError, dict(masks={'mix.bias': torch.ones(8)}))):
         with pytest.raises(e): save_ticket(tmp_path/'t', **{'state': net.state_dict(), 'masks': masks, **kw})
     assert not list(tmp_path.iterdir())
 
 def test_tickets_of_a_search(tmp_path):
     learn = learner()
-    first = _snapshot(learn.model)
+    first = snapshot(learn.model)
     _, found = search(learn, save=tmp_path/'new', rewind_step=2, controls=())
-    assert [f.name for f in found.files] == ['ticket_50.00.safetensors', 'ticket_75.00.safetensors'] and [*(tmp_path/'new').iterdir()] != []
+    assert [f.name for f in found.files] == ['ticket_50.00.safetensors', 'ticket_75.00.safetensors']
+    assert [*(tmp_path/'new').iterdir()] != []
     for i,f in enumerate(found.files):
         other = learner(seed=9)
         assert load_ticket(f, other.model) == found.masks[i]
         about = ticket_info(f)
         assert (about['round'], about['rewind_step'], about['result']) == (i+1, 2, found.runs[i+1].result)
-    assert same(_snapshot(other.model), _snapshot(learn.model)) and not same(first, _snapshot(learn.model))
+    assert same(snapshot(other.model), snapshot(learn.model)) and not same(first, snapshot(learn.model))
 
 def test_tied_weights_in_a_search():
     "The embedding is the output too, and the model has every kind of norm"
     learn = learner(model=words())
-    first = _snapshot(learn.model)
+    first = snapshot(learn.model)
     _, found = search(learn, layer_type=(nn.Embedding, nn.Linear), controls='random')
     masks = {**found.masks[-1], 'write.weight': found.masks[-1]['read.weight']}
     assert [m.numel() - int(m.sum()) for m in found.masks[-1].values()] == [exact(96, 75), exact(64, 75)]
-    assert same(_snapshot(learn.model), under(first, masks)) and learn.model.read.weight is learn.model.write.weight
+    assert same(snapshot(learn.model), under(first, masks)) and learn.model.read.weight is learn.model.write.weight
 
 
 # The study
 
 def test_the_table_of_the_study_has_counted_sparsities():
     "Two hidden layers of 19,200 and 30,000 weights to 98 %, the last one of 1,000 to 80 %, in five rounds"
-    lines = (Path(__file__).resolve().parent.parent/'benchmarks'/'results'/'tickets.csv').read_text(encoding='utf-8').splitlines()
+    results = Path(__file__).resolve().parent.parent/'benchmarks'/'results'
+    lines   = (results/'tickets.csv').read_text(encoding='utf-8').splitlines()
     table = [r for r in csv.DictReader(l for l in lines if not l.startswith('#')) if r['epoch'] == '19']
     asked = [[100*(1 - (1 - s/100)**(i/5)) if i < 5 else s for s in (98, 98, 80)] for i in range(1, 6)]
     zeros = [sum(exact(n, s) for n,s in zip((19200, 30000, 1000), each)) for each in asked]

@@ -7,6 +7,8 @@ from torch.nn.utils import prune
 
 from fasterai_clone.core.masks import Masks
 from fasterai_clone.sparse.all import *
+from fasterai_clone.core.criteria import ln_norm
+from fasterai_clone.sparse.signal import LayerCollapse
 from helpers import same, weights
 
 def owner(model, name):
@@ -21,25 +23,29 @@ def removed(model, names):
     return model
 
 class Attends(nn.Module):
-    def __init__(self, **kwargs): super().__init__(); self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(); self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **kwargs)
     def forward(self, x): return self.attention(x, x, x)[0]
 
 class Recurs(nn.Module):
-    def __init__(self, kind): super().__init__(); self.rnn = kind(4, 3, num_layers=2, bidirectional=True, batch_first=True)
+    def __init__(self, kind):
+        super().__init__(); self.rnn = kind(4, 3, num_layers=2, bidirectional=True, batch_first=True)
     def forward(self, x): return self.rnn(x)[0]
 
 models = dict(
     linear = lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2, bias=False)),
     root   = lambda: nn.Linear(4, 5),
     conv   = lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 3, 2)),
-    deep   = lambda: nn.Sequential(nn.Sequential(nn.ModuleDict(dict(a=nn.Sequential(nn.Linear(3, 3)), weight=nn.Linear(2, 2))))),
+    deep   = lambda: nn.Sequential(nn.Sequential(nn.ModuleDict(dict(a=nn.Sequential(nn.Linear(3, 3)),
+                                                                    weight=nn.Linear(2, 2))))),
     lstm   = lambda: Recurs(nn.LSTM),
     gru    = lambda: Recurs(nn.GRU),
     heads  = Attends,
     three  = lambda: Attends(kdim=4, vdim=4),
     embed  = lambda: nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6)))
 by_model = pytest.mark.parametrize('name', models)
-shapes   = dict(linear=(3, 4), root=(3, 4), conv=(1, 2, 5, 5), lstm=(2, 3, 4), gru=(2, 3, 4), heads=(2, 3, 4), three=(2, 3, 4))
+shapes   = dict(linear=(3, 4), root=(3, 4), conv=(1, 2, 5, 5), lstm=(2, 3, 4), gru=(2, 3, 4), heads=(2, 3, 4),
+                three=(2, 3, 4))
 inputs   = {**{k: torch.randn(s) for k,s in shapes.items()}, 'embed': torch.arange(6)}
 
 def random_masks(model): return Masks({k: torch.rand(p.shape) < 0.5 for k,p in model.named_parameters()})
@@ -192,14 +198,16 @@ def test_nothing_is_touched_if_one_mask_is_wrong(masks, says):
     model = models['linear']()
     state = weights(model)
     good  = Masks({'2.weight': torch.zeros(2, 5, dtype=torch.bool)})
-    with pytest.raises(ValueError, match=says): Masks({**good, **{k: v.bool() for k,v in masks.items()}}).to_torch_prune(model)
+    with pytest.raises(ValueError, match=says):
+        Masks({**good, **{k: v.bool() for k,v in masks.items()}}).to_torch_prune(model)
     assert same(state, weights(model)) and not any(m._forward_pre_hooks for m in model.modules())
 
 def test_what_is_held_already_is_refused():
     model = models['linear']()
     prune.l1_unstructured(model[2], 'weight', amount=1)
     state, masks = weights(model), random_masks(models['linear']())
-    with pytest.raises(ValueError, match="'2.weight' is held by `torch.nn.utils.prune` already.*from_torch_prune.*prune.remove"):
+    with pytest.raises(ValueError,
+                       match="'2.weight' is held by `torch.nn.utils.prune` already.*from_torch_prune.*prune.remove"):
         masks.to_torch_prune(model)
     assert same(state, weights(model)) and not prune.is_pruned(model[0])
     del masks['2.weight']
@@ -249,7 +257,8 @@ def test_masks_are_equal_by_value():
     a, b = torch.tensor([True, False]), torch.tensor([True, True])
     assert Masks({'a': a, 'b': b}) == Masks({'b': b, 'a': a}) == {'a': a, 'b': b}
     assert not Masks({'a': a}) != Masks({'a': a})
-    for other in ({'a': b}, {'a': a, 'b': b}, {}, {'b': a}, {'a': a[:1]}, {'a': 1}, None): assert Masks({'a': a}) != other
+    for other in ({'a': b}, {'a': a, 'b': b}, {}, {'b': a}, {'a': a[:1]}, {'a': 1}, None):
+        assert Masks({'a': a}) != other
 
 
 # Going on with a `Sparsifier`
@@ -326,7 +335,8 @@ def test_l1_unstructured(name, share):
     theirs, ours = both(name)
     n = int(share * ours.weight.numel())
     prune.l1_unstructured(theirs, 'weight', amount=n)
-    assert torch.equal(sparsified(ours, n), Masks.from_torch_prune(theirs)['weight']) and int((ours.weight == 0).sum()) == n
+    assert torch.equal(sparsified(ours, n), Masks.from_torch_prune(theirs)['weight'])
+    assert int((ours.weight == 0).sum()) == n
     assert torch.equal(ours.weight, theirs.weight)
 
 @by_layer
@@ -336,7 +346,8 @@ def test_ln_structured(name, dim, norm):
     for n in range(1, layers[name]().weight.shape[dim]):
         theirs, ours = both(name)
         prune.ln_structured(theirs, 'weight', amount=n, n=norm, dim=dim)
-        assert torch.equal(sparsified(ours, n, of_dim(ours, dim), criteria=ln_norm(norm)), Masks.from_torch_prune(theirs)['weight'])
+        assert torch.equal(sparsified(ours, n, of_dim(ours, dim), criteria=ln_norm(norm)),
+                           Masks.from_torch_prune(theirs)['weight'])
 
 @pytest.mark.parametrize('name', ['conv1d', 'trans1d'])
 @pytest.mark.parametrize('dim', [0, 1])
@@ -345,7 +356,8 @@ def test_ln_structured_by_nuclear_norms(name, dim):
     for n in range(1, layers[name]().weight.shape[dim]):
         theirs, ours = both(name)
         prune.ln_structured(theirs, 'weight', amount=n, n='nuc', dim=dim)
-        assert torch.equal(sparsified(ours, n, of_dim(ours, dim), criteria=ln_norm('nuc')), Masks.from_torch_prune(theirs)['weight'])
+        assert torch.equal(sparsified(ours, n, of_dim(ours, dim), criteria=ln_norm('nuc')),
+                           Masks.from_torch_prune(theirs)['weight'])
 
 @by_layer
 def test_the_mean_magnitude_orders_as_the_first_norm(name):
@@ -387,7 +399,8 @@ def test_global_unstructured(n):
 def test_global_unstructured_with_biases():
     theirs, ours = models['linear'](), models['linear']()
     ours.load_state_dict(theirs.state_dict())
-    prune.global_unstructured([(theirs[0], 'weight'), (theirs[0], 'bias'), (theirs[2], 'weight')], prune.L1Unstructured, amount=17)
+    prune.global_unstructured([(theirs[0], 'weight'), (theirs[0], 'bias'), (theirs[2], 'weight')],
+                              prune.L1Unstructured, amount=17)
     sp = Sparsifier(ours, context='global', layer_type=nn.Linear, params=['weight', 'bias'])
     sp.sparsify_model(n=17)
     assert sp.masks == Masks.from_torch_prune(theirs)

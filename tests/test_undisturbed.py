@@ -3,7 +3,9 @@ from collections import OrderedDict, defaultdict, deque
 
 import pytest, torch, torch.nn as nn
 
-from fasterai_clone.core.flow import multiply_adds, restored, trace_flow, undisturbed
+from fasterai_clone.model.flops import multiply_adds
+from fasterai_clone.model.flow import trace_flow
+from fasterai_clone.model.preserve import restored, undisturbed
 
 x = torch.ones(1, 4)
 

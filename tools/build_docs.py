@@ -1,7 +1,8 @@
 """Build the documentation site from the notebooks: `python tools/build_docs.py [--dest _site]`.
 
-No notebook is run and nothing is loaded from anywhere: pages are the saved notebooks, with an entry (signature, table of arguments, link to the
-source) in the place of every exported definition. A broken link, a warning of Sphinx's or anything from another host fails the build."""
+No notebook is run and nothing is loaded from anywhere: pages are the saved notebooks, with an entry (signature, table
+of arguments, link to the source) in the place of every exported definition. A broken link, a warning of Sphinx's or
+anything from another host fails the build."""
 import argparse, ast, builtins, io, json, os, re, shutil, sys, tempfile, tokenize
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,16 +12,15 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 
+from navigation import FOLDERS, GROUPS, INTERNALS, listing, place
+
 root    = Path(__file__).resolve().parent.parent
 package = 'fasterai_clone'
 github  = 'https://github.com/fasterai-clone/fasterai_clone/blob/main'
 pages   = 'https://fasterai-clone.github.io/fasterai_clone'
 
-# In the order in which to learn; one that is not named here comes after them
-TUTORIALS = '''quickstart schedules granularity criteria contexts_and_collapse structured_pruning filters_and_channels lottery_tickets transformers
-    plain_pytorch coming_from_torch_prune coming_from_fasterai resume_and_distributed what_makes_a_network_faster'''.split()
-GROUPS = ['Tutorials', 'Core', 'Model', 'Sparse', 'Prune', 'Command line', 'Benchmarks & guarantees']
-
+# Pages that no notebook is behind
+WRITTEN = ['api', 'changelog', 'contributing', *map(listing, FOLDERS)]
 
 # What the modules define, read and not imported
 
@@ -45,13 +45,22 @@ class Entry:
     def source(self): return f'{github}/{self.module.replace(".", "/")}.py#L{self.lines[0]}-L{self.lines[1]}'
 
 def _comments(src):
-    "Line → comment"
-    return {t.start[0]: t.string.lstrip('# ').strip() for t in tokenize.generate_tokens(io.StringIO(src).readline) if t.type == tokenize.COMMENT}
+    "Line → the comment on it, or alone above it"
+    beside, above = {}, {}
+    for t in tokenize.generate_tokens(io.StringIO(src).readline):
+        if t.type != tokenize.COMMENT or t.string.startswith('# %%'): continue  # that is where a cell begins
+        place = above if t.line.lstrip().startswith('#') else beside
+        place[t.start[0]] = t.string.lstrip('# ').strip()
+    for line in sorted(above):
+        if line + 1 in above: above[line + 1] = f'{above[line]} {above[line + 1]}'
+        else: beside.setdefault(line + 1, above[line])
+    return beside
 
 def _text(node): return '' if node is None else ast.unparse(node)
 
 def _args(f, comments, skip):
-    "(name, annotation, default, comment) of each argument but the first `skip`, and the annotation and comment of the result"
+    """(name, annotation, default, comment) of each argument but the first `skip`, and the annotation and comment of the
+    result"""
     a = f.args
     plain, back = [*a.posonlyargs, *a.args], f.returns.end_lineno if f.returns else None
     given = [(o.arg, o, d) for o,d in zip(plain, [None]*(len(plain) - len(a.defaults)) + a.defaults)][skip:]
@@ -69,7 +78,8 @@ def _args(f, comments, skip):
     return params, (_text(f.returns), comments.get(back, '')) if f.returns else ()
 
 def _signature(params, returns=()):
-    return '(' + ', '.join(n if d == '' else f'{n}={d}' for n,_,d,_ in params) + ')' + (f' -> {returns[0]}' if returns and returns[0] else '')
+    arrow = f' -> {returns[0]}' if returns and returns[0] else ''
+    return '(' + ', '.join(n if d == '' else f'{n}={d}' for n,_,d,_ in params) + ')' + arrow
 
 def _lines(node): return min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.end_lineno
 
@@ -79,7 +89,8 @@ def _of_function(module, node, comments, cls=None):
     "The entry of a function, or of a method of `cls`"
     decs  = _decorators(node)
     prop  = 'property' in decs or 'patch(as_prop=True)' in decs
-    flags = tuple(k for k in ('classmethod', 'staticmethod') if k in decs or 'patch(cls_method=True)' in decs and k == 'classmethod')
+    flags = tuple(k for k in ('classmethod', 'staticmethod') if k in decs or 'patch(cls_method=True)' in decs and k
+                  == 'classmethod')
     params, returns = _args(node, comments, int(bool(cls) and 'staticmethod' not in flags))
     kind  = 'property' if prop else 'method' if cls else 'function'
     return Entry(module, f'{cls}.{node.name}' if cls else node.name, kind, '' if prop else _signature(params, returns),
@@ -93,21 +104,26 @@ def _of_class(module, node, comments):
     init = next((o for o in node.body if isinstance(o, ast.FunctionDef) and o.name == '__init__'), None)
     if any(d.startswith('dataclass') for d in _decorators(node)):
         fields = [o for o in node.body if isinstance(o, ast.AnnAssign)]
-        e.params = [(o.target.id, _text(o.annotation), re.sub(r'^field\(default_factory=(\w+)\)$', r'\1()', _text(o.value)), comments.get(o.end_lineno, ''))
+        e.params = [(o.target.id, _text(o.annotation),
+                     re.sub(r'^field\(default_factory=(\w+)\)$', r'\1()', _text(o.value)),
+                     comments.get(o.end_lineno, ''))
                     for o in fields if 'init=False' not in _text(o.value)]
     elif init: e.params = _args(init, comments, 1)[0]
     else:
         e.init = False
-        if base := next((_text(b) for b in node.bases if not hasattr(builtins, _text(b))), ''): e.doc += f'\n\nTakes the arguments of `{base}`.'
+        if base := next((_text(b) for b in node.bases if not hasattr(builtins, _text(b))), ''):
+            e.doc += f'\n\nTakes the arguments of `{base}`.'
     e.sig = _signature(e.params) if e.init else ''
     for o in node.body:
-        if isinstance(o, ast.FunctionDef) and _is_shown(o.name) and not (o.name == '__call__' and not ast.get_docstring(o)):
+        if not isinstance(o, ast.FunctionDef) or not _is_shown(o.name): continue
+        if o.name != '__call__' or ast.get_docstring(o):
             e.inside.append(_of_function(module, o, comments, node.name))
     return e
 
 def _patched(node):
     "The class that a function is patched into, if it is"
-    if not isinstance(node, ast.FunctionDef) or not any(d.split('(')[0] == 'patch' for d in _decorators(node)): return None
+    if not isinstance(node, ast.FunctionDef) or not any(d.split('(')[0] == 'patch' for d in _decorators(node)):
+        return None
     return _text(node.args.args[0].annotation)
 
 def _names(node):
@@ -116,7 +132,8 @@ def _names(node):
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)): return [node.name]
     if isinstance(node, ast.Assign):
         dotted = re.compile(r'[A-Za-z]\w*\.[a-z]\w*')  # `Class.name = property(...)`
-        return [t.id if isinstance(t, ast.Name) else _text(t) for t in node.targets if isinstance(t, ast.Name) or dotted.fullmatch(_text(t))]
+        return [t.id if isinstance(t, ast.Name) else _text(t)
+                for t in node.targets if isinstance(t, ast.Name) or dotted.fullmatch(_text(t))]
     return []
 
 def _entry(module, name, node, comments):
@@ -125,9 +142,12 @@ def _entry(module, name, node, comments):
     if isinstance(node, ast.FunctionDef): return _of_function(module, node, comments, cls)
     value, lines = _text(node.value), (node.lineno, node.end_lineno)
     if isinstance(node.value, ast.Call) and _text(node.value.func) == 'property':
-        return Entry(module, name, 'property', doc=next((k.value.value for k in node.value.keywords if k.arg == 'doc'), ''), lines=lines)
-    shown = value if len(value) <= 100 else value[:value.find('(') + 1] + '…)' if isinstance(node.value, ast.Call) else value[:60] + ' …'
-    return Entry(module, name, 'attribute' if '.' in name else 'data', doc=comments.get(node.end_lineno, '') or f'`{shown}`', lines=lines)
+        return Entry(module, name, 'property',
+                     doc=next((k.value.value for k in node.value.keywords if k.arg == 'doc'), ''), lines=lines)
+    if len(value) <= 100: shown = value
+    else: shown = value[:value.find('(') + 1] + '…)' if isinstance(node.value, ast.Call) else value[:60] + ' …'
+    return Entry(module, name, 'attribute' if '.' in name else 'data',
+                 doc=comments.get(node.end_lineno, '') or f'`{shown}`', lines=lines)
 
 @cache
 def entries():
@@ -137,7 +157,8 @@ def entries():
         src = path.read_text(encoding='utf-8')
         if 'AUTOGENERATED' not in src[:1000]: continue
         module, tree, comments = '.'.join(path.relative_to(root).with_suffix('').parts), ast.parse(src), _comments(src)
-        public = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and _text(n.targets[0]) == '__all__')
+        public = next(ast.literal_eval(n.value) for n in tree.body
+                      if isinstance(n, ast.Assign) and _text(n.targets[0]) == '__all__')
         for node in tree.body:
             for name in _names(node):
                 if name not in public and ('.' not in name or name.startswith('_')): continue
@@ -158,15 +179,16 @@ class Page:
     "A notebook, and where it goes"
     path: Path
     doc: str    # name of the page
-    group: str
+    group: str  # in the sidebar
     module: str = ''
+    title: str = ''
+    blurb: str = ''  # what the page is for, in a sentence
+    at: int = 0      # in its group
+
+    @property
+    def is_tutorial(self): return self.path.parent.name == 'tutorials'
 
 def _directives(src): return re.findall(r'^#\|\s*(.+?)\s*$', src, re.M)
-
-def _group(module):
-    "Where in the sidebar"
-    if module in ('cli', 'digits'): return 'Command line'
-    return dict(model='Model', sparse='Sparse', prune='Prune').get(module.split('.')[0], 'Core') if module else 'Benchmarks & guarantees'
 
 @cache
 def site_pages():
@@ -176,10 +198,13 @@ def site_pages():
         if any(p.startswith('.') for p in path.relative_to(root).parts): continue
         nb  = nbformat.read(path, as_version=4)
         exp = next((m[1] for c in nb.cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', c.source, re.M))), '')
-        if path.parent.name == 'tutorials': found.append(Page(path, f'tutorials/{path.stem}', 'Tutorials'))
-        else: found.append(Page(path, exp or re.sub(r'^\d+_', '', path.stem), '' if path.stem == 'index' else _group(exp), exp))
-    place = {t: i for i,t in enumerate(TUTORIALS)}
-    return sorted(found, key=lambda p: place.get(p.path.stem, len(place)) if p.group == 'Tutorials' else -1)
+        doc = exp or re.sub(r'^\d+_', '', path.stem)
+        title, blurb = re.match(r'# (.+?)\n+> (.+)', nb.cells[0].source).groups()
+        group, at = place(doc, exp)
+        if path.parent.name == 'tutorials': doc = f'tutorials/{doc}'
+        if doc == 'index': group = ''
+        found.append(Page(path, doc, group, exp, title, blurb, at))
+    return sorted(found, key=lambda p: ([*GROUPS, INTERNALS, ''].index(p.group), p.at))
 
 def _relative(doc, base): return os.path.relpath(doc, os.path.dirname(base) or '.')
 
@@ -190,14 +215,16 @@ def _local_link(link, page, images):
     target, _, anchor = link.partition('#')
     anchor = f'#{anchor}' if anchor else ''
     by_path = {p.path.resolve(): p.doc + '.ipynb' for p in site_pages()}
-    by_path |= {root/'CHANGELOG.md': 'changelog.md', root/'CONTRIBUTING.md': 'contributing.md', root/'README.md': 'index.ipynb'}
+    by_path |= {root/'CHANGELOG.md': 'changelog.md', root/'CONTRIBUTING.md': 'contributing.md',
+                root/'README.md': 'index.ipynb'}
     if target.startswith(pages):
         doc = re.sub(r'\.html(\.md)?$', '', target.removeprefix(pages).strip('/')) or 'index'
-        known = {re.sub(r'\.(ipynb|md)$', '', o): o for o in by_path.values()} | dict(api='api.md')
+        known = {re.sub(r'\.(ipynb|md)$', '', o): o for o in by_path.values()} | {o: f'{o}.md' for o in WRITTEN}
         if doc not in known: raise BrokenLink(f'{page.path.name}: there is no page {link}')
         return _relative(known[doc], page.doc) + anchor
     if not target or re.match(r'[a-z]+:', target) and not target.startswith(github): return link
-    path = (root/unquote(target.removeprefix(github).strip('/')) if target.startswith(github) else page.path.parent/unquote(target)).resolve()
+    path = (root/unquote(target.removeprefix(github).strip('/')) if target.startswith(github)
+            else page.path.parent/unquote(target)).resolve()
     if path in by_path: return _relative(by_path[path], page.doc) + anchor
     if not path.exists(): raise BrokenLink(f'{page.path.name}: there is no {link}')
     if path.suffix in ('.png', '.svg', '.jpg', '.gif'):
@@ -248,38 +275,49 @@ def _fold(sources, show='Source'):
 def _plain(md): return re.sub(r'\s+', ' ', re.sub(r'[`*_$>#|]|\]\([^)]*\)|\[', '', md)).strip()
 
 def _breaks(html):
-    "Where cells of tables may break: at the dots of long names, not inside of `0.1–0.2`, `8 → 4`, `2 of 4` and `Layer 3`"
+    """Where cells of tables may break: at the dots and underscores of long names, not inside of `0.1–0.2`, `8 → 4`,
+    `2 of 4` and `Layer 3`"""
     html = re.sub(r'(?<=\d)–(?=\d)', '\u2060–\u2060', html)
     html = re.sub(r'(?<=\d) (→|of) (?=\d)', '\u00a0\\1\u00a0', html).replace('<td>Layer ', '<td>Layer\u00a0')
-    return re.sub(r'(?<=<t[dh]>)[\w.]{16,}(?=</t[dh]>)', lambda m: m[0].replace('.', '.<wbr>'), html)
+    return re.sub(r'(?<=<t[dh]>)[\w.]{12,}(?=</t[dh]>)', lambda m: re.sub('[._]', r'\g<0><wbr>', m[0]), html)
 
 def _outputs(cell, page, images, before):
-    "Outputs with links that lead somewhere, tables without a style of their own and words for those who do not see pictures"
+    """Outputs with links that lead somewhere, tables without a style of their own and words for those who do not see
+    pictures"""
     for o in cell.outputs:
         data = o.get('data', {})
         if 'text/markdown' in data:
             data['text/markdown'] = link_locally(''.join(data['text/markdown']), page, images)
             for k in ('text/html', 'text/plain'): data.pop(k, None)
         if 'text/html' in data:
-            data['text/html'] = re.sub(r'<style.*?</style>|\s(?:border|style)="[^"]*"', '', ''.join(data['text/html']), flags=re.S)
+            data['text/html'] = re.sub(r'<style.*?</style>|\s(?:border|style)="[^"]*"', '',
+                                       ''.join(data['text/html']), flags=re.S)
             data['text/html'] = re.sub(r'`([^`<]+)`', r'<samp>\1</samp>', _breaks(data['text/html']))
             if 'text-align' not in data['text/html']: data['text/html'] = f'<div class="wide">{data["text/html"]}</div>'
     if any('image/png' in o.get('data', {}) for o in cell.outputs):
         words = _plain(before.strip().split('\n\n')[-1])
-        cell.metadata['mystnb'] = dict(image=dict(alt=words if len(words) <= 160 else words[:160].rsplit(' ', 1)[0] + ' …'))
+        cell.metadata['mystnb'] = dict(image=dict(alt=words if len(words) <= 160
+                                                  else words[:160].rsplit(' ', 1)[0] + ' …'))
+
+COLAB = 'https://colab.research.google.com/github/' + github.removeprefix('https://github.com/')
+install = f'pip install git+{github.removesuffix("/blob/main")}'
 
 def _header(page):
-    "Below the title: what to import, and the notebook"
-    links = [f'[Notebook]({github}/{page.path.relative_to(root)})']
+    "Below the title: what to import, where to run it, and the notebook"
+    path  = page.path.relative_to(root)
+    links = [f'[Notebook]({github}/{path})']
     if page.module: links.insert(0, f'`from {package}.{page.module} import *`')
-    return '{.about}\n' + ' · '.join(links)
+    if not page.is_tutorial: return '{.about}\n' + ' · '.join(links)
+    links.insert(0, f'[Open in Colab]({COLAB}/{path})')
+    return '{.about .run}\n' + ' · '.join(links) + f' · In Colab, the first cell installs the package: `!{install}`'
 
 def transform(page, images):
     "The cells of `page`'s notebook as those of a page of the site"
     module, cells, code, before = f'{package}.{page.module}', [], [], ''
     def close():
         "What was exported since the last cell that is shown: entries, then the source"
-        found = [entries()[f'{module}.{n}'] for src in code for node in ast.parse(src).body for n in _names(node) if f'{module}.{n}' in entries()]
+        found = [entries()[f'{module}.{n}'] for src in code for node in ast.parse(src).body
+                 for n in _names(node) if f'{module}.{n}' in entries()]
         if found: cells.append(nbformat.v4.new_markdown_cell('\n\n'.join(_show(e) for e in found)))
         if code:  cells.append(_fold(code))
         code.clear()
@@ -299,12 +337,15 @@ def transform(page, images):
         cell.source, cell.metadata = src, nbformat.NotebookNode(tags=[])
         _outputs(cell, page, images, before)
         if 'code-fold: true' in what: cell.metadata.update(_fold([]).metadata)
+        if page.module and src and _only_imports(src):
+            cell.metadata.update(_fold([], 'Imports of the examples').metadata)
         if 'echo: false' in what or not src: cell.metadata['tags'] = ['remove-input']
         cells.append(cell)
     close()
     first = cells[0].source.split('\n')
     if page.doc != 'index':
-        cut = next((i for i,l in enumerate(first) if i and not l.startswith('>') and first[i-1].startswith('>')), len(first))
+        cut = next((i for i,l in enumerate(first) if i and not l.startswith('>') and first[i-1].startswith('>')),
+                   len(first))
         cells[0].source = '\n'.join([*first[:cut], '', _header(page), '', *first[cut:]])
     return cells
 
@@ -316,11 +357,19 @@ def _toctree(caption, docs):
 
 def _trees():
     "The sidebar"
-    docs  = {g: [p.doc for p in site_pages() if p.group == g] for g in GROUPS}
-    last  = docs.pop(GROUPS[-1]) + ['changelog', 'contributing']
-    first = docs.pop(GROUPS[0])
-    reference = [_toctree(f'Reference: {g.lower()}', d) for g,d in docs.items()]
-    return '\n\n'.join([_toctree(GROUPS[0], first), _toctree('Reference', ['api']), *reference, _toctree(GROUPS[-1], last)])
+    docs = {g: [p.doc for p in site_pages() if p.group == g] for g in GROUPS}
+    docs['Reference'] = ['api', *docs['Reference'], 'changelog']
+    docs[INTERNALS]   = [*map(listing, FOLDERS), 'contributing']
+    return '\n\n'.join(_toctree(g, d) for g,d in docs.items())
+
+def _listing(folder):
+    "The page that lists the modules of a folder which only those who change the library need"
+    title, blurb = FOLDERS[folder]
+    inside = [p for p in site_pages() if p.group == INTERNALS and p.module.split('.')[0] == folder]
+    rows   = ''.join(f'- [{p.title}]({p.doc}.ipynb): {p.blurb[0].lower() + p.blurb[1:]}\n' for p in inside)
+    about  = f'The modules of `{package}.{folder}` that the library itself uses, in the order in which they import.'
+    tree   = ':::{toctree}\n:hidden:\n\n' + '\n'.join(p.doc for p in inside) + '\n:::'
+    return f'# {title}\n\n> {blurb}\n\n{about}\n\n{rows}\n{tree}\n'
 
 def _api():
     "Every public name, in the order of the alphabet"
@@ -340,8 +389,9 @@ def _as_markdown(cells):
         else:
             if 'remove-input' not in c.metadata.get('tags', []): out.append(f'```python\n{c.source}\n```')
             for o in c.outputs:
-                text = o.get('text') or o.get('data', {}).get('text/markdown') or o.get('data', {}).get('text/plain', '')
-                if text and 'text/markdown' in o.get('data', {}): out.append(text)
+                data = o.get('data', {})
+                text = o.get('text') or data.get('text/markdown') or data.get('text/plain', '')
+                if text and 'text/markdown' in data: out.append(text)
                 elif text.strip(): out.append(f'```text\n{text.rstrip()}\n```')
     return re.sub(r'\.ipynb([)#])', r'.html\1', '\n\n'.join(out)) + '\n'
 
@@ -355,9 +405,11 @@ def write_sources(src):
             continue
         if page.doc == 'index': cells = _landing(cells, images)
         for i,c in enumerate(cells): c.id = f'c{i}'
-        nb = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python'),
+        nb = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3',
+                                                                                 language='python'),
                                                                  language_info=dict(name='python')))
-        for dest,text in ((src/f'{page.doc}.ipynb', nbformat.writes(nb)), (src/'_extra'/f'{page.doc}.html.md', _as_markdown(cells))):
+        for dest,text in ((src/f'{page.doc}.ipynb', nbformat.writes(nb)),
+                          (src/'_extra'/f'{page.doc}.html.md', _as_markdown(cells))):
             dest.parent.mkdir(parents=True, exist_ok=True)
             dest.write_text(text, encoding='utf-8')
     if broken: raise SystemExit('\n'.join(broken))
@@ -366,17 +418,20 @@ def write_sources(src):
         shutil.copy(p, src/'images'/p.name)
     for name in ('changelog', 'contributing'):
         path = root/f'{name.upper()}.md'
-        (src/f'{name}.md').write_text(link_locally(path.read_text(encoding='utf-8'), Page(path, name, ''), images), encoding='utf-8')
+        (src/f'{name}.md').write_text(link_locally(path.read_text(encoding='utf-8'), Page(path, name, ''), images),
+                                      encoding='utf-8')
     (src/'api.md').write_text(_api(), encoding='utf-8')
+    for folder in FOLDERS: (src/f'{listing(folder)}.md').write_text(_listing(folder), encoding='utf-8')
     (src/'names.json').write_text(json.dumps({e.full: (e.name, e.source) for e in flat()}), encoding='utf-8')
 
 def _landing(cells, images):
-    "The first page: the notebook `index`, with a first screen of its own, and the sidebar"
-    first = site_pages()[[p.group for p in site_pages()].index('Tutorials')]
-    title, blurb = re.match(r'# (.+?)\n+> (.+)', nbformat.read(first.path, as_version=4).cells[0].source).groups()
-    hero  = (root/'docs'/'landing.md').read_text(encoding='utf-8').replace('FIRST', f'[{title}](tutorials/{first.path.name})\n\n{blurb}')
-    hero  = link_locally(hero, next(p for p in site_pages() if p.doc == 'index'), images)
-    return [nbformat.v4.new_markdown_cell(hero + '\n\n' + _trees()), *cells[1:]]
+    "The first page: claim, measured table, benefits, a snippet and links, and the sidebar"
+    index = next(p for p in site_pages() if p.doc == 'index')
+    table = next(c for c in cells if any('text/markdown' in o.get('data', {}) for o in c.get('outputs', ())))
+    hero  = (root/'docs'/'landing.md').read_text(encoding='utf-8')
+    above, below = link_locally(hero, index, images).split('TABLE')
+    return [nbformat.v4.new_markdown_cell(above.strip()), table,
+            nbformat.v4.new_markdown_cell(below.strip() + '\n\n' + _trees())]
 
 def build(dest):
     "Write the site to the folder `dest`"
@@ -387,7 +442,8 @@ def build(dest):
         src, out = Path(tmp)/'src', Path(tmp)/'out'
         src.mkdir()
         write_sources(src)
-        failed = sphinx_build(['-W', '--keep-going', '-q', '-b', 'html', '-c', str(root/'docs'), '-d', f'{tmp}/doctrees', str(src), str(out)])
+        failed = sphinx_build(['-W', '--keep-going', '-q', '-b', 'html', '-c', str(root/'docs'), '-d',
+                               f'{tmp}/doctrees', str(src), str(out)])
         if failed: return failed
         shutil.rmtree(out/'_sources', ignore_errors=True)
         wrong = list(problems(out))
@@ -414,9 +470,11 @@ class _Links(HTMLParser):
         if a.get('src'): self.loads.append(a['src'])
 
 def problems(site):
-    "Links and anchors that lead nowhere, ids given twice, and whatever comes from another host, in the pages of the folder `site`"
+    """Links and anchors that lead nowhere, ids given twice, and whatever comes from another host, in the pages of the
+    folder `site`"""
     site = Path(site).resolve()
-    read = {p: _Links(p.read_text(encoding='utf-8')) for p in sorted(site.rglob('*.html')) if '_static' not in p.relative_to(site).parts}
+    read = {p: _Links(p.read_text(encoding='utf-8')) for p in sorted(site.rglob('*.html'))
+            if '_static' not in p.relative_to(site).parts}
     for page,got in read.items():
         where = page.relative_to(site)
         for o in sorted({o for o in got.ids if got.ids.count(o) > 1}): yield f"{where}: the id {o} is given twice"
@@ -429,11 +487,13 @@ def problems(site):
             target = (page.parent/unquote(url.path)).resolve() if url.path else page
             if target.is_dir(): target /= 'index.html'
             if not target.is_file(): yield f'{where}: there is no {link}'
-            elif url.fragment and target in read and unquote(url.fragment) not in read[target].ids and link not in got.loads:
+            elif not url.fragment or target not in read or link in got.loads: continue
+            elif unquote(url.fragment) not in read[target].ids:
                 yield f'{where}: there is no {link}'
     for css in site.rglob('*.css'):
         for url in re.findall(r'url\(["\']?(?!data:|#)([^)"\']+)', css.read_text(encoding='utf-8')):
-            if urlsplit(url).netloc or not (css.parent/urlsplit(url).path).is_file(): yield f'{css.relative_to(site)}: there is no {url} on this host'
+            if urlsplit(url).netloc or not (css.parent/urlsplit(url).path).is_file():
+                yield f'{css.relative_to(site)}: there is no {url} on this host'
 
 
 def main(args=None):

@@ -1,11 +1,14 @@
-"""Run the notebooks, save clean outputs, export the modules and write README.md: `python tools/refresh.py [nbs/name.ipynb ...]`.
+"""Run the notebooks, save clean outputs, export the modules, write their stubs and README.md:
+`python tools/refresh.py [nbs/name.ipynb ...]`.
 
-Without names every notebook is run. `--check` runs nothing: it only exports, cleans and writes README.md."""
-import base64, os, re, sys
+Without names every notebook is run. `--check` runs nothing: it only exports, cleans and writes stubs and README.md."""
+import base64, configparser, os, re, sys
 from pathlib import Path
 os.environ['OMP_NUM_THREADS'] = '1'  # the networks here are tiny: more threads only get in each other's way
-os.environ['PYTHONWARNINGS']  = 'ignore::FutureWarning:torch.jit._script,ignore:IProgress not found'  # of importing fastai, and timm
-for name in 'MPLBACKEND COLUMNS LINES NO_COLOR FORCE_COLOR'.split(): os.environ.pop(name, None)  # saved outputs are the same from any shell
+# of importing fastai, and timm
+os.environ['PYTHONWARNINGS']  = 'ignore::FutureWarning:torch.jit._script,ignore:IProgress not found'
+# saved outputs are the same from any shell
+for name in 'MPLBACKEND COLUMNS LINES NO_COLOR FORCE_COLOR'.split(): os.environ.pop(name, None)
 
 import nbformat
 from fastcore.xtras import globtastic
@@ -13,6 +16,8 @@ from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 from nbdev.export import nb_export
 from nbdev.doclinks import nbdev_export
+
+from stubs import write_stubs
 
 root = Path(__file__).resolve().parent.parent
 nbs  = root/'nbs'
@@ -30,7 +35,8 @@ def _tidy(cell):
     outs = []
     for o in cell.outputs:
         if _progress_junk(o): continue
-        if o.output_type == 'stream' and o.name == 'stderr': raise RuntimeError(f'A cell wrote to stderr:\n{cell.source}\n---\n{o.text}')
+        if o.output_type == 'stream' and o.name == 'stderr':
+            raise RuntimeError(f'A cell wrote to stderr:\n{cell.source}\n---\n{o.text}')
         if o.output_type == 'stream' and outs and outs[-1].output_type == 'stream': outs[-1].text += o.text
         else: outs.append(o)
         if 'image/png' in o.get('data', {}): o.data.pop('text/plain', None)
@@ -40,7 +46,8 @@ def _tidy(cell):
 def run(path):
     "Execute the notebook at `path` in a fresh kernel and save its outputs"
     nb = nbformat.read(path, as_version=4)
-    client = NotebookClient(nb, timeout=600, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent))))
+    client = NotebookClient(nb, timeout=600, kernel_name='python3',
+                            resources=dict(metadata=dict(path=str(path.parent))))
     with client.setup_kernel():
         for i,cell in enumerate(nb.cells):
             if cell.cell_type != 'code': continue
@@ -49,6 +56,26 @@ def run(path):
                 continue
             client.execute_cell(cell, i)
             _tidy(cell)
+    nbformat.write(nb, path)
+
+
+def _repository():
+    cfg = configparser.ConfigParser(delimiters=['='], comment_prefixes=(';',))
+    cfg.read(root/'settings.ini', encoding='utf-8')
+    return cfg['DEFAULT']['repository']
+
+# fastai's own notebooks begin like this: `/content` is where Google Colab works
+COLAB = f'''#| hide
+#| eval: false
+# Google Colab starts without the package
+! [ -e /content ] && pip install -q git+{_repository()}'''
+
+def prepare_for_colab(path):
+    "Let a tutorial install the package in its first code cell"
+    nb = nbformat.read(path, as_version=4)
+    if any(c.source == COLAB for c in nb.cells): return
+    nb.cells = [c for c in nb.cells if '/content' not in c.source]
+    nb.cells.insert(1, nbformat.v4.new_code_cell(COLAB, id='colab'))
     nbformat.write(nb, path)
 
 
@@ -87,18 +114,22 @@ def write_readme(dest=root/'README.md'):
     images = dest.parent/'nbs'/'images'
     images.mkdir(parents=True, exist_ok=True)
     for old in images.glob('index_*.png'): old.unlink()
-    dest.write_text('<!-- written by tools/refresh.py from nbs/index.ipynb: edit that -->\n\n' + _markdown(nbformat.read(nbs/'index.ipynb', as_version=4), images), encoding='utf-8')
+    dest.write_text('<!-- written by tools/refresh.py from nbs/index.ipynb: edit that -->\n\n'
+                    + _markdown(nbformat.read(nbs/'index.ipynb', as_version=4), images), encoding='utf-8')
 
 
 def main(args):
     os.chdir(root)
     if '--check' not in args:
-        for p in [Path(a) for a in args] or sorted(Path(o) for o in globtastic('nbs', file_glob='*.ipynb', skip_folder_re=r'^\.')):
+        for p in [Path(a) for a in args] or sorted(Path(o) for o in globtastic('nbs', file_glob='*.ipynb',
+                                                                               skip_folder_re=r'^\.')):
             print('running', p, flush=True)
             nb_export(p)
             run(p)
+    for p in sorted((nbs/'tutorials').glob('*.ipynb')): prepare_for_colab(p)
     nbdev_clean.__wrapped__()
     nbdev_export.__wrapped__()
+    write_stubs()
     if (nbs/'index.ipynb').exists(): write_readme()
 
 if __name__ == '__main__': main(sys.argv[1:])

@@ -1,8 +1,11 @@
 """The contestants. Each is a module of three functions, imported only when it runs:
 
-    choose(model, context, criteria, **options) -> function of a sparsity in percent that makes the masks (the call that is timed)
-    hold(model, opt, **options)                 -> function to call after each step, or None: keeps 90 % zero, local
-    callback(context, **options)                -> fastai callback (or None) that goes to 90 % by agp, changing at every batch
+    choose(model, context, criteria, **options)
+        -> function of a sparsity in percent that makes the masks (the call that is timed)
+    hold(model, opt, **options)
+        -> function to call after each step, or None: keeps 90 % zero, local
+    callback(context, **options)
+        -> fastai callback (or None) that goes to 90 % by agp, changing at every batch
 
 What a contestant does not offer raises `NotImplementedError` with the reason, and is listed as not run."""
 from importlib import import_module
@@ -11,7 +14,8 @@ from typing import NamedTuple
 SPARSITY = 90  # percent
 
 class Contestant(NamedTuple):
-    "Who takes part: `adapter` is a module beside this one, `package` what its users import, `parts` the measures it is in"
+    """Who takes part: `adapter` is a module beside this one, `package` what its users import, `parts` the measures it
+    is in"""
     name: str
     adapter: str
     package: str

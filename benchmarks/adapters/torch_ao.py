@@ -1,4 +1,5 @@
-"torch.ao.pruning: `WeightNormSparsifier`, which multiplies by a mask in a parametrization; convolutions flattened: it knows matrices"
+"""torch.ao.pruning: `WeightNormSparsifier`, which multiplies by a mask in a parametrization; convolutions flattened: it
+knows matrices"""
 from torch.ao.pruning import WeightNormSparsifier
 from . import SPARSITY
 from ..models import layers, agp_callback

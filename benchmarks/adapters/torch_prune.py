@@ -1,4 +1,5 @@
-"torch.nn.utils.prune: hooks that multiply by a mask in each forward pass; whole amounts, since it counts from what remains"
+"""torch.nn.utils.prune: hooks that multiply by a mask in each forward pass; whole amounts, since it counts from what
+remains"""
 from torch.nn.utils import prune
 from . import SPARSITY
 from ..models import layers, agp_callback
@@ -19,7 +20,8 @@ class Pruner:
     def to(self, sparsity):
         "Prune up to `sparsity` percent"
         more = [int(n * sparsity / 100 + 1e-9) - d for n, d in zip(self.sizes, self.done)]
-        scores = None if self.criteria == 'magnitude' else [score(self.criteria, m, i).detach() for m, i in zip(self.layers, self.inits)]
+        scores = None if self.criteria == 'magnitude' else [score(self.criteria, m, i).detach()
+                                                            for m, i in zip(self.layers, self.inits)]
         if self.context == 'global' and more[0]:
             named = [(m, 'weight') for m in self.layers]
             prune.global_unstructured(named, prune.L1Unstructured, scores and dict(zip(named, scores)), amount=more[0])
