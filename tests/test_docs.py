@@ -47,7 +47,7 @@ def own_net():
     if not shutil.which('unshare'): return ()
     return tuple(command) if subprocess.run([*command, 'true'], capture_output=True).returncode == 0 else ()
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def cut_off(tmp_path_factory):
     "Runs Python without network"
     guard = tmp_path_factory.mktemp('guard')
@@ -56,7 +56,7 @@ def cut_off(tmp_path_factory):
     return lambda *args: subprocess.run([*own_net(), sys.executable, *map(str, args)], env=env, capture_output=True,
                                         text=True, timeout=900)
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def site(cut_off, tmp_path_factory):
     "The site, built once"
     dest = tmp_path_factory.mktemp('site')/'_site'
@@ -64,6 +64,12 @@ def site(cut_off, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-4000:]
     assert 'WARNING' not in done.stderr
     return dest
+
+@pytest.fixture(scope='module', autouse=True)
+def no_pages_left():
+    "Forget the parsed pages: millions of objects, which would slow down every test after these"
+    yield
+    soup.cache_clear()
 
 @cache
 def soup(path): return BeautifulSoup(path.read_text(encoding='utf-8'), 'html.parser')
@@ -185,7 +191,7 @@ def methods(cls):
         ours = getattr(f, '__module__', '').startswith('fasterai_clone') and getattr(f, '__doc__', None)
         if ours and inspect.isfunction(f) and f.__name__ == n and not re.match('_|before_|after_', n): yield n, f
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def signatures(site):
     "Full name → the element with its signature"
     return {dt['id']: dt for d in docs for dt in soup(site/f'{d}.html').select('dt.sig[id]')}
@@ -328,7 +334,7 @@ def test_a_folder_of_others_is_not_replaced(tmp_path):
 flags = '''--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update
     --disable-sync --disable-quic --no-first-run'''.split()
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def address(site):
     "Where the site is served"
     class Quiet(SimpleHTTPRequestHandler):
@@ -338,7 +344,7 @@ def address(site):
         yield f'http://127.0.0.1:{server.server_port}'
         server.shutdown()
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def browser(tmp_path_factory):
     "Headless Chromium"
     binary = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)

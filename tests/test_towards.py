@@ -65,7 +65,7 @@ def test_the_proximal_step_by_hand(dtype):
 def test_admm_by_hand():
     "Three steps of one layer, beside the formulas"
     net, other = line([2., 1., -3.]), line([2., 1., -3.])
-    admm = ADMM(Sparsifier(net, layer_type=nn.Linear), 34, rho=.5, every=1, heal=0)
+    admm = ADMM(Sparsifier(net, layer_type=nn.Linear), 34, rho=.5, every=1, heal=0, ramp=0)
     opt  = torch.optim.SGD(net.parameters(), .1)
     def sparse(v):
         v = v.clone()
@@ -297,6 +297,7 @@ WRONG = [(lambda: DistillCallback(loss='sofd'), "Did you mean 'soft'"), (lambda:
          (lambda: fit(learner(), cbs=ProximalCallback(sparsity=50, heal=2)), '`heal`'),
          (lambda: fit(learner(), cbs=ADMMCallback(90, rho=0)), '`rho`'),
          (lambda: fit(learner(), cbs=ADMMCallback(90, every=0)), '`every`'),
+         (lambda: fit(learner(), cbs=ADMMCallback(90, ramp=2)), '`ramp`'),
          (lambda: fit(learner(), cbs=ADMMCallback(60, nm='2:4', exclude='0')), 'at most that'),
          (lambda: fit(learner(), cbs=DistillCallback(loss='features', layers=['33'])), "in `layers` '33'"),
          (lambda: fit(learner(), cbs=DistillCallback(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))), 'same classes')]

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..core.arguments import check_sparsity, check_whole, is_number
 from ..core.entry import Entry
+from ..core.schedule import sched_agp
 from ..sparse.saved import load_masks
 from ..sparse.sparsifier import Sparsifier
 
@@ -43,16 +44,26 @@ class ADMM:
         sparsity: float|list|dict,  # percent
         rho: float = .01,        # strength of the pull
         every: int = 10,         # steps between two projections
-        heal: float = .25        # last share of training, with masks
+        heal: float = .25,       # last share of training, with masks
+        ramp: float = .5         # first share, over which the sparse copy reaches `sparsity`
     ):
         if not is_number(rho) or not 0 < rho < math.inf: raise ValueError(f'`rho` must be above 0, got {rho!r}')
-        if not is_number(heal) or not 0 <= heal <= 1: raise ValueError(f'`heal` must be from 0 to 1, got {heal!r}')
+        for k,v in dict(heal=heal, ramp=ramp).items():
+            if not is_number(v) or not 0 <= v <= 1: raise ValueError(f'`{k}` must be from 0 to 1, got {v!r}')
         if is_number(sparsity): check_sparsity(sparsity)
         self.sp, self.rho, self.every, self.heal = sparsifier, rho, check_whole(every, 'every', 1), heal
-        self.counts, self.done, self.primal, self.dual, self.last = sparsifier.counts(sparsity), False, 0., 0., 0
+        self.ramp, self.percent, self.counts = ramp, sparsifier.sparsities(sparsity), sparsifier.counts(sparsity)
+        self.done, self.primal, self.dual, self.last = False, 0., 0., 0
         with torch.no_grad(): now = {p.name: p.tensor.detach().float() for p in sparsifier.parts}
-        self.z = projected(sparsifier, now, self.counts)
+        self.z = projected(sparsifier, now, self.counts_at(0))
         self.u = {k: torch.zeros_like(v) for k,v in now.items()}
+
+    def counts_at(self,
+        share: float  # of training that is done
+    ) -> list[int]:   # number of groups that each pool prunes
+        "Return how sparse the copy is at this point"
+        if share >= self.ramp: return self.counts
+        return self.sp.counts_at([sched_agp(0, s, share/self.ramp) for s in self.percent])
 
     @property
     def nbytes(self) -> int:
@@ -72,10 +83,12 @@ def add_gradients(self:ADMM) -> None:
 
 @patch
 @torch.no_grad()
-def project(self:ADMM) -> None:
+def project(self:ADMM,
+    share: float = 1.  # of training that is done
+) -> None:
     "Make z the sparse weights nearest to w + u, and add the difference to u"
     w   = {p.name: p.tensor.detach().float() for p in self.sp.parts}
-    new = projected(self.sp, {k: v + self.u[k] for k,v in w.items()}, self.counts)
+    new = projected(self.sp, {k: v + self.u[k] for k,v in w.items()}, self.counts_at(share))
     def size(tensors): return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
     self.primal = size(w[k] - new[k] for k in w)
     self.dual   = self.rho * size(new[k] - self.z[k] for k in w)
@@ -95,7 +108,7 @@ def step(self:ADMM,
         return self.apply()
     if step // self.every <= self.last // self.every: return
     self.last = step
-    self.project()
+    self.project(step / n_steps)
 
 @patch
 def finish(self:ADMM) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..core.arguments import check_sparsity, check_whole, is_number
 from ..core.entry import Entry
+from ..core.schedule import sched_agp
 from ..sparse.saved import load_masks
 from ..sparse.sparsifier import Sparsifier
 from typing import Any
@@ -33,11 +34,14 @@ class ADMM:
         rho: strength of the pull
         every: steps between two projections
         heal: last share of training, with masks
+        ramp: first share, over which the sparse copy reaches `sparsity`
     """
     sp: Sparsifier
     rho: float
     every: int
     heal: float
+    ramp: float
+    percent: Any
     counts: Any
     done: bool
     primal: float
@@ -53,7 +57,18 @@ class ADMM:
         rho: float = 0.01,
         every: int = 10,
         heal: float = 0.25,
+        ramp: float = 0.5,
     ) -> None: ...
+
+    def counts_at(self, share: float) -> list[int]:
+        """Return how sparse the copy is at this point
+
+        Args:
+            share: of training that is done
+
+        Returns:
+            number of groups that each pool prunes
+        """
 
     @property
     def nbytes(self) -> int:
@@ -62,8 +77,12 @@ class ADMM:
     def add_gradients(self) -> None:
         """Add the pull to the gradients: call it between `backward` and `optimizer.step()`"""
 
-    def project(self) -> None:
-        """Make z the sparse weights nearest to w + u, and add the difference to u"""
+    def project(self, share: float = 1.0) -> None:
+        """Make z the sparse weights nearest to w + u, and add the difference to u
+
+        Args:
+            share: of training that is done
+        """
 
     def step(self, step: int, n_steps: int, optimizer: object = None) -> None:
         """Project if that is due after this step; in the last share of training, apply the masks instead

@@ -45,6 +45,7 @@ class ADMMCallback(TowardsCallback):
         rho: float = .01,                   # strength of the pull
         every: int = 10,                    # steps between two projections
         heal: float = .25,                  # last share of training, with masks
+        ramp: float = .5,                   # first share, over which the sparse copy reaches `sparsity`
         criteria: Criteria|str|None = None, # importance score; None: the nearest sparse weights
         coupled: bool|str|list = False,     # prune channels that `thin` removes together
         layer_type: type|str|tuple = nn.Conv2d,  # the types of layers
@@ -56,7 +57,8 @@ class ADMMCallback(TowardsCallback):
         check_arguments(granularity, context, nm, layer_type, include, exclude, coupled=coupled)
         check_sparsities(sparsity)
         if criteria is None: criteria = large_final if granularity == 'weight' else ln_norm(2)
-        self.sparsity, self.rho, self.every, self.heal, self.verbose = sparsity, rho, every, heal, verbose
+        self.sparsity, self.rho, self.every, self.heal, self.ramp = sparsity, rho, every, heal, ramp
+        self.verbose = verbose
         self.arguments = dict(granularity=granularity, context=context, nm=nm, criteria=as_criteria(criteria),
                               coupled=coupled, layer_type=layer_type, include=include, exclude=exclude)
         self.late = Late(self)
@@ -67,13 +69,13 @@ def make(self:ADMMCallback,
     sp: Sparsifier  # with the groups
 ) -> ADMM:
     "Return the method"
-    return ADMM(sp, self.sparsity, self.rho, self.every, self.heal)
+    return ADMM(sp, self.sparsity, self.rho, self.every, self.heal, self.ramp)
 
 @patch
 def settings(self:ADMMCallback) -> list[float]:
     "Return numbers that differ if another run is meant"
     goals = self.sparsifier.sparsities(self.sparsity)
-    return [float(self.n_epoch), self.rho, float(self.every), float(self.heal), *map(float, goals)]
+    return [float(self.n_epoch), self.rho, float(self.every), float(self.heal), float(self.ramp), *map(float, goals)]
 
 @patch
 def announce(self:ADMMCallback) -> str:

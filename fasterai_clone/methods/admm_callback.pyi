@@ -31,6 +31,7 @@ class ADMMCallback(TowardsCallback):
         rho: strength of the pull
         every: steps between two projections
         heal: last share of training, with masks
+        ramp: first share, over which the sparse copy reaches `sparsity`
         criteria: importance score; None: the nearest sparse weights
         coupled: prune channels that `thin` removes together
         layer_type: the types of layers
@@ -42,6 +43,7 @@ class ADMMCallback(TowardsCallback):
     rho: float
     every: int
     heal: float
+    ramp: float
     verbose: bool
     arguments: dict
     late: Late
@@ -56,6 +58,7 @@ class ADMMCallback(TowardsCallback):
         rho: float = 0.01,
         every: int = 10,
         heal: float = 0.25,
+        ramp: float = 0.5,
         criteria: Criteria | str | None = None,
         coupled: bool | str | list = False,
         layer_type: type | str | tuple = nn.Conv2d,
