@@ -1,5 +1,5 @@
 """Ways to train towards zeros, with and without a teacher, for equal epochs: `python -m benchmarks.towards`
-(digits, about 2 minutes of one core for a seed; MNIST: `--data FOLDER`, or `--mnist` to download it)"""
+(digits, about 2 minutes of one core for a seed; MNIST, about 8 and 13: `--data FOLDER`, or `--mnist` to download it)"""
 import argparse, csv, time
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from .timing import machine
 
 LR, END, HEAL = 1e-2, 0.7, 0.3  # pruning is done at 70 % of training, 30 % is for recovery
 WEIGHTS, FILTERS = (90, 95, 98, 99), (50, 75)
+EPOCHS = {'LeNet-300-100': 5, 'LeNet-5': 1}  # 60 runs for each seed
 FIELDS = 'network seed kind unit asked distilled weights zeros params accuracy seconds'.split()
 
 # The networks: a function that makes one, its data, the learning rate and the types of layers
@@ -26,10 +27,10 @@ def digits(epochs=8):
 
 def mnist(name, data, epochs=None):
     "Return the setting of a LeNet on MNIST"
-    make, usual, bs = NETWORKS[name]
+    make, _, bs = NETWORKS[name]
     x, y, x_test, y_test = data
     def dls(): return DataLoaders(Batches(x, y, bs, shuffle=True), Batches(x_test, y_test, 1000), device='cpu')
-    return dict(name=name, make=make, dls=dls, epochs=epochs or usual, lr=3e-3, layers=LAYERS)
+    return dict(name=name, make=make, dls=dls, epochs=epochs or EPOCHS[name], lr=3e-3, layers=LAYERS)
 
 def learner(setting, seed):
     "Return a learner with new weights"
@@ -132,10 +133,26 @@ def write(path, about, fields, table):
         writer.writeheader()
         writer.writerows(table)
 
+def file_of(name):
+    "Return the file with the results of a network"
+    return Path('benchmarks/results')/f'towards_{name.lower().replace("-", "_")}.csv'
+
+def study(setting, seeds, more, about, out):
+    "Train with each method and each seed, and write all rows that are known after each"
+    start, table = time.process_time(), []
+    for i,seed in enumerate(seeds, 1):
+        for r in rows(setting, seed, **more):
+            table.append(r)
+            print(f'{r["network"]}, seed {seed}, {r["kind"]} {r["asked"]} % of {r["unit"]}'
+                  f'{", distilled" if r["distilled"] else ""}: {r["accuracy"]} %', flush=True)
+        minutes = round((time.process_time() - start)/60, 1)
+        write(out, about | dict(end=END, seeds=i, minutes_of_one_core=minutes), FIELDS, table)
+
 def main(args=None):
     p = argparse.ArgumentParser(prog='python -m benchmarks.towards', description=__doc__)
     p.add_argument('--data', type=Path, help='folder with the four .gz files of MNIST; default: digits')
     p.add_argument('--mnist', action='store_true', help='download MNIST')
+    p.add_argument('--only', nargs='+', choices=NETWORKS, help='of the networks for MNIST')
     p.add_argument('--seeds', type=int, default=5)
     p.add_argument('--first', type=int, default=0, help='the first seed')
     p.add_argument('--epochs', type=int)
@@ -144,7 +161,7 @@ def main(args=None):
     p.add_argument('--overheads', action='store_true', help='measure what each method costs instead')
     p.add_argument('--rounds', type=int, default=15, help='of the overheads')
     p.add_argument('--quick', action='store_true', help='one epoch, one seed and one sparsity: to see that it works')
-    p.add_argument('--out', type=Path, help='default: benchmarks/results/towards.csv')
+    p.add_argument('--out', type=Path, help='default: a file for each network, in benchmarks/results')
     args = p.parse_args(args)
     torch.set_num_threads(1)
     kept  = 'date', 'cpu', 'threads', 'python', 'torch', 'fastai', 'fasterai-clone'
@@ -158,18 +175,10 @@ def main(args=None):
     if args.quick: epochs, seeds, more = 1, 1, dict(weights=(90,), filters=(50,))
     if args.data or args.mnist:
         data = load_mnist(args.data)
-        settings = [mnist(name, data, epochs) for name in NETWORKS]
+        settings = [mnist(name, data, epochs) for name in args.only or NETWORKS]
     else: settings = [digits(epochs or 8)]
-    about |= {s['name']: f'{s["epochs"]} epochs, one cycle to {s["lr"]}' for s in settings}
-    start, table = time.process_time(), []
-    for seed in range(args.first, args.first + seeds):
-        for setting in settings:
-            for r in rows(setting, seed, **more):
-                table.append(r)
-                print(f'{r["network"]}, seed {seed}, {r["kind"]} {r["asked"]} % of {r["unit"]}'
-                      f'{", distilled" if r["distilled"] else ""}: {r["accuracy"]} %', flush=True)
-                minutes = round((time.process_time() - start)/60, 1)
-                write(args.out or Path('benchmarks/results/towards.csv'),
-                      about | dict(end=END, seeds=seed + 1 - args.first, minutes_of_one_core=minutes), FIELDS, table)
+    for setting in settings:
+        about['epochs'] = f'{setting["epochs"]}, one cycle to {setting["lr"]}'
+        study(setting, range(args.first, args.first + seeds), more, about, args.out or file_of(setting['name']))
 
 if __name__ == '__main__': main()

@@ -18,7 +18,7 @@ from ..sparse.sparsifier import Sparsifier
 from .group_lasso import check_strength, group_norms_of, shrink
 
 # %% auto #0
-__all__ = ['rates_of', 'Proximal', 'at_most']
+__all__ = ['rates_of', 'Proximal', 'distance']
 
 # %% ../../nbs/685_methods.proximal.ipynb #4ba6ecbe
 def rates_of(
@@ -48,23 +48,20 @@ class Proximal:
         for k,v in dict(ramp=ramp, heal=heal).items():
             if not is_number(v) or not 0 <= v <= 1: raise ValueError(f'`{k}` must be from 0 to 1, got {v!r}')
         self.sp, self.sparsity, self.ramp, self.heal = sparsifier, sparsity, ramp, heal
-        self.auto, self.strength = strength == 'auto', None if strength == 'auto' else strength
+        self.auto, self.strength = strength == 'auto', 0. if strength == 'auto' else strength
         self.zeros, self.done = 0, False
         self.counts = None if sparsity is None else sparsifier.counts(sparsity)
 
 # %% ../../nbs/685_methods.proximal.ipynb #9cd87adf
-def at_most(
-    pool: list[Target],       # layers that are compared
-    k: int,                   # number of groups that may be zero
-    by: dict[str, float]      # name of a target → threshold
-) -> dict[str, float]:
-    "Return thresholds, lower ones where more than `k` groups would be zero after the step"
-    sizes  = [math.sqrt(sum(p.groups.size for p in t.parts)) for t in pool]
-    norms  = [group_norms_of(t).detach() / s for t,s in zip(pool, sizes)]
-    ratios = torch.cat([n / max(by[t.name], 1e-30) for t,n in zip(pool, norms)])
-    if k >= len(ratios): return {t.name: by[t.name] for t in pool}
-    most = .999 * float(ratios.kthvalue(k + 1).values)
-    return {t.name: by[t.name] * min(1., most) for t in pool}
+def distance(
+    pool: list[Target],  # layers that are compared
+    k: int               # number of groups that shall be zero
+) -> float:
+    "Return the sum of thresholds that makes the `k` smallest groups of a pool zero"
+    if not k: return 0.
+    sizes = [math.sqrt(sum(p.groups.size for p in t.parts)) for t in pool]
+    norms = torch.cat([group_norms_of(t).detach().float() / s for t,s in zip(pool, sizes)])
+    return float(norms.kthvalue(k).values)
 
 # %% ../../nbs/685_methods.proximal.ipynb #d9467277
 @patch
@@ -80,24 +77,14 @@ def step(self:Proximal,
         return self.apply()
     rates = rates_of(optimizer)
     lr    = {t.name: rates.get(id(t.parts[0].whole), 0.) for t in self.sp.targets}
-    if self.strength is None: self.strength = self._first_strength(max(lr.values()), n_steps)
-    now = self.strength * min(1., share / self.ramp if self.ramp else 1.)
-    by  = {k: now * v for k,v in lr.items()}
-    if not self.auto: self.zeros = shrink(self.sp.targets, by)
-    else:
-        wanted = [int(k * min(1., share / max(1 - self.heal, 1e-9))) for k in self.counts]
-        for pool,k in zip(self.sp.pools, wanted): by |= at_most(pool, k, by)
-        self.zeros = shrink(self.sp.targets, by)
-        wanted = sum(wanted)
-        change = math.exp(14 / n_steps)  # by up to six orders of magnitude in a whole run
-        self.strength *= change if self.zeros < wanted else 1/change
-
-@patch
-def _first_strength(self:Proximal, lr, n_steps):
-    "Return the strength that would make the middle group zero in all steps"
-    sizes = [math.sqrt(sum(p.groups.size for p in t.parts)) for t in self.sp.targets]
-    norms = torch.cat([group_norms_of(t).detach() / s for t,s in zip(self.sp.targets, sizes)])
-    return float(norms.median()) / max(lr * n_steps * (1 - self.heal), 1e-12)
+    ramp = min(1., share / self.ramp) if self.ramp else 1.
+    if self.auto:
+        left = max(n_steps * (1 - self.heal) - step, n_steps * .15)  # no sudden pull at the end
+        by   = {t.name: ramp * distance(pool, k) / left
+                for pool,k in zip(self.sp.pools, self.counts) for t in pool}
+        self.strength = max((by[k]/v for k,v in lr.items() if v), default=0.)
+    else: by = {k: ramp * self.strength * v for k,v in lr.items()}
+    self.zeros = shrink(self.sp.targets, by)
 
 # %% ../../nbs/685_methods.proximal.ipynb #3f509a38
 @patch
@@ -117,7 +104,7 @@ def apply(self:Proximal) -> None:
 @patch
 def row(self:Proximal) -> dict[str, float]:
     "Return the current strength and the number of zero groups for the history"
-    return dict(strength=self.strength or 0., zeros=float(sum(self.sp.dropped()) if self.done else self.zeros))
+    return dict(strength=self.strength, zeros=float(sum(self.sp.dropped()) if self.done else self.zeros))
 
 @patch
 def state_dict(self:Proximal) -> dict:
@@ -131,6 +118,5 @@ def load_state_dict(self:Proximal,
     "Continue from the result of `state_dict`"
     entry = Entry(state, 'state of Proximal').fields(('strength', 'zeros', 'done', 'masks'))
     strength, zeros, done = entry['strength'], entry['zeros'].whole(), entry['done'].flag()
-    if strength.value is not None: strength.number(0)
     load_masks(self.sp, entry['masks'])
-    self.strength, self.zeros, self.done = strength.value, zeros, done
+    self.strength, self.zeros, self.done = strength.number(0), zeros, done

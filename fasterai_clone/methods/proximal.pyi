@@ -12,7 +12,7 @@ from ..sparse.sparsifier import Sparsifier
 from .group_lasso import check_strength, group_norms_of, shrink
 from typing import Any
 
-__all__ = ['rates_of', 'Proximal', 'at_most']
+__all__ = ['rates_of', 'Proximal', 'distance']
 
 def rates_of(optimizer: object) -> dict[int, float]:
     """Return id of a parameter → its learning rate
@@ -36,7 +36,7 @@ class Proximal:
     ramp: float
     heal: float
     auto: bool
-    strength: float|str|None
+    strength: float|str
     zeros: int
     done: bool
     counts: Any
@@ -78,11 +78,10 @@ class Proximal:
             state: from `state_dict`
         """
 
-def at_most(pool: list[Target], k: int, by: dict[str, float]) -> dict[str, float]:
-    """Return thresholds, lower ones where more than `k` groups would be zero after the step
+def distance(pool: list[Target], k: int) -> float:
+    """Return the sum of thresholds that makes the `k` smallest groups of a pool zero
 
     Args:
         pool: layers that are compared
-        k: number of groups that may be zero
-        by: name of a target → threshold
+        k: number of groups that shall be zero
     """

@@ -28,7 +28,7 @@ def check_proximal(entry: Entry) -> None:
     "Raise `ValueError` for the state of a `Proximal` that cannot be"
     entry.fields(('strength', 'zeros', 'done', 'masks'))
     entry['zeros'].whole(), entry['done'].flag()
-    if entry['strength'].value is not None: entry['strength'].number(0)
+    entry['strength'].number(0)
     for _,e in entry['masks'].named('tensor'): e.tensor()
 
 # %% ../../nbs/688_methods.proximal_callback.ipynb #207227zz
