@@ -106,8 +106,8 @@ def rows(setting, seed, weights=WEIGHTS, filters=FILTERS):
 
 # What each costs
 
-def overheads(rounds=15, n=1024):
-    "Return the time of an epoch with each method, relative to one without: medians in turns"
+def overheads(rounds=15, n=1024, epochs=5):
+    "Return the time of some epochs with each method, relative to that without: medians in turns"
     ways = {'no callback': lambda l: [], 'RigL, between moves': lambda l: [_between()],
             'RigL, moves every 100 steps': lambda l: [_between(100)], 'ADMM, every 10 steps': lambda l: [
                 ADMMCallback(90, heal=0, verbose=False)], 'distillation': lambda l: [DistillCallback(verbose=False)]}
@@ -117,7 +117,7 @@ def overheads(rounds=15, n=1024):
             learn = Learner(digits_dls(64, n=n), digits_net(32), loss_func=CrossEntropyLossFlat())
             cbs = make(learn)
             start = time.process_time()
-            with learn.no_bar(), learn.no_logging(): learn.fit(1, LR, cbs=cbs)
+            with learn.no_bar(), learn.no_logging(): learn.fit(epochs, LR, cbs=cbs)
             times[k].append(time.process_time() - start)
     return {k: round(median(a/b for a,b in zip(v, times['no callback'])), 3) for k,v in times.items()}
 

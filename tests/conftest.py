@@ -38,6 +38,7 @@ def pytest_cmdline_main(config):
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     if n_cores == 1 or len(files) == 1 and files[0].is_file(): return
     option.numprocesses, option.dist, option.loadscopereorder = min(n_cores, 8), 'loadfile', False
+    option.maxworkerrestart = '0'  # a process that dies ends the run: with a new one, xdist waits for ever at the end
 
 def pytest_configure(config):
     config.addinivalue_line('filterwarnings', 'ignore:.*torch.jit.*:FutureWarning')
