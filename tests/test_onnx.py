@@ -1,6 +1,6 @@
 """Exported files compute what the model computes, for other data and other batch sizes; what is reported was counted in
 the file"""
-import copy, os, pickle, sys, warnings
+import copy, os, pickle, signal, subprocess, sys, warnings
 
 import numpy as np, pytest, torch, torch.nn as nn
 
@@ -228,6 +228,23 @@ def test_openvino_and_latencies(plain):
         with pytest.raises(error): OpenVino(**{**dict(file=exported.file), **kwargs})
     for bad in ({}, [net], {'a': 3}):
         with pytest.raises(TypeError): latencies(bad, x)
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='signals of this kind are not sent here')
+def test_signals_after_openvino(plain):
+    "Two compiled models, deleted in the order they were made in; the next signal is handled, and kills nobody"
+    pytest.importorskip('openvino')
+    code = f'''if True:
+        import faulthandler, gc, os, signal
+        faulthandler.enable()  # as pytest does: gives signal handlers memory of their own
+        from fasterai_clone.export.openvino import OpenVino
+        models = [OpenVino({str(plain[1].file)!r}) for _ in range(2)]
+        while models:
+            del models[0]
+            gc.collect()
+        signal.signal(signal.SIGUSR1, lambda *args: print('handled'))
+        os.kill(os.getpid(), signal.SIGUSR1)'''
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, 'handled\n'), done.stderr[-2000:]
 
 def test_openvino_missing(plain, monkeypatch):
     monkeypatch.setitem(sys.modules, 'openvino', None)

@@ -337,3 +337,20 @@ def test_two_processes_agree(tmp_path):
         assert same(m, m2) and all(map(torch.equal, w, w2)) and row == row2 and n == n2 == [4]
 
 if __name__ == '__main__': main(CASES)
+
+
+# The study
+
+def test_the_study_trains_with_every_method(tmp_path):
+    "One epoch on digits: a row for each method, without and with a teacher, and exact numbers of zeros"
+    import pandas as pd
+    from benchmarks import towards
+    towards.main(['--quick', '--out', str(tmp_path/'towards.csv')])
+    rows = pd.read_csv(tmp_path/'towards.csv', comment='#')
+    for unit,kinds in towards.KINDS.items():
+        some = rows[rows.unit == unit]
+        assert sorted(zip(some.kind, some.distilled)) == sorted((k, d) for k in kinds for d in (False, True))
+    weights, dense = rows[rows.unit == 'weights'], rows[rows.kind == 'dense'].params.item()
+    for k,z in zip(weights.kind, weights.zeros):  # `erk` and `global` round to the same number
+        assert z == 90*weights.weights.iloc[0]//100, k
+    assert (rows[rows.unit == 'filters'].params < dense/2).all() and rows.accuracy.between(0, 100).all()

@@ -6,8 +6,9 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/export.openvino.html.md"""
 
 # %% ../../nbs/894_export.openvino.ipynb #d1ec6f79
 from __future__ import annotations
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import ctypes, sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..model.preserve import undisturbed
 from ..model.run import call_arguments, tensors_in
 
 # %% auto #0
-__all__ = ['has_amx', 'OpenVino', 'latencies']
+__all__ = ['has_amx', 'own_signal_stack', 'OpenVino', 'latencies']
 
 # %% ../../nbs/894_export.openvino.ipynb #40080d76
 def has_amx() -> bool:
@@ -26,13 +27,28 @@ def has_amx() -> bool:
     try: return 'amx_int8' in Path('/proc/cpuinfo').read_text(encoding='utf-8')
     except OSError: return False
 
+class _SignalStack(ctypes.Structure):
+    _fields_ = [('sp', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]
+
+@contextmanager
+def own_signal_stack() -> Iterator[None]:
+    "Leave the memory on which this thread runs signal handlers as it was; only Linux needs that"
+    if sys.platform != 'linux':
+        yield
+        return
+    libc, kept = ctypes.CDLL(None), _SignalStack()
+    libc.sigaltstack(None, ctypes.byref(kept))
+    try: yield
+    finally: libc.sigaltstack(ctypes.byref(kept), None)
+
 def _compiled(file, threads, rate):
     "Return the file as OpenVINO runs it"
     ov     = extra_package('openvino', 'openvino')
     config = {'INFERENCE_NUM_THREADS': threads, 'PERFORMANCE_HINT': 'LATENCY'}
     if rate is not None: config['CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE'] = rate
     core   = ov.Core()
-    return core.compile_model(core.read_model(str(file)), 'CPU', config)
+    model  = core.read_model(str(file))
+    with own_signal_stack(): return core.compile_model(model, 'CPU', config)
 
 # %% ../../nbs/894_export.openvino.ipynb #515b4ec3
 class OpenVino:
