@@ -51,7 +51,7 @@ def changes(config: dict, sizes: dict) -> list[dict]:
     "Return changes of the numbers in `config` that may describe the new `sizes`"
     new   = {old: min(now - {old}) for old,now in sizes.items() if len(now - {old}) == 1}
     plain = [{k: new[n]} for k,n in config.items() if type(n) is int and n in new]
-    if config.get('n_inner', 0) is None: plain += [dict(n_inner=n) for n in {*new.values()}]  # GPT-2: 4 times the stream
+    if config.get('n_inner', 0) is None: plain += [dict(n_inner=n) for n in {*new.values()}]  # GPT-2: 4 times n_embd
     every = {k: n for c in plain for k,n in c.items()}
     return [*number_of_heads(config, sizes), *plain, *[every]*(len(every) > 1)]
 
