@@ -1,5 +1,5 @@
 "Heads and hidden units that a model makes of linear layers: found by a run, pruned whole, taken out by `thin`"
-import copy
+import copy, warnings
 
 import pytest, torch, torch.nn as nn
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, TfmdLists, noop
@@ -293,12 +293,57 @@ def test_in_fit(given, capsys):
     layer = thin(learn.model, example_inputs=IDS).body.encoder.layer[1]
     assert (layer.attention.self.query.out_features, layer.intermediate.dense.out_features) == (16, 15)
 
+def again(small, folder):
+    "The model that transformers reads back after it has saved `small`"
+    small.save_pretrained(folder)
+    return type(small).from_pretrained(folder).eval()
+
+@pytest.mark.parametrize('kind,numbers', [('head', dict(num_attention_heads=4, num_key_value_heads=2, head_dim=4)),
+                                          ('unit', dict(intermediate_size=10)), ('both', {})])
+@pytest.mark.parametrize('name', ['Llama', 'Qwen2'])
+def test_transformers_reads_back_what_its_config_can_describe(name, kind, numbers, tmp_path):
+    "Qwen2's config names no `head_dim` until heads are removed"
+    lib = pytest.importorskip('transformers')
+    config = getattr(lib, f'{name}Config')(hidden_size=32, num_hidden_layers=2, num_attention_heads=8,
+                                           num_key_value_heads=4, intermediate_size=20, **common)
+    torch.manual_seed(0)
+    model, x = lively(getattr(lib, f'{name}ForCausalLM')(config).eval()), dict(input_ids=IDS, use_cache=False)
+    for k in ('head', 'unit'):
+        if kind in (k, 'both'): Sparsifier(model, k, example_inputs=x).sparsify_model(50)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        small = thin(model, example_inputs=x)
+    if kind == 'both': numbers = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=4, intermediate_size=10)
+    assert {k: getattr(small.config, k) for k in numbers} == numbers
+    assert (model.config.num_attention_heads, model.config.intermediate_size) == (8, 20)
+    assert torch.equal(outputs(again(small, tmp_path), x), outputs(small, x))
+
+@pytest.mark.parametrize('name,key', [('bert', 'intermediate_size'), ('gpt2', 'n_inner')])
+def test_units_of_bert_and_gpt2_are_in_the_config(name, key, tmp_path):
+    model, x = made(name)
+    Sparsifier(model, 'unit', example_inputs=x, exclude='pooler.*' if name == 'bert' else None).sparsify_model(55)
+    small = thin(model, example_inputs=x)
+    assert getattr(small.config, key) == 9 and torch.equal(outputs(again(small, tmp_path), x), outputs(small, x))
+
+@pytest.mark.filterwarnings('default')
+@pytest.mark.parametrize('name,context,which', [
+    ('llama', 'global', r'layers of different sizes \(model.layers.\*.self_attn.q_proj.weight is \d+×32 in 0, \d+×32 '
+                        r'in 1; .*\): .*remove the same number from each layer'),
+    ('bert', 'local', r'the new sizes \(encoder.layer.\*.attention.self.query.weight is 16×32; '),
+    ('gpt2', 'local', r'the new sizes \(transformer.h.\*.attn.c_attn.weight is 32×48; ')])
+def test_what_no_config_can_describe_is_named(name, context, which):
+    model, x = made(name)
+    with torch.no_grad():
+        for p in (p for k,p in model.named_parameters() if '.1.' in k and '_proj' in k and name == 'llama'): p.mul_(3)
+    Sparsifier(model, 'head', context, example_inputs=x).sparsify_model(50 if context == 'local' else 25)
+    with pytest.warns(UserWarning, match=f'The `config` of .* cannot describe {which}.*'): thin(model, example_inputs=x)
+
 def test_in_a_trainer(tmp_path):
     lib = pytest.importorskip('transformers')
     from fasterai_clone.trainers.huggingface import SparsifyTrainerCallback
     model = lib.BertForSequenceClassification(made('bert')[0].config)
     data  = [dict(input_ids=IDS[i % 2], labels=i % 2) for i in range(8)]
-    cb    = SparsifyTrainerCallback(50, 'head', example_inputs=dict(input_ids=IDS), verbose=False)
+    cb    = SparsifyTrainerCallback(50, 'head', verbose=False)
     args  = lib.TrainingArguments(str(tmp_path), num_train_epochs=1, per_device_train_batch_size=4, use_cpu=True,
                                   report_to=[], save_strategy='no', disable_tqdm=True)
     lib.Trainer(model, args, train_dataset=data, callbacks=[cb]).train()

@@ -18,7 +18,7 @@ learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
 learn.recorder.add_time = False
 learn.unfreeze()
 cb = SparsifyCallback(0.8, 'weight', 'global', large_final, agp)
-learn.fit_one_cycle(6, 2e-3, cbs=cb)
+learn.fit_one_cycle(5, 2e-3, cbs=cb)
 '''),
     warm_up_then_prune=('torch.nn.utils.prune', 'torch', '''
 from torch.nn.utils import prune

@@ -176,6 +176,31 @@ def test_calibration_data(tmp_path):
     trainer(tmp_path, cb, max_steps=4, save_strategy='no').train()
     assert all(r.zeros == r.params // 2 for r in cb.report.rows)
 
+@pytest.mark.parametrize('kind,n', [('head', 2), ('unit', 16)])
+def test_heads_and_units_are_found_with_the_first_batch_of_trainer(kind, n, tmp_path):
+    "It is read beside the run: with nothing to prune the weights end as in a dense one, dropout and order included"
+    def run(*callbacks):
+        t = trainer(tmp_path, *callbacks, save_strategy='no', max_steps=2)
+        t.train()
+        return t.model
+    def pruned(sparsity): return SparsifyTrainerCallback(sparsity, kind, schedule='one_shot', include='bert.encoder.*')
+    assert equal(run(pruned(0)), run())
+    run(cb := pruned(50))
+    assert [r.zero_groups for r in cb.report.rows if r.groups] == [n//2]
+
+def test_a_batch_that_the_model_cannot_take(tmp_path):
+    class Own(T.Trainer):
+        def compute_loss(self, model, inputs, **kwargs): return model(input_ids=inputs['ids']).logits.square().mean()
+    def run(*args):
+        cb   = SparsifyTrainerCallback(50, *args)
+        data = [dict(ids=d['input_ids']) for d in sentences(8)]
+        args = T.TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
+                                   save_strategy='no', remove_unused_columns=False)
+        Own(bert(), args, train_dataset=data, callbacks=[cb]).train()
+        return cb
+    assert run().report.sparsity == 50  # no run was needed
+    with pytest.raises(ValueError, match='does not run on the first batch .*: pass `example_inputs`'): run('head')
+
 
 # Lightning
 
@@ -253,6 +278,18 @@ def test_gradients_are_those_of_a_plain_loop():
         wanted = iterative(start_pct=0.).sparsity((i + 1)/32, 50)
         if wanted != iterative(start_pct=0.).sparsity(i/32, 50): sp.sparsify_model(wanted)
     assert equal(mine, theirs) and cb.report.zeros == 96
+
+def test_units_are_found_with_the_first_batch_of_lightning():
+    "If the module can be called; shuffling and dropout stay as they are"
+    class Called(Net):
+        def forward(self, x): return self.body(x)
+    x = next(iter(batches(False)))[0]
+    (a, _), (b, _), (c, _), (dense, _) = (fitted(*cb, net=Called()) for cb in (
+        [SparsifyLightningCallback(50, 'unit')], [SparsifyLightningCallback(50, 'unit', example_inputs=x)],
+        [SparsifyLightningCallback(0, 'unit')], []))
+    assert equal(a, b) and int((a.body[0].weight == 0).all(1).sum()) == 8
+    assert equal(c, dense) and not equal(a, c)
+    with pytest.raises(ValueError, match='pass `example_inputs`'): fitted(SparsifyLightningCallback(50, 'unit'))
 
 def test_two_optimizers_stepped_by_hand():
     "The schedule counts the steps of the one that trains the pruned layer"

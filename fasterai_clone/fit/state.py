@@ -47,8 +47,9 @@ def _shuffles(dl): return isinstance(getattr(dl, 'rng', None), random.Random)
 
 def _generators(dl) -> Iterator[torch.Generator]:
     "Yield the generators of a torch loader"
-    batched = getattr(dl, 'batch_sampler', None)
-    for o in (dl, getattr(dl, 'sampler', None), getattr(batched, 'sampler', None)):
+    parts = [dl, getattr(dl, 'sampler', None)]
+    while (dl := getattr(dl, 'batch_sampler', None)) is not None: parts += [dl, getattr(dl, 'sampler', None)]
+    for o in parts:
         g = getattr(o, 'generator', None)
         if isinstance(g, torch.Generator): yield g
 

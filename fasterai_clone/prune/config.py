@@ -6,8 +6,10 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.config.html.md"""
 
 # %% ../../nbs/710_prune.config.ipynb #24bc2be0
 from __future__ import annotations
-import copy, warnings
+import copy, math, re, warnings
+from collections import defaultdict
 import torch, torch.nn as nn
+from ..core.text import listed_names
 from ..core.warn import warn
 from ..model.sizes import changed_sizes, shapes_of
 
@@ -15,25 +17,77 @@ from ..model.sizes import changed_sizes, shapes_of
 __all__ = ['update_config']
 
 # %% ../../nbs/710_prune.config.ipynb #47e87a26
-def _makes(kind, config, shapes):
-    "Return whether a model of the class `kind`, made from `config`, has these `shapes`"
+def read_again(config):
+    "Return `config` as it is after it has been saved and loaded"
+    if not hasattr(type(config), 'from_dict'): return copy.deepcopy(config)
+    return type(config).from_dict(copy.deepcopy(config.to_dict()))
+
+def n_wrong(
+    kind: type,   # of the model
+    config,       # to create it from
+    shapes: dict  # parameter or buffer → the shape it should have
+) -> float:       # infinite: the numbers do not fit together
+    "Return how many shapes are wrong in a model of the class `kind`, made from `config`"
     with torch.random.fork_rng(), torch.device('meta'), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        try: made = kind(copy.deepcopy(config))
-        except Exception: return False  # raised by `kind`: numbers that do not fit together
-    return shapes_of(made) == shapes
+        try: made = shapes_of(kind(read_again(config)))
+        except Exception: return math.inf  # raised by `kind`
+    return sum(made.get(k) != shapes.get(k) for k in {*made, *shapes})
 
-def _configs(m, sizes, shapes):
-    "Yield copies of the config of `m` with candidate numbers in place of the old ones"
-    new  = {old: min(now - {old}) for old,now in sizes.items() if len(now - {old}) == 1}
-    told = vars(m.config)
-    keys = [k for k,v in told.items() if type(v) is int and v in new]
-    one  = len({*new.values()}) == 1
-    if told.get('n_inner', 0) is None and one: keys.append('n_inner')  # GPT-2: four times the stream
-    for some in [*([k] for k in keys), keys][:20]:
-        config = copy.deepcopy(m.config)
-        for k in some: setattr(config, k, new.get(told[k], min(new.values())))
-        yield config
+# %% ../../nbs/710_prune.config.ipynb #cfgmove1
+def number_of_heads(config: dict, sizes: dict) -> list[dict]:
+    "Return changes of the numbers of heads in `config`, all at once and one by one; `sizes`: from `changed_sizes`"
+    def counts_heads(k): return 'head' in k and not k.endswith(('dim', 'size'))
+    heads = {k: n for k,n in config.items() if counts_heads(k) and type(n) is int and n > 0}
+    width = next((config[k] for k in ('hidden_size', 'd_model', 'n_embd') if config.get(k)), 0)
+    if not heads: return []
+    dim  = config.get('head_dim') or width//max(heads.values())
+    left = {k: sorted(sizes.get(n*dim, set()) - {n*dim}) for k,n in heads.items()}
+    some = {k: new[0]//dim for k,new in left.items() if len(new) == 1 and dim and not new[0] % dim}
+    dims = [dict(head_dim=new[0]//heads[k]) for k,new in left.items() if len(new) == 1 and not new[0] % heads[k]]
+    return [dict(c, head_dim=dim) for c in (some, *({k: n} for k,n in some.items())) if c] + dims
+
+def changes(config: dict, sizes: dict) -> list[dict]:
+    "Return changes of the numbers in `config` that may describe the new `sizes`"
+    new   = {old: min(now - {old}) for old,now in sizes.items() if len(now - {old}) == 1}
+    plain = [{k: new[n]} for k,n in config.items() if type(n) is int and n in new]
+    if config.get('n_inner', 0) is None: plain += [dict(n_inner=n) for n in {*new.values()}]  # GPT-2: 4 times n_embd
+    every = {k: n for c in plain for k,n in c.items()}
+    return [*number_of_heads(config, sizes), *plain, *[every]*(len(every) > 1)]
+
+# %% ../../nbs/710_prune.config.ipynb #cfgmove3
+def fitting(m: nn.Module, sizes: dict, shapes: dict):
+    "Return a copy of the config of `m` from which a model with these `shapes` can be made, or None"
+    config, wrong = copy.deepcopy(m.config), n_wrong(type(m), m.config, shapes)
+    rest = changes(vars(config), sizes)[:30]
+    while wrong:
+        for change in rest:
+            tried = copy.deepcopy(config)
+            for k,n in change.items(): setattr(tried, k, n)
+            left = n_wrong(type(m), tried, shapes)
+            if left < wrong: break
+        else: return None
+        config, wrong = tried, left
+    return config
+
+def new_shapes(before: dict, after: dict) -> tuple[bool, str]:
+    "Return whether layers that were alike differ `after`, and up to two changed weights with their shapes"
+    alike, changed = defaultdict(dict), set()
+    for k,shape in after.items():
+        role   = re.sub(r'(?<![^.])\d+(?![^.])', '*', k, count=1)
+        number = re.search(r'(?<![^.])\d+(?![^.])', k)
+        alike[role][number[0] if number else ''] = shape
+        if shape != before.get(k): changed.add(role)
+    alike = {k: found for k,found in alike.items() if k in changed}
+    def row(k, found):
+        by_shape = defaultdict(list)
+        for n,shape in found.items(): by_shape['×'.join(map(str, shape))].append(n)
+        if len(by_shape) == 1: return f'{k} is {[*by_shape][0]}'
+        each = [f'{text} in {listed_names(n)}' for text,n in by_shape.items()]
+        return f'{k} is ' + ', '.join(each[:4]) + (', ...' if len(each) > 4 else '')
+    several = {k: found for k,found in alike.items() if len({*found.values()}) > 1}
+    rows    = [row(k, found) for k,found in (several or alike).items() if k.endswith('weight')]
+    return bool(several), '; '.join(rows[:2]) + ('; ...' if len(rows) > 2 else '')
 
 # %% ../../nbs/710_prune.config.ipynb #c5cc7093
 def update_config(
@@ -48,13 +102,16 @@ def update_config(
         if not ours or any(prefix.startswith(d) for d in done): continue
         done.append(prefix)
         sizes, shapes = changed_sizes(before, after, prefix), shapes_of(m)
-        unchanged = all(now == {old} for old,now in sizes.items())
-        if unchanged or _makes(type(m), m.config, shapes): continue
-        config = next((c for c in _configs(m, sizes, shapes) if _makes(type(m), c, shapes)), None)
-        if config is None:
-            warn(f'The `config` of {type(m).__name__} cannot describe layers of different sizes: '
-                 '`from_pretrained` will not read this model back. Use `save_thinned` and `load_thinned`')
-            continue
+        if all(now == {old} for old,now in sizes.items()): continue
+        config = fitting(m, sizes, shapes)
+        if config is None: _warn_of_config(m, {k.removeprefix(prefix): s for k,s in before.items()}, shapes)
         old = m.config
-        for part in m.modules():
+        for part in m.modules() if config is not None else ():
             if vars(part).get('config') is old: vars(part)['config'] = config
+
+def _warn_of_config(m, before, after):
+    several, which = new_shapes(before, after)
+    why   = f'layers of different sizes ({which})' if several else f'the new sizes ({which})'
+    equal = '. Or remove the same number from each layer, as `context="local"` does' if several else ''
+    warn(f'The `config` of {type(m).__name__} cannot describe {why}: `from_pretrained` will not read this model back. '
+         f'Use `save_thinned` and `load_thinned`{equal}')

@@ -75,12 +75,12 @@ class SparsifyTrainerCallback(SparsifyBySteps, TrainerCallback):
     trainer_state = None
 
     def on_train_begin(self, args: object, state: object, control: object, model: object = None,
-                       optimizer: object = None, **kwargs: object) -> None:
+                       optimizer: object = None, train_dataloader: object = None, **kwargs: object) -> None:
         "Find the layers, check the target, and continue from a checkpoint if `Trainer` does"
         self.trainer_state = state
         if state.global_step and self.loaded is None: self._load_from(args, state.global_step, model)
         if not state.global_step: self.loaded = None  # a new run
-        self.begin(model, [optimizer], state.max_steps, state.global_step)
+        self.begin(model, [optimizer], state.max_steps, state.global_step, train_dataloader)
 
     def next_step(self) -> int:
         "Return the number of completed steps, including those that a gradient scaler skipped"

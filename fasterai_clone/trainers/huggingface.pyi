@@ -63,6 +63,7 @@ class SparsifyTrainerCallback(SparsifyBySteps, TrainerCallback):
         control: object,
         model: object = None,
         optimizer: object = None,
+        train_dataloader: object = None,
         **kwargs: object,
     ) -> None:
         """Find the layers, check the target, and continue from a checkpoint if `Trainer` does"""

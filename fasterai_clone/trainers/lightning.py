@@ -51,7 +51,8 @@ class SparsifyLightningCallback(SparsifyBySteps, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         "Find the layers, check the target, and continue from a checkpoint if Lightning does"
         done   = self.loaded['steps'] if self.loaded else trainer.global_step
-        self.begin(pl_module, trainer.optimizers, total_steps(trainer), done)
+        loader = None if type(pl_module).forward is LightningModule.forward else trainer.train_dataloader
+        self.begin(pl_module, trainer.optimizers, total_steps(trainer), done, loader)
 
     def on_before_optimizer_step(self, trainer: object, pl_module: object, optimizer: object) -> None:
         "Add the gradients of this step, if criterion or rule needs them; a scaler skips steps that are not finite"

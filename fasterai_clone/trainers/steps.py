@@ -29,6 +29,7 @@ from ..sparse.report import Report
 from ..sparse.rule import Rule
 from ..sparse.sparsifier import Sparsifier
 from ..sparse.trial import can_try, own_batch, try_criterion
+from .batches import inputs_from
 from .checks import all_processes, check_measurable, check_step_state, check_steps, spanned
 
 # %% auto #0
@@ -62,7 +63,7 @@ class SparsifyBySteps:
         budget: Budget|str = 'groups',            # `sparsity` is a share of `'groups'`, `'params'` or `'flops'`
         data: object = None,                      # for criteria that measure: a batch or a DataLoader
         loss_func: object = None,                 # `(output, target)` → a number; None: the model's own
-        example_inputs: object = None,            # inputs for tracing; None: those in `data`
+        example_inputs: object = None,            # inputs for tracing; None: those in `data`, or of the first batch
         coupled: bool|str|list = False,           # prune channels that `thin` removes together; or leading layers
         verbose: bool = True,                     # log sparsity and the report
         rule: Rule|None = None                    # defines an update, see `Rule`; None: prune the lowest scores
@@ -75,7 +76,7 @@ class SparsifyBySteps:
 
 # %% ../../nbs/565_trainers.steps.ipynb #c50b81df
 @patch
-def find_sparsifier(self:SparsifyBySteps, model: object) -> bool:
+def find_sparsifier(self:SparsifyBySteps, model: object, loader: object = None) -> bool:
     "Create a `Sparsifier` unless the current one fits `model`; return whether it is new"
     new = not knows_model(self.sparsifier, model)
     if new:
@@ -83,9 +84,11 @@ def find_sparsifier(self:SparsifyBySteps, model: object) -> bool:
             raise ValueError('`part` has no module of the model that is trained: pass a part of it, or leave it out '
                              'to sparsify all of it')
         names = ('include', 'exclude', 'part', 'params', 'data', 'loss_func', 'min_sparsity', 'max_sparsity', 'budget',
-                 'example_inputs', 'coupled', 'rule')
+                 'coupled', 'rule')
+        x = self.example_inputs
+        if x is None and self.data is None: x = inputs_from(model, loader)
         sp = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type,
-                        **{k: getattr(self, k) for k in names})
+                        example_inputs=x, **{k: getattr(self, k) for k in names})
         sp.counts(self.sparsity, self.round_to)  # refuses a target that this model cannot have
         check_measurable(sp, self.data, self.example_inputs)
         if self.data is not None and can_try(sp, self.data):
@@ -180,12 +183,13 @@ def begin(self:SparsifyBySteps,
     model: nn.Module,
     optimizers: list,  # that train it; the schedule counts the steps of the first that trains a pruned weight
     n_steps: int,      # optimizer steps of the whole run
-    done: int = 0      # steps that are completed already, if the run is resumed
+    done: int = 0,     # steps that are completed already, if the run is resumed
+    loader: object = None  # of the training data: its first batch runs the model, if a run is needed
 ) -> None:
     "Find the layers, check the target, and follow the schedule from now on"
     check_whole(n_steps, 'n_steps', 1)
     self.release()
-    new, state = self.find_sparsifier(model), self.loaded
+    new, state = self.find_sparsifier(model, loader), self.loaded
     sp = self.sparsifier
     if state is not None:
         check_packed(sp, Entry(state['sparsifier'], 'state["sparsifier"]'))

@@ -23,6 +23,7 @@ from ..sparse.report import Report
 from ..sparse.rule import Rule
 from ..sparse.sparsifier import Sparsifier
 from ..sparse.trial import can_try, own_batch, try_criterion
+from .batches import inputs_from
 from .checks import all_processes, check_measurable, check_step_state, check_steps, spanned
 from typing import Any
 
@@ -53,7 +54,7 @@ class SparsifyBySteps:
         budget: `sparsity` is a share of `'groups'`, `'params'` or `'flops'`
         data: for criteria that measure: a batch or a DataLoader
         loss_func: `(output, target)` → a number; None: the model's own
-        example_inputs: inputs for tracing; None: those in `data`
+        example_inputs: inputs for tracing; None: those in `data`, or of the first batch
         coupled: prune channels that `thin` removes together; or leading layers
         verbose: log sparsity and the report
         rule: defines an update, see `Rule`; None: prune the lowest scores
@@ -127,7 +128,7 @@ class SparsifyBySteps:
         rule: Rule | None = None,
     ) -> None: ...
 
-    def find_sparsifier(self, model: object) -> bool:
+    def find_sparsifier(self, model: object, loader: object = None) -> bool:
         """Create a `Sparsifier` unless the current one fits `model`; return whether it is new"""
 
     def say(self, text: object) -> None:
@@ -154,13 +155,21 @@ class SparsifyBySteps:
             state: checked
         """
 
-    def begin(self, model: nn.Module, optimizers: list, n_steps: int, done: int = 0) -> None:
+    def begin(
+        self,
+        model: nn.Module,
+        optimizers: list,
+        n_steps: int,
+        done: int = 0,
+        loader: object = None,
+    ) -> None:
         """Find the layers, check the target, and follow the schedule from now on
 
         Args:
             optimizers: that train it; the schedule counts the steps of the first that trains a pruned weight
             n_steps: optimizer steps of the whole run
             done: steps that are completed already, if the run is resumed
+            loader: of the training data: its first batch runs the model, if a run is needed
         """
 
     def release(self) -> None:
