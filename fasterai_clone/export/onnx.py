@@ -147,9 +147,10 @@ def _check_size(model):
     sizes  = {memory_of(t): t.nbytes for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)}
     nbytes = sum(sizes.values())
     if nbytes < _MOST: return
-    raise ValueError(f'`model` has {nbytes:,} bytes of weights, and an ONNX file must be smaller than {_MOST:,}. Export '
-                     '`model.half()`, remove filters with `thin`, or call `torch.onnx.export(..., external_data=True)`, '
-                     'which writes the weights beside the file and verifies nothing')
+    raise ValueError(f'`model` has {nbytes:,} bytes of weights, and an ONNX file must be smaller than {_MOST:,}. '
+                     'Export `model.half()`, remove filters with `thin`, or call '
+                     '`torch.onnx.export(..., external_data=True)`, which writes the weights beside the file and '
+                     'verifies nothing')
 
 def _own_model(model):
     "Return a dense copy of `model` on the CPU"
