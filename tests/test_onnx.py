@@ -193,11 +193,39 @@ def test_unet_of_fastai(tmp_path):
     unet = pytest.importorskip('fastai.vision.models.unet')
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1),
-                         nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU())
-    net = masked(unet.DynamicUnet(body, 2, (32, 32)).eval())
-    exported = export_onnx(net, torch.randn(2, 3, 32, 32), tmp_path/'unet', exporter='torchscript')
-    assert exported.zeros == zeros_of(net)
-    agrees(exported, net, torch.randn(3, 3, 32, 32))
+                         nn.ReLU())
+    net = masked(unet.DynamicUnet(body, 2, (16, 16)).eval())
+    exported = export_onnx(net, torch.randn(2, 3, 16, 16), tmp_path/'unet')
+    assert exported.exporter == 'dynamo' and not exported.notes and exported.zeros == zeros_of(net)
+    agrees(exported, net, torch.randn(3, 3, 16, 16))
+    assert type(net.layers[-1]).__name__ == 'ToTensorBase'
+
+def test_modules_that_change_the_class_of_a_tensor(tmp_path):
+    "The numbers are the same, so dynamo does without them; what does more stays, and the model as it was"
+    class Kind(torch.Tensor): pass
+    class Wrap(nn.Module):
+        def forward(self, x): return x.as_subclass(Kind)
+    class Double(nn.Module):
+        def forward(self, x): return (2*x).as_subclass(Kind)
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.once, self.again, self.more = nn.Linear(3, 3), Wrap(), Wrap(), Double()
+        def forward(self, x): return self.more(self.again(self.once(self.again(self.a(x))).as_subclass(torch.Tensor)))
+    net, given = Twice(), torch.randn(2, 3)
+    inputs = export_inputs(net, given)
+    assert onnx_files.changers_of_class(net, inputs) == {net.again}  # `once` gets what is of that class already
+    small = nn.Sequential(nn.Linear(3, 2), Wrap(), nn.Flatten())
+    exported = export_onnx(small, given, tmp_path/'net', exporter='dynamo')
+    assert type(small[1]) is Wrap and not small[1]._forward_hooks
+    agrees(exported, small[0], given)
+
+def test_a_model_too_large_for_a_file_is_refused_at_once(tmp_path):
+    "Before it is copied: these weights are never touched"
+    net = nn.Embedding(2**22, 128, _weight=torch.empty(2**22, 128))
+    with pytest.raises(ValueError, match='2,147,483,648 bytes of weights.*external_data=True'):
+        export_onnx(net, torch.ones(2, 3, dtype=torch.long), tmp_path/'net')
+    assert os.listdir(tmp_path) == []
 
 def test_bert(tmp_path):
     transformers = pytest.importorskip('transformers')

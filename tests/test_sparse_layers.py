@@ -8,7 +8,7 @@ from fasterai_clone.export.all import LayerTable, sparse_layers, to_dense
 from fasterai_clone.export.layer_trials import choose_layout, timed_in_turns
 from fasterai_clone.export.layouts import (Compressed, Cut, Lookup, TwoOfFour, layouts_for, pack_two_of_four,
                                            unpack_two_of_four)
-from fasterai_clone.export.sparse_modules import SparseEmbedding, SparseLayer, SparseLinear, as_sparse
+from fasterai_clone.export.sparse_modules import SparseEmbedding, SparseLayer, SparseLinear, as_sparse, why_not_sparse
 from fasterai_clone.sparse.sparsifier import Sparsifier
 
 def bits(t): return t.detach().contiguous().flatten().view(torch.uint8)
@@ -161,6 +161,41 @@ def test_negative_zeros_and_flags_come_back():
     assert layer.weight[layer.weight == 0].signbit().any() and sparse.signs is not None
     with torch.no_grad(): layer.weight[layer.weight == 0] = 0
     assert as_sparse(layer, Compressed()).signs is None
+
+class PackedOnCpu(TwoOfFour):
+    "2:4 as it is packed on a GPU, which no product needs here"
+    def pack(self, w): return dict(zip(('values', 'places'), pack_two_of_four(w)))
+    def unpack(self, parts, shape=None): return unpack_two_of_four(**parts)
+
+WITH_SIGNS = torch.float32, torch.float64, torch.bfloat16, torch.float16
+NO_SIGNS   = torch.int8, torch.uint8, torch.int64, torch.bool
+
+@pytest.mark.parametrize('layout', [*LAYOUTS, PackedOnCpu()], ids=lambda l: l.name)
+@pytest.mark.parametrize('dtype', WITH_SIGNS + NO_SIGNS, ids=str)
+def test_weights_multiplied_by_a_mask_come_back(layout, dtype):
+    "Half of their zeros are negative; also in the model that `to_dense` returns, after a copy and a state dict"
+    torch.manual_seed(0)
+    mask = torch.zeros(8, 4, 4, dtype=torch.bool)
+    mask[torch.arange(8)[:, None], torch.arange(4), torch.randint(4, (8, 4))] = True
+    mask[3], mask[:, 2] = False, False
+    layer = nn.Linear(16, 8, bias=False).requires_grad_(False)
+    layer.weight.data = (9*torch.randn(8, 16)).to(dtype)*mask.reshape(8, 16).to(dtype)
+    sparse = SparseLayer(layer, layout)
+    assert (sparse.signs is not None) == (dtype in WITH_SIGNS)
+    if sparse.signs is not None:
+        zeros = layer.weight[layer.weight == 0]
+        assert 0 < zeros.signbit().sum() < len(zeros) and sparse.signs.nbytes == 8*16/8
+    other = SparseLayer(layer, layout)
+    for t in other.buffers(): t.zero_()
+    other.load_state_dict(sparse.state_dict())
+    for s in (sparse, other, copy.deepcopy(sparse)):
+        assert same_bits(to_dense(nn.Sequential(s))[0].weight, layer.weight)
+
+@pytest.mark.parametrize('dtype', [torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_weights_of_other_dtypes_stay_dense(dtype):
+    layer = nn.Linear(16, 8, bias=False).requires_grad_(False)
+    layer.weight.data = torch.zeros(8, 16).to(dtype)
+    assert why_not_sparse(layer) == f'its dtype {dtype} is not supported'
 
 def test_copies_files_and_devices():
     layer  = drop(nn.Linear(16, 8), .8)

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn
 from fastcore.basics import patch
+from torch.nn.parameter import is_lazy
 from ..core.arguments import check_flag, is_number
 from ..core.files import check_path, whole_file
 from ..core.tensors import n_zeros
@@ -139,9 +140,22 @@ def _quantized(part, file, model, inputs, found):
         quantize_onnx(part, out)
         return replace(found, int8=_described(out, small, 'int8', model, inputs, _errors(out, model, inputs)))
 
+_MOST = 2**31  # bytes: what protobuf, and so an ONNX file, cannot hold
+
+def _check_size(model):
+    "Refuse a model that is too large for one file, before it is copied"
+    sizes  = {memory_of(t): t.nbytes for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)}
+    nbytes = sum(sizes.values())
+    if nbytes < _MOST: return
+    raise ValueError(f'`model` has {nbytes:,} bytes of weights, and an ONNX file must be smaller than {_MOST:,}. '
+                     'Export `model.half()`, remove filters with `thin`, or call '
+                     '`torch.onnx.export(..., external_data=True)`, which writes the weights beside the file and '
+                     'verifies nothing')
+
 def _own_model(model):
     "Return a dense copy of `model` on the CPU"
     check_model(model)
+    _check_size(model)
     if any(isinstance(m, SparseLayer) for m in model.modules()):
         raise ValueError('`model` has layers in sparse layouts, which ONNX does not have: export `to_dense(model)`')
     return own_copy(model).cpu().eval()

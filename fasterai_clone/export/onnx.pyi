@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn
 from fastcore.basics import patch
+from torch.nn.parameter import is_lazy
 from ..core.arguments import check_flag, is_number
 from ..core.files import check_path, whole_file
 from ..core.tensors import n_zeros

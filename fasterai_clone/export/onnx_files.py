@@ -13,10 +13,36 @@ from ..core.arguments import unknown_name
 from .onnx_counts import extra_package
 from .onnx_inputs import ExportInputs, other_inputs
 from ..model.preserve import undisturbed
-from ..model.run import outputs_in
+from ..model.run import memory_of, outputs_in
 
 # %% auto #0
-__all__ = ['EXPORTERS', 'check_exporter', 'write_onnx', 'quantize_onnx']
+__all__ = ['EXPORTERS', 'changers_of_class', 'check_exporter', 'write_onnx', 'quantize_onnx']
+
+# %% ../../nbs/892_export.onnx_files.ipynb #62815826
+def changers_of_class(
+    model: nn.Module,    # on the CPU
+    inputs: ExportInputs # an example
+) -> set[nn.Module]:
+    "Return the modules that only return their input as a subclass of `Tensor`"
+    found, others = set(), set()
+    def look(m, args, out):
+        tensors = len(args) == 1 and type(args[0]) is torch.Tensor and isinstance(out, torch.Tensor)
+        same    = tensors and type(out) is not torch.Tensor and memory_of(out) == memory_of(args[0])
+        (found if same else others).add(m)
+    plain = [m for m in model.modules() if not [*m.children(), *m.parameters(), *m.buffers()]]
+    hooks = [m.register_forward_hook(look) for m in plain]
+    try:
+        with torch.no_grad(): model(*inputs.args, **inputs.kwargs)
+    finally:
+        for h in hooks: h.remove()
+    return found - others
+
+def _replace(model, modules):
+    "Put `nn.Identity` in the places where `model` has one of `modules`"
+    for m in [*model.modules()]:
+        for k,child in m._modules.items():
+            if child in modules: m._modules[k] = nn.Identity()
+
 
 # %% ../../nbs/892_export.onnx_files.ipynb #8215f92d
 @contextlib.contextmanager
@@ -41,6 +67,7 @@ def _shapes(model, inputs):
 def _dynamo(model, inputs, file):
     "Export with `torch.export`"
     extra_package('onnxscript', 'onnx')
+    _replace(model, changers_of_class(model, inputs))
     program = torch.onnx.export(model, inputs.args, kwargs=inputs.kwargs, dynamo=True, verbose=False,
                                 dynamic_shapes=_shapes(model, inputs), input_names=[*inputs.tensors])
     program.save(str(file), external_data=False)

@@ -7,9 +7,17 @@ from ..core.arguments import unknown_name
 from .onnx_counts import extra_package
 from .onnx_inputs import ExportInputs, other_inputs
 from ..model.preserve import undisturbed
-from ..model.run import outputs_in
+from ..model.run import memory_of, outputs_in
 
-__all__ = ['EXPORTERS', 'check_exporter', 'write_onnx', 'quantize_onnx']
+__all__ = ['EXPORTERS', 'changers_of_class', 'check_exporter', 'write_onnx', 'quantize_onnx']
+
+def changers_of_class(model: nn.Module, inputs: ExportInputs) -> set[nn.Module]:
+    """Return the modules that only return their input as a subclass of `Tensor`
+
+    Args:
+        model: on the CPU
+        inputs: an example
+    """
 EXPORTERS: dict
 
 def check_exporter(exporter: str | None) -> tuple[str, ...]:

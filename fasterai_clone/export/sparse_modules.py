@@ -142,6 +142,8 @@ def why_not_sparse(
     if layer._forward_hooks or layer._forward_pre_hooks: return 'it has hooks'
     if 'weight' not in layer._parameters: return 'its weight is computed'
     if layer.weight.layout is not torch.strided: return f'its weight has the layout {layer.weight.layout} already'
+    if layer.weight.is_complex() or layer.weight.itemsize == 1 and layer.weight.is_floating_point():
+        return f'its dtype {layer.weight.dtype} is not supported'
     if isinstance(layer, nn.Embedding): return 'it has a `max_norm`' if layer.max_norm is not None else None
     if isinstance(layer, nn.Linear): return None
     if {*layer.kernel_size} != {1}: return 'torch has no sparse convolution (`thin` removes whole channels)'
