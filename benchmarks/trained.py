@@ -82,18 +82,18 @@ def contestants(case):
         found |= {'sparsegpt, prune_trained': with_(repaired if how else layer_by_layer)}
     return found
 
-def measured(prune, dense, data, test):
-    "Return percent right and zeros, CPU seconds and peak memory in bytes of a contestant, run in a process of its own"
+def measured(prune, dense, judge):
+    "Return the judgement, percent of zeros, CPU seconds and peak memory in bytes of a contestant, in its own process"
     here, there = multiprocessing.Pipe()
     def run():
         model = copy.deepcopy(dense)
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        prune(model, data)
+        prune(model)
         seconds = time.process_time() - start
         peak    = 1024*(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         weights = [w for w in model.parameters() if w.ndim > 1]
         zeros   = 100*sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-        there.send((percent_right(model, *test), zeros, seconds, peak))
+        there.send((judge(model), zeros, seconds, peak))
     child = multiprocessing.get_context('fork').Process(target=run)
     child.start()
     there.close()
@@ -130,7 +130,7 @@ def main():
         for case in CASES if args.cases == 'all' else args.cases.split(','):
             for name,prune in contestants(case).items():
                 if args.only not in name: continue
-                right, zeros, seconds, peak = measured(prune, dense, data, test)
+                right, zeros, seconds, peak = measured(lambda m: prune(m, data), dense, lambda m: percent_right(m, *test))
                 row(case, name, f'{right:.1f}', f'{zeros:.2f}', f'{seconds:.1f}', f'{seconds/one_pass:.1f}',
                     f'{peak/2**20:.0f}', f'{peak/n:.1f}')
 
