@@ -30,7 +30,7 @@ def right(model, batch):
 
 def cross_entropy(out, y): return F.cross_entropy(out, y)
 
-def classifier(model, dls, bs, calibration, valid, **how):
+def classifier(model, bs, calibration, valid, **how):
     "A `Network` of a trained classifier; every other image of `valid` decides, the others report"
     x, y = (t.as_subclass(torch.Tensor) for t in valid)
     calibration = [(b,) for b in calibration.as_subclass(torch.Tensor).split(bs)]
@@ -50,17 +50,17 @@ def digits(seed, epochs=8):
     model = fit(digits_net(), dls, epochs, 1e-2)
     valid = [*map(torch.cat, zip(*[b for b in dls.valid]))]
     calibration = torch.cat([x for x,_ in dls.train])[:512]
-    return classifier(model, dls, 64, calibration, valid, which=dict(layer_type=WEIGHTS), wide=dict(context='global'),
-                      units=dict(layer_type=nn.Conv2d, exclude='0'))
+    return classifier(model, 64, calibration, valid, which=dict(layer_type=WEIGHTS, exclude='0'),
+                      wide=dict(context='global'), units=dict(layer_type=nn.Conv2d, exclude='0'))
 
-def mnist(make, units, bs, epochs, folder, seed):
+def mnist(make, which, last, bs, epochs, folder, seed):
     "A network without norms; the 10,000 test images are halved, as those of `classifier`"
     set_seed(seed, reproducible=True)
     x, y, x_test, y_test = load_mnist(folder)
     dls   = DataLoaders(Batches(x, y, bs, shuffle=True), Batches(x_test, y_test, 1000), device='cpu')
     model = fit(make(), dls, epochs, 3e-3)
-    return classifier(model, dls, 64, x[:512], (x_test, y_test), which=dict(layer_type=WEIGHTS),
-                      wide=dict(context='global'), units=units)
+    return classifier(model, 64, x[:512], (x_test, y_test), which=dict(layer_type=WEIGHTS, **which),
+                      wide=dict(context='global'), units=dict(layer_type=WEIGHTS, exclude=last))
 
 def docs(name):
     "Yield the docstrings of a module, and of its functions and classes"
@@ -131,5 +131,5 @@ def language_model(seed, steps=500):
 def makers(folder=None):
     "Name → function of a seed; `folder` has the files of MNIST, or None: torchvision downloads them"
     return {'digits': digits, 'language model': language_model,
-            'LeNet-300-100': partial(mnist, lenet_300_100, dict(layer_type=nn.Linear, exclude='5'), 250, 3, folder),
-            'LeNet-5': partial(mnist, lenet_5, dict(layer_type=WEIGHTS, exclude='9'), 125, 1, folder)}
+            'LeNet-300-100': partial(mnist, lenet_300_100, {}, '5', 250, 3, folder),
+            'LeNet-5': partial(mnist, lenet_5, dict(exclude='0'), '9', 125, 1, folder)}

