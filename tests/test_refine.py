@@ -29,6 +29,15 @@ def test_never_worse_never_dearer_and_no_more_tries_than_allowed():
     assert len(calls) <= 7 and calls[0] == found and judge(best) >= judge(found)
     assert len({tuple(c.values()) for c in calls[:-2]}) == len(calls) - 2  # none twice
 
+def test_a_small_layer_goes_up_far_before_a_large_one_goes_down():
+    "Curves in steps of 1 %: eight steps of the small layer pay for one of the large layer"
+    levels, sizes = range(101), dict(small=100., large=800.)
+    costs  = {k: {s: n*(1 - s/100) for s in levels} for k,n in sizes.items()}
+    curves = {k: {s: s/100 for s in levels if s} for k in sizes}
+    def judge(each): return -each['large']
+    best = refine(dict(small=50., large=50.), curves, judge, costs, tries=40)
+    assert best['large'] <= 44 and spent(costs, best) <= spent(costs, dict(small=50., large=50.)) + 1e-9
+
 def test_refusals():
     with pytest.raises(ValueError, match='one of the sparsities'): refine({'a': 30}, {'a': {50: 1.}}, len, dict(a=1))
 

@@ -153,3 +153,19 @@ def test_owl_by_name_and_nested():
     share = [float((m.weight == 0).double().mean()) for m in model]
     assert share[1] < share[0]
     assert owl.name == 'owl' and isomorphic.name == 'isomorphic'
+
+def test_finer_curves_go_through_what_was_measured_and_stay_between():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        levels = sorted(rng.choice(np.arange(1, 100), 6, replace=False).tolist())
+        row    = dict(zip(map(float, levels), rng.normal(size=6).cumsum().tolist()))
+        found  = Sensitivity(.5, {'a': row}, {'a': 100}, {'a': 100}).finer(1).values['a']
+        points = {0.: .5} | row
+        assert all(found[s] == v for s,v in row.items()) and [*found] == [float(s) for s in range(1, levels[-1] + 1)]
+        for a,b in itertools.pairwise(points):
+            low, high = sorted((points[a], points[b]))
+            assert all(low - 1e-9 <= v <= high + 1e-9 for s,v in found.items() if a <= s <= b)
+        slope = [float(s) for s in found]
+        line  = Sensitivity(0., {'a': {s: 2*s for s in row}}, {}, {}).finer(1).values['a']
+        assert np.allclose([line[s] for s in slope], [2*s for s in slope])
+    assert Sensitivity(1., {'a': {50.: .5}}, {}, {}).finer(25).values['a'] == {25.: .75, 50.: .5}

@@ -141,19 +141,28 @@ def allocate(
     return {k: levels[i] for (k,(levels,_,_)),i in zip(found.items(), choice)}
 
 # %% ../../nbs/754_analyze.allocate.ipynb #cf22a170
+_JUMPS = 1, 2, 4, 8  # levels that a layer goes up at once
+
+def _lower(cost, at, room):
+    "Return the lower levels that raise the cost by at most `room`: the nearest and the farthest"
+    fits = np.flatnonzero(cost[:at] - cost[at] <= room)
+    return {*fits[:1].tolist(), *fits[-1:].tolist()}
+
 def _swaps(now, options, limit):
     "Return the swaps that keep the cost within `limit`, the most promising first"
-    cost = sum(options[k][1][i] for k,i in now.items())
-    loss = {k: options[k][2] for k in now}
+    room = limit*(1 + 1e-9) - sum(options[k][1][i] for k,i in now.items())
+    ups  = [(k, i + j) for k,i in now.items() for j in _JUMPS if i + j < len(options[k][0])]
+    def change(values, k, i): return values[i] - values[now[k]]
     found = []
-    for up in [None, *now]:
+    for up,i in [(None, 0), *ups]:
+        saved, harm = (0., 0.) if up is None else (-change(options[up][1], up, i), change(options[up][2], up, i))
         for down in now:
-            new = now | ({down: now[down] - 1} if up is None else {up: now[up] + 1, down: now[down] - 1})
-            if up == down or not all(0 <= i < len(options[k][0]) for k,i in new.items()): continue
-            spent = cost + sum(options[k][1][new[k]] - options[k][1][now[k]] for k in {up, down} - {None})
-            if spent > limit * (1 + 1e-9): continue
-            found.append((sum(loss[k][new[k]] - loss[k][now[k]] for k in {up, down} - {None}), len(found), new))
-    return [new for *_,new in sorted(found, key=lambda o: o[:2])]
+            if down == up: continue
+            _, cost, loss = options[down]
+            for at in sorted(_lower(cost, now[down], room + saved), reverse=True):
+                new = {down: at} if up is None else {up: i, down: at}
+                found.append((harm + change(loss, down, at), len(found), new))
+    return [now | new for *_,new in sorted(found, key=lambda o: o[:2])]
 
 # %% ../../nbs/754_analyze.allocate.ipynb #10709594
 def refine(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-import torch.nn as nn
+import numpy as np, torch.nn as nn
 from fastcore.basics import patch
 from .metric import evaluate
 from ..core.arguments import check_sparsity
@@ -62,6 +62,42 @@ class Sensitivity:
         for k,row in self.values.items():
             lines.append(f'{k:{width}}' + ''.join(f'{row[s]:>11.4g}' if s in row else f'{"":11}' for s in levels))
         return '\n'.join(lines)
+
+# %% ../../nbs/752_analyze.sensitivity.ipynb #cedf9740
+def _slopes(x, y):
+    "Return slopes at the points of a curve with which cubics between them do not overshoot"
+    h, d = np.diff(x), np.diff(y)/np.diff(x)
+    if len(d) < 2: return np.repeat(d, 2)
+    a, b   = 2*h[1:] + h[:-1], h[1:] + 2*h[:-1]
+    turns  = d[:-1]*d[1:] <= 0
+    safe   = np.where(turns, 1., d[:-1]), np.where(turns, 1., d[1:])
+    inside = np.where(turns, 0., (a + b)/(a/safe[0] + b/safe[1]))
+    def end(h, d): return np.clip(((2*h[0] + h[1])*d[0] - h[0]*d[1])/(h[0] + h[1]), *sorted((0., 3*d[0])))
+    return np.array([end(h, d), *inside, end(h[::-1], d[::-1])])
+
+def _interpolated(x, y, at):
+    "Return the values at the points `at` of a curve through points (x, y)"
+    x, y = np.array(x, dtype=float), np.array(y, dtype=float)
+    i    = np.clip(np.searchsorted(x, at, 'right') - 1, 0, len(x) - 2)
+    h, t = x[i+1] - x[i], (at - x[i])/(x[i+1] - x[i])
+    m    = _slopes(x, y)
+    straight = y[i]*(1 - t)**2*(1 + 2*t) + y[i+1]*t**2*(3 - 2*t)
+    return straight + h*t*(1 - t)*(m[i]*(1 - t) - m[i+1]*t)
+
+# %% ../../nbs/752_analyze.sensitivity.ipynb #8e01e0aa
+@patch
+def finer(self:Sensitivity,
+    step: float = 1.  # percent between two sparsities
+) -> Sensitivity:
+    "Return curves with interpolated metrics between the measured ones"
+    if not 0 < step <= 50: raise ValueError(f'`step` must be above 0 and at most 50 percent (got {step})')
+    def values(row):
+        row   = {0.: self.dense} | {float(s): v for s,v in sorted(row.items())}
+        steps = {round(i*step, 9) for i in range(1, int(max(row)/step) + 1)}
+        new   = np.array(sorted(steps - row.keys()))
+        found = row | dict(zip(new.tolist(), _interpolated([*row], [*row.values()], new).tolist()))
+        return {s: found[s] for s in sorted(found) if s}
+    return Sensitivity(self.dense, {k: values(row) for k,row in self.values.items()}, self.groups, self.sizes)
 
 # %% ../../nbs/752_analyze.sensitivity.ipynb #13059461
 def _draw_lines(ax, found):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-import torch.nn as nn
+import numpy as np, torch.nn as nn
 from fastcore.basics import patch
 from .metric import evaluate
 from ..core.arguments import check_sparsity
@@ -48,6 +48,13 @@ class Sensitivity:
         """Return a data frame: a row for each layer, a column for each sparsity"""
 
     def __repr__(self): ...
+
+    def finer(self, step: float = 1.0) -> Sensitivity:
+        """Return curves with interpolated metrics between the measured ones
+
+        Args:
+            step: percent between two sparsities
+        """
 
     def plot(self, kind: str = 'lines', ax: Axes | None = None) -> Axes:
         """Draw the metric over the sparsity of each layer; return the axes

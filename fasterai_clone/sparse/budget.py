@@ -14,6 +14,7 @@ import numpy as np, torch
 from torch import Tensor
 from ..core.arguments import check_sparsity, is_number, unknown_name
 from ..core.selection import keep_mask, n_dropped
+from ..core.tensors import all_finite
 
 # %% auto #0
 __all__ = ['limits', 'check_limits', 'erk_counts', 'lamp', 'bounded', 'affordable', 'row_mask']
@@ -130,7 +131,8 @@ def _check_scores(scores, finite=True):
         if not isinstance(s, Tensor) or not s.is_floating_point():
             raise TypeError(f'Scores of layer {i} must be a tensor of real numbers, got '
                             f'{getattr(s, "dtype", type(s).__name__)}')
-        if not (s.isfinite() if finite else ~s.isnan()).all():
+        fine = all_finite(s) if finite else not (s.numel() and s.max().isnan())  # the maximum of NaN is NaN
+        if not fine:
             raise ValueError(f'NaN {"or infinite numbers " if finite else ""}among the scores of layer {i}')
 
 def _check_masks(scores, pruned):
@@ -267,9 +269,10 @@ def _lowest_by_threshold(key, n_drop):
     spare = key.shape[1] - n_drop - np.count_nonzero(keep, axis=1)  # ties that are kept: the last ones
     some  = spare.nonzero()[0]
     if some.size:
-        ties = key[some] == threshold[some]
-        rank = ties[:, ::-1].cumsum(1, dtype=np.int32)[:, ::-1]
-        keep[some] |= ties & (rank <= spare[some, None])
+        row, column = (key[some] == threshold[some]).nonzero()
+        end  = np.bincount(row, minlength=some.size).cumsum()  # of the ties of each row
+        last = end[row] - np.arange(row.size) <= spare[some][row]
+        keep[some[row[last]], column[last]] = True
     return keep
 
 def _lowest_of_rows(rows, n_drop, old):

@@ -8,6 +8,7 @@ import numpy as np, torch
 from torch import Tensor
 from ..core.arguments import check_sparsity, is_number, unknown_name
 from ..core.selection import keep_mask, n_dropped
+from ..core.tensors import all_finite
 
 __all__ = ['limits', 'check_limits', 'erk_counts', 'lamp', 'bounded', 'affordable', 'row_mask']
 

@@ -18,7 +18,7 @@ from .measuring import (
     batches_for, checked_scores, gradients, layers_of, recurrent_in_eval, running, upcast)
 
 # %% auto #0
-__all__ = ['accumulated', 'snip_scores', 'grasp_scores']
+__all__ = ['taken', 'accumulated', 'snip_scores', 'grasp_scores']
 
 # %% ../../nbs/403_sparse.gradients.ipynb #9a884ef0
 def _labels(inputs):
@@ -60,7 +60,7 @@ def _summed(what, model, params, data, loss_func, step, temperature=1., training
     if not (loss_func is None or callable(loss_func)):
         raise ValueError(f'{what} needs a loss: pass `loss_func(outputs, labels)`, got {loss_func!r}')
     layers_of(model, params)
-    total = {k: torch.zeros_like(upcast(p)) for k,p in params.items()}
+    total = {}
     with running(model, training), recurrent_in_eval(model, training), torch.enable_grad():
         for p in params.values(): p.requires_grad_()
         for x,y in data:
@@ -68,8 +68,16 @@ def _summed(what, model, params, data, loss_func, step, temperature=1., training
             terms = step(loss)
             with torch.no_grad():
                 for k,v in zip(params, terms):
-                    if v is not None: total[k] += v.detach() if type(v) is Tensor and not v.is_sparse else upcast(v)
-    return total
+                    if v is None: continue
+                    if k not in total: total[k] = torch.zeros_like(upcast(params[k]))
+                    total[k] += v.detach() if type(v) is Tensor and not v.is_sparse else upcast(v)
+                    del v  # a gradient is freed before the next sum is allocated
+    return {k: total[k] if k in total else torch.zeros_like(upcast(p)) for k,p in params.items()}
+
+def taken(items):
+    "Yield each of `items`, without keeping those before"
+    items = [*items][::-1]
+    while items: yield items.pop()
 
 def accumulated(
     model: nn.Module,
@@ -85,7 +93,7 @@ def accumulated(
     "Sum `step_fn(w, g)` over the batches of `data`, with the gradient g of the mean loss of that batch"
     def term(w, g): return step_fn(w, torch.zeros_like(w) if g is None else upcast(g))
     def step(loss):  # one layer after the other, so that not all of them are in memory in fp32
-        return (term(upcast(p), g) for p,g in zip(params.values(), gradients(loss, list(params.values()))))
+        return (term(upcast(p), g) for p,g in zip(params.values(), taken(gradients(loss, list(params.values())))))
     return checked_scores(what, _summed(what, model, params, batches_for(what, model, data), loss_func, step,
                                         training=training))
 
@@ -142,12 +150,12 @@ def grasp_scores(
     ws = list(params.values())
     with restored(model): kept = list(batches_for('grasp', model, data))
     def summed(step): return _summed('grasp', model, params, kept, loss_func, step, temperature, training)
-    def first(loss): return gradients(loss, ws)
+    def first(loss): return taken(gradients(loss, ws))
     def second(loss):
         grads = zip(gradients(loss, ws, create_graph=True), total.values())
         flow  = sum((g * t.to(g.dtype)).sum() for g,t in grads if g is not None)
-        return gradients(flow, ws) if isinstance(flow, Tensor) else [None] * len(ws)
-    total = summed(first)
+        return taken(gradients(flow, ws)) if isinstance(flow, Tensor) else [None] * len(ws)
+    total = {k: t.to(params[k].dtype) for k,t in taken(summed(first).items())}
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _TwiceDifferentiable():
         try: curved = summed(second)
         except NotImplementedError as e:

@@ -10,7 +10,10 @@ from ..model.preserve import restored
 from .batches import Labels, by_name, call_with, keywords
 from .measuring import batches_for, checked_scores, gradients, layers_of, recurrent_in_eval, running, upcast
 
-__all__ = ['accumulated', 'snip_scores', 'grasp_scores']
+__all__ = ['taken', 'accumulated', 'snip_scores', 'grasp_scores']
+
+def taken(items):
+    """Yield each of `items`, without keeping those before"""
 
 def accumulated(
     model: nn.Module,

@@ -56,12 +56,12 @@ def best_in_blocks(blocks: Tensor, axis: int, nm: tuple) -> Tensor:
     "Return which scores are among the best n of each m along `axis`, by comparing all pairs"
     n, m  = nm
     parts = [p.contiguous() for p in blocks.unflatten(axis, (-1, m)).unbind(axis + 1)]
-    ranks = [torch.zeros_like(p, dtype=torch.uint8) for p in parts]
+    ranks = [torch.full_like(p, j, dtype=torch.int8) for j,p in enumerate(parts)]
     for j in range(m):
         for i in range(j):
-            ahead = parts[i] > parts[j]
+            ahead = (parts[i] > parts[j]).view(torch.int8)  # adding flags would convert them first
             ranks[i] += ahead
-            ranks[j] += ~ahead
+            ranks[j] -= ahead
     return torch.stack([r >= m - n for r in ranks], axis + 1).flatten(axis, axis + 1)
 
 def is_best(scores: Tensor, axis: int, nm: tuple) -> Tensor:
