@@ -16,6 +16,7 @@ import fasterai_clone.model.channels.combine  # noqa: F401  importing these room
 import fasterai_clone.model.channels.moves    # noqa: F401
 import fasterai_clone.model.channels.norms    # noqa: F401
 from .labels import HELD, varies
+from .means import settle_means
 from .recurrent import WholeFunctions
 from .sizes import stored_numbers
 from .trace import RuleFailed, Trace
@@ -25,7 +26,7 @@ from ..run import (call_arguments, check_model, first_line, memory_of, names_run
 from ..wrappers import unwrapped
 
 # %% auto #0
-__all__ = ['follow']
+__all__ = ['follow', 'coupled_convolutions']
 
 # %% ../../../nbs/290_model.channels.follow.ipynb #dab841f1
 def own_copy(model):
@@ -129,7 +130,8 @@ def settle(trace):
         if trace.fits(l, axis, of): continue
         sets.keep(l, {axis}, why)
         for t,_ in of: sets.fix(t, why)
-    trace.lost = settle_stored(trace)
+    trace.scales = settle_means(trace)
+    trace.lost   = settle_stored(trace)
 
 # %% ../../../nbs/290_model.channels.follow.ipynb #4fd91d0e
 def follow(
@@ -140,7 +142,17 @@ def follow(
     "Return the trace of a run of `model`, which must be a copy, in at most `timeout` seconds"
     if example_inputs is None:
         raise ValueError('`example_inputs` is required: coupled channels are found by running the model')
-    trace, (args, kwargs) = Trace(model, timeout), call_arguments(example_inputs, model)
+    args, kwargs = call_arguments(example_inputs, model)
+    trace = _followed(Trace(model, timeout), args, kwargs)
+    while coupled := coupled_convolutions(trace):
+        again = Trace(model, timeout)
+        again.until, again.within = trace.until, trace.within | coupled
+        trace = _followed(again, args, kwargs)
+    return trace
+
+def _followed(trace, args, kwargs):
+    "Run the model of `trace`, in train mode too if it has parameters that are not used in eval mode; return `trace`"
+    model = trace.model
     with undisturbed(model), plain_attention(), sdpa_kernel(SDPBackend.MATH):
         try: run_traced(trace, args, kwargs)
         except RuleFailed: raise
@@ -153,6 +165,10 @@ def follow(
         if any(k not in used for k in named): _follow_training(trace, args, kwargs)
     settle(trace)
     return trace
+
+def coupled_convolutions(trace):
+    "Return the convolutions with groups, all of which depend on each other, so that none could be removed alone"
+    return {path for path,groups in trace.grouped.items() if len(trace.labels.roots(groups).unique()) == 1}
 
 def _follow_training(trace, args, kwargs):
     "Follow a run in train mode too, if possible; if it fails, with batch norms in eval mode"

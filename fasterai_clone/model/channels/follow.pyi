@@ -10,6 +10,7 @@ import fasterai_clone.model.channels.combine
 import fasterai_clone.model.channels.moves
 import fasterai_clone.model.channels.norms
 from .labels import HELD, varies
+from .means import settle_means
 from .recurrent import WholeFunctions
 from .sizes import stored_numbers
 from .trace import RuleFailed, Trace
@@ -17,7 +18,7 @@ from ..preserve import copied, undisturbed
 from ..run import call_arguments, check_model, first_line, memory_of, names_running, outputs_in, plain_attention
 from ..wrappers import unwrapped
 
-__all__ = ['follow']
+__all__ = ['follow', 'coupled_convolutions']
 
 def own_copy(model):
     """Return a copy of `model`, or of the model inside `torch.compile` or `DataParallel`"""
@@ -39,3 +40,6 @@ def follow(model: nn.Module, example_inputs: object, timeout: float | None = Non
         example_inputs: its inputs: a tensor, a tuple of arguments, or a dict of them
         timeout: in seconds; None: no limit
     """
+
+def coupled_convolutions(trace):
+    """Return the convolutions with groups, all of which depend on each other, so that none could be removed alone"""
