@@ -26,7 +26,7 @@ from ..run import (call_arguments, check_model, first_line, memory_of, names_run
 from ..wrappers import unwrapped
 
 # %% auto #0
-__all__ = ['follow', 'coupled_convolutions']
+__all__ = ['follow']
 
 # %% ../../../nbs/290_model.channels.follow.ipynb #dab841f1
 def own_copy(model):
@@ -133,23 +133,24 @@ def settle(trace):
     trace.scales = settle_means(trace)
     trace.lost   = settle_stored(trace)
 
-# %% ../../../nbs/290_model.channels.follow.ipynb #4fd91d0e
-def follow(
-    model: nn.Module,          # a copy, which may be changed
-    example_inputs: object,    # its inputs: a tensor, a tuple of arguments, or a dict of them
-    timeout: float|None = None # in seconds; None: no limit
-) -> Trace:
-    "Return the trace of a run of `model`, which must be a copy, in at most `timeout` seconds"
-    if example_inputs is None:
-        raise ValueError('`example_inputs` is required: coupled channels are found by running the model')
-    args, kwargs = call_arguments(example_inputs, model)
-    trace = _followed(Trace(model, timeout), args, kwargs)
-    while coupled := coupled_convolutions(trace):
-        again = Trace(model, timeout)
-        again.until, again.within = trace.until, trace.within | coupled
-        trace = _followed(again, args, kwargs)
-    return trace
+# %% ../../../nbs/290_model.channels.follow.ipynb #4fd91trn
+def _follow_training(trace, args, kwargs):
+    "Follow a run in train mode too, if possible; if it fails, with batch norms in eval mode"
+    trace.model.train()
+    if _runs(trace, args, kwargs): return
+    for m in trace.model.modules():
+        if isinstance(m, nn.modules.batchnorm._NormBase): m.eval()  # else they need several numbers each
+    _runs(trace, args, kwargs)
 
+def _runs(trace, args, kwargs):
+    "Follow a run and return whether it succeeded: in train mode a model may need other inputs, such as targets"
+    try: run_traced(trace, args, kwargs)
+    except RuleFailed: raise
+    except Exception: trace.hurry()
+    else: return True
+    return False
+
+# %% ../../../nbs/290_model.channels.follow.ipynb #4fd91one
 def _followed(trace, args, kwargs):
     "Run the model of `trace`, in train mode too if it has parameters that are not used in eval mode; return `trace`"
     model = trace.model
@@ -167,21 +168,25 @@ def _followed(trace, args, kwargs):
     return trace
 
 def coupled_convolutions(trace):
-    "Return the convolutions with groups, all of which depend on each other, so that none could be removed alone"
-    return {path for path,groups in trace.grouped.items() if len(trace.labels.roots(groups).unique()) == 1}
+    "Return the convolutions with groups none of which can be removed alone: all depend on each other, or stay"
+    sets  = trace.labels
+    fixed = {sets.find(i) for i in sets.why}
+    roots = {path: {*sets.roots(groups).flatten().tolist()} for path,groups in trace.grouped.items()}
+    return {path for path,own in roots.items() if len(own) == 1 or own <= fixed}
 
-def _follow_training(trace, args, kwargs):
-    "Follow a run in train mode too, if possible; if it fails, with batch norms in eval mode"
-    trace.model.train()
-    if _runs(trace, args, kwargs): return
-    for m in trace.model.modules():
-        if isinstance(m, nn.modules.batchnorm._NormBase): m.eval()  # else they need several numbers each
-    _runs(trace, args, kwargs)
-
-def _runs(trace, args, kwargs):
-    "Follow a run and return whether it succeeded: in train mode a model may need other inputs, such as targets"
-    try: run_traced(trace, args, kwargs)
-    except RuleFailed: raise
-    except Exception: trace.hurry()
-    else: return True
-    return False
+# %% ../../../nbs/290_model.channels.follow.ipynb #4fd91d0e
+def follow(
+    model: nn.Module,          # a copy, which may be changed
+    example_inputs: object,    # its inputs: a tensor, a tuple of arguments, or a dict of them
+    timeout: float|None = None # in seconds; None: no limit
+) -> Trace:
+    "Return the trace of a run of `model`, which must be a copy, in at most `timeout` seconds"
+    if example_inputs is None:
+        raise ValueError('`example_inputs` is required: coupled channels are found by running the model')
+    args, kwargs = call_arguments(example_inputs, model)
+    trace = _followed(Trace(model, timeout), args, kwargs)
+    while coupled := coupled_convolutions(trace):
+        again = Trace(model, timeout)
+        again.until, again.within = trace.until, trace.within | coupled
+        trace = _followed(again, args, kwargs)
+    return trace

@@ -18,7 +18,7 @@ from ..preserve import copied, undisturbed
 from ..run import call_arguments, check_model, first_line, memory_of, names_running, outputs_in, plain_attention
 from ..wrappers import unwrapped
 
-__all__ = ['follow', 'coupled_convolutions']
+__all__ = ['follow']
 
 def own_copy(model):
     """Return a copy of `model`, or of the model inside `torch.compile` or `DataParallel`"""
@@ -32,6 +32,9 @@ def settle_stored(trace) -> dict:
 def settle(trace):
     """Fix channels that would no longer fit the model's code, and channels to which a buffer is added"""
 
+def coupled_convolutions(trace):
+    """Return the convolutions with groups none of which can be removed alone: all depend on each other, or stay"""
+
 def follow(model: nn.Module, example_inputs: object, timeout: float | None = None) -> Trace:
     """Return the trace of a run of `model`, which must be a copy, in at most `timeout` seconds
 
@@ -40,6 +43,3 @@ def follow(model: nn.Module, example_inputs: object, timeout: float | None = Non
         example_inputs: its inputs: a tensor, a tuple of arguments, or a dict of them
         timeout: in seconds; None: no limit
     """
-
-def coupled_convolutions(trace):
-    """Return the convolutions with groups, all of which depend on each other, so that none could be removed alone"""
