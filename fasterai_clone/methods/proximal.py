@@ -56,15 +56,15 @@ class Proximal:
 def at_most(
     pool: list[Target],       # layers that are compared
     k: int,                   # number of groups that may be zero
-    by: dict[str, float]      # name of a target → threshold
+    by: dict[str, float]      # key of a target → threshold
 ) -> dict[str, float]:
     "Return thresholds, lower ones where more than `k` groups would be zero after the step"
     sizes  = [math.sqrt(sum(p.groups.size for p in t.parts)) for t in pool]
     norms  = [group_norms_of(t).detach() / s for t,s in zip(pool, sizes)]
-    ratios = torch.cat([n / max(by[t.name], 1e-30) for t,n in zip(pool, norms)])
-    if k >= len(ratios): return {t.name: by[t.name] for t in pool}
+    ratios = torch.cat([n / max(by[t.key], 1e-30) for t,n in zip(pool, norms)])
+    if k >= len(ratios): return {t.key: by[t.key] for t in pool}
     most = .999 * float(ratios.kthvalue(k + 1).values)
-    return {t.name: by[t.name] * min(1., most) for t in pool}
+    return {t.key: by[t.key] * min(1., most) for t in pool}
 
 # %% ../../nbs/685_methods.proximal.ipynb #d9467277
 @patch
@@ -79,7 +79,7 @@ def step(self:Proximal,
         self.finish()
         return self.apply()
     rates = rates_of(optimizer)
-    lr    = {t.name: rates.get(id(t.parts[0].whole), 0.) for t in self.sp.targets}
+    lr    = {t.key: rates.get(id(t.parts[0].whole), 0.) for t in self.sp.targets}
     if self.strength is None: self.strength = self._first_strength(max(lr.values()), n_steps)
     now = self.strength * min(1., share / self.ramp if self.ramp else 1.)
     by  = {k: now * v for k,v in lr.items()}

@@ -84,5 +84,5 @@ def at_most(pool: list[Target], k: int, by: dict[str, float]) -> dict[str, float
     Args:
         pool: layers that are compared
         k: number of groups that may be zero
-        by: name of a target → threshold
+        by: key of a target → threshold
     """
