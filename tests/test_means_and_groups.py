@@ -110,7 +110,9 @@ def test_what_stays(norm, why):
 def test_a_number_that_is_used_otherwise_is_found_by_a_trial():
     "`eps` is the number of a layer norm, too: the `Sparsifier` leaves the channels out, and `thin` refuses them"
     class Both(GRN):
-        def forward(self, x): return super().forward(x).flatten(2) + nn.functional.layer_norm(x.sum(-1), (5,), eps=self.eps)[..., None]
+        def forward(self, x):
+            shift = nn.functional.layer_norm(x.sum(-1), (5,), eps=self.eps)
+            return super().forward(x) * shift[..., None]
     torch.manual_seed(0)
     net = lively(Net(Both).eval())
     with pytest.raises(ValueError, match='no channel can be removed.*fc1'):
@@ -145,9 +147,52 @@ def test_each_group_loses_the_same(transposed, tmp_path):
 def test_whole_groups_where_they_are_independent():
     "As in ResNeXt: a group goes as a whole, and the number of groups with it"
     torch.manual_seed(0)
-    net = lively(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.Conv2d(12, 2, 1)).eval())
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.Conv2d(12, 2, 1))
+    net = lively(net.eval())
     x   = torch.randn(2, 3, 6, 6)
     groups = coupled_groups(net, x)
     assert [g.n for g in groups if not g.why_not] == [4]
     small = thin(net, group_masks(groups, [torch.arange(4) > 0, None]), x)
     assert (small[2].groups, small[2].in_channels, small[2].out_channels) == (3, 6, 9)
+
+
+class Parts(nn.Module):
+    "Four and eight of twelve channels have different readers"
+    def __init__(self):
+        super().__init__()
+        self.a, self.n = nn.Conv2d(3, 12, 1), [4, 8]
+        self.b, self.c, self.o = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(10, 2, 1)
+    def forward(self, x):
+        p, q = self.a(x).relu().split(self.n, 1)
+        return self.o(torch.cat([self.b(p), self.c(q)], 1))
+
+def test_filters_of_several_groups():
+    "Half of each part of `a`, and what is left computes the same"
+    torch.manual_seed(0)
+    net, x = Parts().double(), torch.randn(2, 3, 4, 4).double()
+    sp = Sparsifier(net, 'filter', coupled=True, example_inputs=x)
+    assert [(t.label, t.key, t.groups.n) for t in sp.targets] == [
+        ('a', 'a.weight:0', 4), ('a', 'a.weight:4', 8), ('b', 'b.weight', 4), ('c', 'c.weight', 6)]
+    sp.sparsify_model(50)
+    assert [int((net.a.bias[some] == 0).sum()) for some in (slice(4), slice(4, 12))] == [2, 4]
+    again = Sparsifier(net, 'filter', coupled=True, example_inputs=x)
+    again.load_state_dict(sp.state_dict())
+    assert again.masks == sp.masks
+    small = thin(net, example_inputs=x)
+    assert (small.n, small.a.out_channels, small.b.in_channels, small.c.in_channels) == ([2, 4], 6, 2, 4)
+    torch.testing.assert_close(small(x), net(x), rtol=0, atol=1e-13)
+
+def test_lasso_of_filters_of_several_groups():
+    "Each part has its own flags, also after they were saved"
+    from fasterai_clone.methods.group_lasso import GroupLasso, group_norms_of
+    torch.manual_seed(0)
+    net, x = Parts(), torch.randn(2, 3, 4, 4)
+    sp     = Sparsifier(net, 'filter', coupled=True, example_inputs=x)
+    lasso  = GroupLasso(sp, 1., sparsity=50)
+    want   = sum((sum(p.groups.size for p in t.parts)**0.5 * group_norms_of(t).sort().values[:t.groups.n//2].sum())
+                 for t in sp.targets)
+    torch.testing.assert_close(lasso(), want)
+    other = GroupLasso(sp, 1., sparsity=50)
+    other.load_state_dict(lasso.state_dict())
+    flags = [{k: v.flatten().tolist() for k,v in o.only.items()} for o in (lasso, other)]
+    assert flags[0] == flags[1] and len(flags[0]) == 4

@@ -65,7 +65,7 @@ def _within(trace, inp, axes, groups, transposed, nonzero):
     return made.repeat(groups, 1) if transposed else made
 
 def _grouped(trace, inp, axes, groups, n_out, transposed, nonzero):
-    "Join the channels of each group of a convolution, whose weight has labels along `axes`; return those of the outputs"
+    "Join the channels of each group of a convolution, with labels `axes` of its weight; return those of the outputs"
     sets, first = trace.labels, axes[0]
     if first is None or inp is None or not isinstance(trace.module, nn.modules.conv._ConvNd):
         for l in (first, inp):

@@ -7,15 +7,14 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.channels.means.html.
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0002
 from __future__ import annotations
 from collections import defaultdict
-from collections.abc import Callable
-import torch
+from torch import Tensor
 from .elementwise import pointwise
 from .labels import Unless
 from .sizes import StoredFloat
-from .trace import Call, Trace, nothing, rule
+from .trace import Trace, nothing, rule
 
 # %% auto #0
-__all__ = ['Mean', 'absorbed']
+__all__ = ['absorbed']
 
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0005
 class Mean:
@@ -30,13 +29,14 @@ def _pending(v):
     alone = len(v.unless) == 1 and v.unless[0].mean is not None
     return (v.unless[0].mean, v.unless[0].power) if alone else False
 
+# %% ../../../nbs/275_model.channels.means.ipynb #mean0abs
 def absorbed(
     trace: Trace,
-    factors: list,  # tensors that are multiplied
-    powers: list,   # the power of the mean that each has
+    factors: list[Tensor],  # that are multiplied
+    powers: list[int],      # of the mean, one for each factor
     mean: Mean
-) -> int:           # the power that is left
-    "Let the first parameter among the `factors`, which has one number or more for each channel, absorb the power"
+) -> int:                   # the power that is left
+    "Let the first parameter among the `factors` absorb the power of the mean in their product"
     total = sum(powers)
     for t in factors:
         v = trace.get(t)
