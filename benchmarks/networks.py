@@ -13,6 +13,7 @@ not promise the same function: one trains after it."""
 import argparse, copy, csv, multiprocessing, os, resource, signal, time, warnings
 os.environ['TIMM_FUSED_ATTN'] = '0'  # before timm is imported, as in Torch-Pruning's example
 from collections import Counter
+from datetime import date
 from pathlib import Path
 import timm, torch, torch.nn as nn
 import torch_pruning as tp
@@ -23,7 +24,8 @@ from fasterai_clone.sparse.all import Sparsifier
 from .timing import installed, machine
 
 SPARSITY = 50
-FIELDS = 'network parameters contestant seed result left difference seconds why'.split()
+FIELDS = 'network parameters contestant seed date result left difference seconds why'.split()
+COMMON = 'python torch torchvision timm torch-pruning sparsity limit'.split()  # the same for all rows of a file
 TIMM   = '''ghostnet_050 ese_vovnet19b_slim efficientvit_m0 edgenext_xx_small mobilevit_xxs mobilevitv2_050
             convnext_atto convnextv2_atto fastvit_t8 mixnet_s efficientvit_b0 levit_128s
             levit_conv_128s deit_tiny_patch16_224 eva02_tiny_patch14_224 ese_vovnet19b_dw
@@ -196,7 +198,7 @@ def row(name, who, seed, limit):
     process = multiprocessing.get_context('fork').Process(target=job, args=(name, who, seed, limit, there))
     process.start()
     there.close()
-    found = dict(network=name, contestant=SHOWN[who], seed=seed, result='crash', why='')
+    found = dict(network=name, contestant=SHOWN[who], seed=seed, date=str(date.today()), result='crash', why='')
     try:
         while True: found |= here.recv()
     except EOFError: process.join()
@@ -214,7 +216,22 @@ def table(rows):
 
 RESULTS = ('exact', 'another function', 'does not run', 'refused', 'crash', 'time limit')
 
+def read(file):
+    "What a file says of its runs, and its rows"
+    lines = file.read_text(encoding='utf-8').splitlines()
+    about = dict(l[2:].split(': ', 1) for l in lines if l.startswith('# '))
+    return about, [*csv.DictReader(l for l in lines if not l.startswith('# '))]
+
+def others(file, names, contestants, about):
+    "The rows of `file` that this run does not measure, and what the file says of their runs"
+    before, rows = read(file)
+    wrong = [k for k in COMMON if before.get(k) != str(about[k])]
+    if wrong: raise SystemExit(f'{file} has other rows, measured with another {", ".join(wrong)}: pass another --out')
+    kept = [r for r in rows if r['network'] not in names or r['contestant'] not in contestants]
+    return kept, {k: v for k,v in before.items() if any(k == f'run {r["date"]}' for r in kept)}
+
 def save(rows, about, file):
+    rows = sorted(rows, key=lambda r: (NAMES.index(r['network']), int(r['seed'])))
     with open(file, 'w', newline='', encoding='utf-8') as f:
         f.writelines(f'# {k}: {v}\n' for k,v in about.items())
         writer = csv.DictWriter(f, FIELDS, lineterminator='\n')
@@ -224,7 +241,8 @@ def save(rows, about, file):
 def main():
     p = argparse.ArgumentParser(prog='python -m benchmarks.networks', description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--only', default='', help='names of networks, separated by commas (default: all)')
+    p.add_argument('--only', default='', help='names of networks, separated by commas (default: all). '
+                                              'Rows of --out for other networks stay')
     p.add_argument('--seeds', type=int, default=3, help='how many random initialisations of each')
     p.add_argument('--contestants', default=','.join(CONTESTANTS), help='ours, theirs, or both')
     p.add_argument('--limit', type=int, default=60, help='seconds of CPU that pruning may take')
@@ -232,10 +250,12 @@ def main():
     args  = p.parse_args()
     names = args.only.split(',') if args.only else NAMES
     if unknown := set(names) - set(NAMES): p.error(f'--only takes {", ".join(NAMES)}; got {", ".join(sorted(unknown))}')
-    about = {k: v for k,v in machine('cpu').items() if k in ('cpu', 'python', 'torch', 'torchvision', 'fasterai-clone')}
-    about |= {k: installed(k) for k in ('timm', 'torch-pruning')} | dict(sparsity=SPARSITY, limit=args.limit,
-                                                                         seeds=args.seeds)
-    rows  = []
+    found = machine('cpu') | {k: installed(k) for k in ('timm', 'torch-pruning')}
+    about = {k: dict(found, sparsity=SPARSITY, limit=args.limit)[k] for k in COMMON}
+    run   = {f'run {date.today()}': f'{found["cpu"]}; fasterai-clone {found["fasterai-clone"]}; seeds {args.seeds}'}
+    shown = [SHOWN[who] for who in args.contestants.split(',')]
+    rows, runs = others(args.out, names, shown, about) if args.only and args.out.exists() else ([], {})
+    about = about | runs | run
     for name in names:
         for seed in range(args.seeds):
             for who in args.contestants.split(','):

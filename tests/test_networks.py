@@ -26,14 +26,14 @@ timm_models = dict(
     ghostnet_050                 = (64, {}, 4064),
     hrnet_w18_small              = (64, {}, 6384),
     skresnet18                   = (64, {}, 2176),
-    resnest14d                   = (64, {}, 4452),
+    resnest14d                   = (64, {}, 5888),
     mobilenetv4_hybrid_medium    = (64, {}, 18624),
     mixnet_s                     = (64, {}, 9110),
     res2net50_14w_8s             = (64, dict(layers=(1, 1, 1, 1)), 1),
     lambda_resnet26t             = (64, dict(img_size=64), 5240),
     mambaout_femto               = (64, dict(depths=(1, 1, 1, 1)), 1664),
-    # nothing can go: norms over all channels or over the inputs of each filter, one number added to all channels
-    convnextv2_atto              = (32, dict(depths=(1, 1, 1, 1)), 0),
+    convnextv2_atto              = (32, dict(depths=(1, 1, 1, 1)), 2400),
+    # nothing can go: norms over the inputs of each filter, one number added to all channels
     nf_resnet26                  = (64, {}, 0),
     resnetv2_50x1_bit            = (64, {}, 0),
     hgnetv2_b0                   = (64, {}, 0),

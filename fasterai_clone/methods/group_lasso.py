@@ -36,13 +36,13 @@ def group_norms_of(
 
 def group_lasso(
     targets: Iterable[Target],             # those of a `Sparsifier`, `sp.targets`
-    only: dict[str, Tensor]|None = None    # name of a target → flags of the groups that count; None: all
+    only: dict[str, Tensor]|None = None    # key of a target → flags of the groups that count; None: all
 ) -> Tensor:                               # a number, with a gradient
     "Return the sum over groups of the square root of their size times their norm"
     total = 0.
     for t in targets:
         norms = group_norms_of(t)
-        if only is not None: norms = norms * only[t.name].flatten().to(norms.dtype)
+        if only is not None: norms = norms * only[t.key].flatten().to(norms.dtype)
         total = total + math.sqrt(sum(p.groups.size for p in t.parts)) * norms.sum()
     return total
 
@@ -50,13 +50,13 @@ def group_lasso(
 @torch.no_grad()
 def shrink(
     targets: Iterable[Target],         # those of a `Sparsifier`
-    threshold: float|dict[str, float]  # λ·η, or by the name of a target
+    threshold: float|dict[str, float]  # λ·η, or by the key of a target
 ) -> int:                              # number of groups that are zero now
     "Make the norm of each group smaller by the threshold times the square root of its size, at least zero"
     zeros = 0
     for t in targets:
         norms = group_norms_of(t)
-        by    = threshold[t.name] if isinstance(threshold, dict) else threshold
+        by    = threshold[t.key] if isinstance(threshold, dict) else threshold
         less  = by * math.sqrt(sum(p.groups.size for p in t.parts))
         scale = torch.where(norms > less, 1 - less/norms, 0.)
         for p in t.parts:
@@ -91,13 +91,13 @@ class GroupLasso:
 
     def lowest(self,
         sparsity: float       # percent
-    ) -> dict[str, Tensor]:  # name of a target → flags
+    ) -> dict[str, Tensor]:  # key of a target → flags
         "Return flags of the groups that the sparsifier would prune now"
         trial = self.sp.trial_copy()
         counts = trial.counts(sparsity)
         with torch.no_grad():
             chosen, _ = zip(*[trial.chooser.decided(pool, k, [], None) for pool,k in zip(trial.plan.pools, counts)])
-        return {t.name: ~m for some in chosen for t,m in some}
+        return {t.key: ~m for some in chosen for t,m in some}
 
     def __call__(self) -> Tensor:
         "Return the penalty: add it to the loss"
@@ -137,7 +137,7 @@ def load_state_dict(self:GroupLasso,
 ) -> None:
     "Continue from the result of `state_dict`"
     entry = Entry(state, 'state of GroupLasso').fields(('share', 'only'))
-    shapes = {t.name: t.groups.score_shape for t in self.sp.targets}
-    only  = {k: e.tensor(shapes.get(k), torch.bool).to(self.sp.params[k].device) for k,e in entry['only'].named()
-             if k in shapes or e.refuse('the flags of a layer of this model')}
+    known = {t.key: t for t in self.sp.targets}
+    only  = {k: e.tensor(known[k].groups.score_shape, torch.bool).to(known[k].weight.device)
+             for k,e in entry['only'].named() if k in known or e.refuse('the flags of a layer of this model')}
     self.share, self.only = entry['share'].number(0, 1), only or None

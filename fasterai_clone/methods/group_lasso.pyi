@@ -38,7 +38,7 @@ def group_lasso(targets: Iterable[Target], only: dict[str, Tensor] | None = None
 
     Args:
         targets: those of a `Sparsifier`, `sp.targets`
-        only: name of a target → flags of the groups that count; None: all
+        only: key of a target → flags of the groups that count; None: all
 
     Returns:
         a number, with a gradient
@@ -49,7 +49,7 @@ def shrink(targets: Iterable[Target], threshold: float | dict[str, float]) -> in
 
     Args:
         targets: those of a `Sparsifier`
-        threshold: λ·η, or by the name of a target
+        threshold: λ·η, or by the key of a target
 
     Returns:
         number of groups that are zero now
@@ -93,7 +93,7 @@ class GroupLasso:
             sparsity: percent
 
         Returns:
-            name of a target → flags
+            key of a target → flags
         """
 
     def __call__(self) -> Tensor:

@@ -93,6 +93,17 @@ def memory_of(
         strides = tuple(s if n > 1 else 0 for n,s in zip(t.shape, t.stride()))
         return start, t.storage_offset(), tuple(t.shape), strides, t.dtype
 
+# %% ../../nbs/120_model.run.ipynb #f56aovlp
+def overlap(a, b):
+    "Return whether two views of the same memory, as from `memory_of`, share an element"
+    _, *views, kinds = zip(a, b)
+    if kinds[0].itemsize != kinds[1].itemsize: return True
+    ends = [start + sum((n-1)*s for n,s in zip(shape, strides)) + 1 for start,shape,strides in zip(*views)]
+    if views[0][0] >= ends[1] or views[0][1] >= ends[0]: return False
+    marks, (one, two) = torch.zeros(max(ends), dtype=torch.bool), zip(*views)
+    marks.as_strided(*one[1:], one[0]).fill_(True)
+    return bool(marks.as_strided(*two[1:], two[0]).any())
+
 # %% ../../nbs/120_model.run.ipynb #d07c5530
 @contextmanager
 def names_running(model, inside, what=None):

@@ -45,6 +45,9 @@ def memory_of(t: torch.Tensor) -> tuple | int:
         t: of any class
     """
 
+def overlap(a, b):
+    """Return whether two views of the same memory, as from `memory_of`, share an element"""
+
 @contextmanager
 def names_running(model, inside, what=None):
     """Within the block, keep the names of the running modules of `model` in the list `inside`; `what` is for a bar"""

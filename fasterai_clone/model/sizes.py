@@ -33,13 +33,14 @@ def _recurrent_sizes(m):
 
 def layer_sizes(
     m: nn.Module,              # a layer
-    before: tuple|None = None  # the earlier shape of its weight
+    before: tuple|None = None, # the earlier shape of its weight
+    groups: int|None = None    # how many groups of a convolution are left; None: all as large as before
 ) -> dict[str, int]:
     "Return the size attributes of the layer `m` with their values; `before`: the earlier shape of its weight"
     w = layer_weight(m)
     shape = None if w is None else tuple(w.shape)
     if isinstance(m, nn.modules.conv._ConvNd) and shape:
-        groups = m.groups if before is None or m.groups == 1 else shape[0] // (before[0]//m.groups)
+        if groups is None: groups = m.groups if before is None or m.groups == 1 else shape[0] // (before[0]//m.groups)
         out, inp = (shape[1]*groups, shape[0]) if m.transposed else (shape[0], shape[1]*groups)
         return dict(in_channels=inp, out_channels=out, groups=groups)
     if isinstance(m, nn.Linear) and shape: return dict(in_features=shape[1], out_features=shape[0])

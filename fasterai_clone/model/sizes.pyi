@@ -15,12 +15,17 @@ def layer_weight(m: nn.Module) -> nn.Parameter | None:
         m: a layer
     """
 
-def layer_sizes(m: nn.Module, before: tuple | None = None) -> dict[str, int]:
+def layer_sizes(
+    m: nn.Module,
+    before: tuple | None = None,
+    groups: int | None = None,
+) -> dict[str, int]:
     """Return the size attributes of the layer `m` with their values; `before`: the earlier shape of its weight
 
     Args:
         m: a layer
         before: the earlier shape of its weight
+        groups: how many groups of a convolution are left; None: all as large as before
     """
 
 def tensors_of(model):

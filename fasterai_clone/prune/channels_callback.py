@@ -6,6 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.channels_callback.ht
 
 # %% ../../nbs/747_prune.channels_callback.ipynb #chan0002
 from __future__ import annotations
+from collections import Counter
 import torch.nn as nn
 from torch import Tensor
 from fastcore.basics import patch
@@ -29,6 +30,18 @@ def only_groups(
 ) -> Sparsifier:
     "Return `sp` with only the groups whose channel counts match `left`; a removal can create other groups"
     sp.keep_targets([left.get(t.name) == t.groups.n for t in sp.targets])
+    return sp
+
+def one_group_each(
+    sp: Sparsifier
+) -> Sparsifier:
+    "Return `sp` without layers whose filters belong to several groups: groups are known by the names of their layers"
+    n = Counter(t.name for t in sp.targets)
+    alone = [n[t.name] == 1 for t in sp.targets]
+    for t in sp.targets:
+        if n[t.name] > 1: sp.left_out[t.label] = f'{t.name} has channels of several groups'
+    if not any(alone): raise ValueError(f'No channel can be removed. {"; ".join(map(": ".join, sp.left_out.items()))}')
+    if not all(alone): sp.keep_targets(alone)
     return sp
 
 def without_groups(
@@ -92,8 +105,9 @@ def most(self:ChannelsCallback) -> int:
 def new_sparsifier(self:ChannelsCallback, check: bool = False) -> Sparsifier:
     "Return a sparsifier for the current channels; `check`: only for those that a trial can remove"
     own = {k: getattr(self, k) for k in ('layer_type', 'include', 'exclude', 'data')}
-    return Sparsifier(self.learn.model, 'filter', self.context, self.criteria, loss_func=self.learn.loss_func,
-                      example_inputs=self.inputs, coupled=True, check=check, **own)
+    sp  = Sparsifier(self.learn.model, 'filter', self.context, self.criteria, loss_func=self.learn.loss_func,
+                     example_inputs=self.inputs, coupled=True, check=check, **own)
+    return one_group_each(sp)
 
 # %% ../../nbs/747_prune.channels_callback.ipynb #2ee67196
 @patch

@@ -56,7 +56,7 @@ def check_sizes(
     for n,numbers in sizes.get('stored', {}).items():
         each = [*numbers.values()] if isinstance(numbers, dict) else [None]
         each = [i for v in each for i in (v if isinstance(v, list) and v else [v])]
-        if not all(type(i) is int and 0 < i < 2**48 for i in each):
+        if not all(type(i) is int and 0 < i < 2**48 or type(i) is float and 0 < i < 2**48 for i in each):
             raise ValueError(f'the numbers that {shortened(n)} stores must be from 1, got {shortened(numbers)}')
     for n,heads in sizes['heads'].items():
         good = isinstance(heads, list) and heads and all(type(h) is int and 0 <= h < 2**16 for h in heads)
@@ -116,7 +116,8 @@ _vectors   = 'bias', 'weight', 'running_mean', 'running_var'
 
 def _check_layer(n, m, stated, before):
     "Set the sizes of the layer `m`, whose weight had the shape `before`, or refuse other sizes than those `stated`"
-    sizes, own = layer_sizes(m, before), _own(m)
+    sizes, own, groups = layer_sizes(m, before), _own(m), getattr(m, 'groups', None)
+    if 'groups' in sizes and stated.get('groups') == groups: sizes = layer_sizes(m, before, groups)  # all are left
     if stated.keys() - sizes.keys():
         raise ValueError(f'{shortened(n)} is {type(m).__name__}, for which the description has {shortened(stated)}')
     recurrent = isinstance(m, (nn.RNNBase, nn.RNNCellBase))
@@ -171,7 +172,8 @@ def _store_numbers(model, stored):
         own = vars(modules[n]) if n in modules else {}
         for k,v in numbers.items():
             now = own.get(k)
-            fits = type(now) is int and type(v) is int or isinstance(now, (list, tuple)) and isinstance(v, list)
+            alike = type(now) is type(v) and type(v) in (int, float)
+            fits  = alike or isinstance(now, (list, tuple)) and isinstance(v, list)
             if not fits or isinstance(v, list) and (len(v) != len(now) or any(type(i) is not int for i in now)):
                 raise ValueError(f'{shortened(n)} stores no number {shortened(k)} such as {shortened(v)}, which the '
                                  'description has')

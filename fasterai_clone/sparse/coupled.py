@@ -50,12 +50,10 @@ def _uneven(g, names):
     own = [Counter(m.channel.tolist()) for m in g.members if m.name in names]
     return any(len({n for c,n in count.items() if c >= 0}) > 1 for count in own)
 
-def why_not_made(g, names: list[str], targets: list, makes: dict) -> str|None:
+def why_not_made(g, names: list[str], targets: list) -> str|None:
     "Return the reason to keep the channels of the group `g`, computed by the parameters `names` of `targets`, or None"
     if g.why_not: return g.why_not
     if None in targets: return f'its channels are those of {names[targets.index(None)]} too, which is left out'
-    several = [k for k in names if makes[k] > 1]
-    if several: return f'{several[0]} has channels of several groups'
     return 'its channels are not of one size' if _uneven(g, names) else None
 
 def why_not_read(g, targets: list[Target], owners: dict, exclude) -> str|None:
@@ -124,7 +122,7 @@ def leaders_of(targets: list[Target], coupled) -> list[Target]:
 def _collect(groups, targets, role, owners, coupled, exclude, kind=None):
     "Return the coupled targets of the `groups` of one `kind` (None: all), for the given `targets`"
     known = {id(p.whole): t for t in targets for p in t.parts}
-    makes = Counter(m.name for g in groups for m in g.members if m.role == 'producer')
+
     found, taken = Coupled(), set()
     for g in (g for g in groups if kind in (None, g.kind)):
         names  = [m.name for m in g.members if m.role == role]
@@ -132,7 +130,7 @@ def _collect(groups, targets, role, owners, coupled, exclude, kind=None):
         own    = [known.get(id(m._parameters.get(k))) if m is not None else None for m,k in places]
         chosen = [*{t.name: t for t in own if t}.values()]
         makers = role == 'producer'
-        why = why_not_made(g, names, own, makes) if makers else why_not_read(g, chosen, owners, exclude)
+        why = why_not_made(g, names, own) if makers else why_not_read(g, chosen, owners, exclude)
         for t in chosen if why else (): found.left_out.setdefault(t.label, why)
         if why or not chosen: continue
         taken |= {t.name for t in chosen}

@@ -35,7 +35,7 @@ class Lines(Groups):
     def expand(self, t, shape):
         """Give every weight the value of its group in `t`, or True if it has no group"""
 
-def why_not_made(g, names: list[str], targets: list, makes: dict) -> str | None:
+def why_not_made(g, names: list[str], targets: list) -> str | None:
     """Return the reason to keep the channels of the group `g`, computed by the parameters `names` of `targets`, or None"""
 
 def why_not_read(g, targets: list[Target], owners: dict, exclude) -> str | None:

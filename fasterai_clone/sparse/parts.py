@@ -62,6 +62,11 @@ class Target:
         "Return the name of the parameter in which groups are counted"
         return self.parts[0].name
     @property
+    def key(self) -> str:
+        "Return a name that no other target has: of the parameter and, if it is a part of it, of its first position"
+        line = getattr(self.groups, 'channel', ())
+        return f'{self.name}:{next(i for i,c in enumerate(line) if c >= 0)}' if -1 in line else self.name
+    @property
     def groups(self) -> Groups:
         "Return the split of the first parameter"
         return self.parts[0].groups

@@ -66,6 +66,10 @@ class Target:
         """Return the name of the parameter in which groups are counted"""
 
     @property
+    def key(self) -> str:
+        """Return a name that no other target has: of the parameter and, if it is a part of it, of its first position"""
+
+    @property
     def groups(self) -> Groups:
         """Return the split of the first parameter"""
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 import torch
 from .elementwise import leaves_of, met, met_param
-from .labels import varies
+from .labels import Unless, varies
+from .means import Mean
 from .trace import Call, Trace, Unforeseen, Value, rule
 
 # %% auto #0
@@ -24,13 +25,15 @@ def _reduced_axes(call):
     return {d % n for d in ([dims] if isinstance(dims, int) else dims)} or set(range(n))
 
 def _reduced(trace, v, dims, name):
-    "Return the labels of `v` after a reduction over `dims`, and (label, why) of what stays if its result is used"
+    "Return the labels of `v` after a reduction over `dims`, and what stays `Unless` its result is not used"
     kept, over = [], []
     for l in v.layers:
         across, why = varies(l) & dims, v.nonzero or f'{trace.where} takes its `{name}`'
         harmless = name == 'sum' and not v.nonzero
         if not across: kept.append(l)
-        elif across == varies(l): over += [] if harmless else [(l, why)]
+        elif across == varies(l):
+            mean  = name == 'mean' and not v.param and not v.nonzero and len(v.layers) == 1
+            over += [] if harmless else [Unless(l, why, Mean(l) if mean else None, int(mean))]
         elif trace.labels.constant(l, varies(l) - dims):  # gets shorter along the axes that are summed over, if at all
             if not harmless: trace.labels.keep(l, across, why)
         else:

@@ -3,7 +3,8 @@
 from dataclasses import replace
 import torch
 from .elementwise import leaves_of, met, met_param
-from .labels import varies
+from .labels import Unless, varies
+from .means import Mean
 from .trace import Call, Trace, Unforeseen, Value, rule
 
 __all__ = ['cat']

@@ -108,8 +108,7 @@ def faults(check, groups, dead, budget=9):
     left, found = {i for i,d in enumerate(dead) if d.any()}, {}
     for training in check.modes:
         def trial(some):
-            small = without_channels(check.model, groups, _alone(dead, some))
-            return check.why_not(check.precise(small), training)
+            return check.why_not(without_channels(check.model, groups, _alone(dead, some), check.precise), training)
         why = trial(left) if left else None
         if not why: continue
         blame = Blame({i: groups[i].name for i in left}, trial, budget)
@@ -137,7 +136,8 @@ def unremovable(
 def verify(model, small, groups, dead, example_inputs, modes=(False, True), sample=False):
     "Refuse `small` if it does not compute the same as `model`, and name the groups at fault"
     check = Check(model, example_inputs, modes, sample)
-    problem = check(small)
+    scaled  = any(g.scales for g in groups)  # weights are: `small` has rounded them
+    problem = check(without_channels(model, groups, dead, check.precise) if scaled else small)
     if not problem: return
     found   = faults(check, groups, dead)
     reasons = defaultdict(list)

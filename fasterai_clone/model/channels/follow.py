@@ -16,6 +16,7 @@ import fasterai_clone.model.channels.combine  # noqa: F401  importing these room
 import fasterai_clone.model.channels.moves    # noqa: F401
 import fasterai_clone.model.channels.norms    # noqa: F401
 from .labels import HELD, varies
+from .means import settle_means
 from .recurrent import WholeFunctions
 from .sizes import stored_numbers
 from .trace import RuleFailed, Trace
@@ -129,31 +130,10 @@ def settle(trace):
         if trace.fits(l, axis, of): continue
         sets.keep(l, {axis}, why)
         for t,_ in of: sets.fix(t, why)
-    trace.lost = settle_stored(trace)
+    trace.scales = settle_means(trace)
+    trace.lost   = settle_stored(trace)
 
-# %% ../../../nbs/290_model.channels.follow.ipynb #4fd91d0e
-def follow(
-    model: nn.Module,          # a copy, which may be changed
-    example_inputs: object,    # its inputs: a tensor, a tuple of arguments, or a dict of them
-    timeout: float|None = None # in seconds; None: no limit
-) -> Trace:
-    "Return the trace of a run of `model`, which must be a copy, in at most `timeout` seconds"
-    if example_inputs is None:
-        raise ValueError('`example_inputs` is required: coupled channels are found by running the model')
-    trace, (args, kwargs) = Trace(model, timeout), call_arguments(example_inputs, model)
-    with undisturbed(model), plain_attention(), sdpa_kernel(SDPBackend.MATH):
-        try: run_traced(trace, args, kwargs)
-        except RuleFailed: raise
-        except Exception as e:  # whatever the model's code raises
-            trace.hurry()       # it may come as another error, out of a scripted part
-            name = type(model).__name__
-            raise ValueError(f'{name} does not run on `example_inputs`, in {trace.where}: {first_line(e)}') from e
-        used  = {trace.labels.axes[k].name for k in trace.labels.role}
-        named = [k for k,p in model.named_parameters() if p.numel() > 1]
-        if any(k not in used for k in named): _follow_training(trace, args, kwargs)
-    settle(trace)
-    return trace
-
+# %% ../../../nbs/290_model.channels.follow.ipynb #4fd91trn
 def _follow_training(trace, args, kwargs):
     "Follow a run in train mode too, if possible; if it fails, with batch norms in eval mode"
     trace.model.train()
@@ -169,3 +149,44 @@ def _runs(trace, args, kwargs):
     except Exception: trace.hurry()
     else: return True
     return False
+
+# %% ../../../nbs/290_model.channels.follow.ipynb #4fd91one
+def _followed(trace, args, kwargs):
+    "Run the model of `trace`, in train mode too if it has parameters that are not used in eval mode; return `trace`"
+    model = trace.model
+    with undisturbed(model), plain_attention(), sdpa_kernel(SDPBackend.MATH):
+        try: run_traced(trace, args, kwargs)
+        except RuleFailed: raise
+        except Exception as e:  # whatever the model's code raises
+            trace.hurry()       # it may come as another error, out of a scripted part
+            name = type(model).__name__
+            raise ValueError(f'{name} does not run on `example_inputs`, in {trace.where}: {first_line(e)}') from e
+        used  = {trace.labels.axes[k].name for k in trace.labels.role}
+        named = [k for k,p in model.named_parameters() if p.numel() > 1]
+        if any(k not in used for k in named): _follow_training(trace, args, kwargs)
+    settle(trace)
+    return trace
+
+def coupled_convolutions(trace):
+    "Return the convolutions with groups none of which can be removed alone: all depend on each other, or stay"
+    sets  = trace.labels
+    fixed = {sets.find(i) for i in sets.why}
+    roots = {path: {*sets.roots(groups).flatten().tolist()} for path,groups in trace.grouped.items()}
+    return {path for path,own in roots.items() if len(own) == 1 or own <= fixed}
+
+# %% ../../../nbs/290_model.channels.follow.ipynb #4fd91d0e
+def follow(
+    model: nn.Module,          # a copy, which may be changed
+    example_inputs: object,    # its inputs: a tensor, a tuple of arguments, or a dict of them
+    timeout: float|None = None # in seconds; None: no limit
+) -> Trace:
+    "Return the trace of a run of `model`, which must be a copy, in at most `timeout` seconds"
+    if example_inputs is None:
+        raise ValueError('`example_inputs` is required: coupled channels are found by running the model')
+    args, kwargs = call_arguments(example_inputs, model)
+    trace = _followed(Trace(model, timeout), args, kwargs)
+    while coupled := coupled_convolutions(trace):
+        again = Trace(model, timeout)
+        again.until, again.within = trace.until, trace.within | coupled
+        trace = _followed(again, args, kwargs)
+    return trace

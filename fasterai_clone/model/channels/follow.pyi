@@ -10,6 +10,7 @@ import fasterai_clone.model.channels.combine
 import fasterai_clone.model.channels.moves
 import fasterai_clone.model.channels.norms
 from .labels import HELD, varies
+from .means import settle_means
 from .recurrent import WholeFunctions
 from .sizes import stored_numbers
 from .trace import RuleFailed, Trace
@@ -30,6 +31,9 @@ def settle_stored(trace) -> dict:
 
 def settle(trace):
     """Fix channels that would no longer fit the model's code, and channels to which a buffer is added"""
+
+def coupled_convolutions(trace):
+    """Return the convolutions with groups none of which can be removed alone: all depend on each other, or stay"""
 
 def follow(model: nn.Module, example_inputs: object, timeout: float | None = None) -> Trace:
     """Return the trace of a run of `model`, which must be a copy, in at most `timeout` seconds

@@ -7,7 +7,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.channels.groups.html
 # %% ../../../nbs/300_model.channels.groups.ipynb #0d461fe0
 from __future__ import annotations
 from collections.abc import Callable
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple, TYPE_CHECKING
 import torch, torch.nn as nn
@@ -50,6 +50,13 @@ class _StoredSize(NamedTuple):
     home: Home            # its module, attribute and, in a list, index
     each: torch.Tensor    # what it loses with each channel
 
+class _Scaled(NamedTuple):
+    "A parameter or number that a mean over channels scales: it is multiplied by (C/n)**power if n of C are left"
+    place: str|Home       # name of the parameter, or the place of a number in a module
+    each: torch.Tensor    # how many of C each channel of the group is
+    n: int                # C
+    power: int
+
 @dataclass(frozen=True, eq=False)
 class CoupledGroup:
     "Channels that lie on the same axes, each to be removed as a whole"
@@ -59,6 +66,7 @@ class CoupledGroup:
     why_not: str|None = None     # why none can be removed; None: they can
     kind: str|None = None        # `'head'` of attention, hidden `'unit'` of an MLP or a recurrent layer; None: another
     sizes: tuple[_StoredSize, ...] = ()  # numbers in modules that get smaller too
+    scales: tuple[_Scaled, ...] = ()     # parameters and numbers that are scaled
 
     def __repr__(self):
         width = max(len(m.name) for m in self.members)
@@ -122,6 +130,14 @@ def _stored(trace, channels):
     each  = {home: torch.tensor([lost[r] for r in roots]) for home,lost in trace.lost.items()}
     return tuple(_StoredSize(home, t) for home,t in each.items() if t.any())
 
+def _scales(trace, channels):
+    "Return what is scaled if some of the `channels`, sets of numbers, are removed"
+    roots, found = [trace.labels.find(s[0]) for s in channels], []
+    for place,(label,power) in trace.scales.items():
+        lost = Counter(trace.labels.roots(label).flatten().tolist())
+        found.append(_Scaled(place, torch.tensor([lost[r] for r in roots]), label.numel(), power))
+    return tuple(s for s in found if s.each.any())
+
 def groups_of(trace):
     "Return the coupled groups of `trace`"
     groups, taken, model = CoupledGroups(), defaultdict(int), trace.model
@@ -133,7 +149,7 @@ def groups_of(trace):
         taken[name] += 1
         label = name if taken[name] == 1 else f'{name} ({taken[name]})'
         groups.append(CoupledGroup(label, len(channels), members, why, _kind(trace.labels, channels),
-                                   () if why else _stored(trace, channels)))
+                                   () if why else _stored(trace, channels), () if why else _scales(trace, channels)))
     return groups
 
 # %% ../../../nbs/300_model.channels.groups.ipynb #6b68f77e

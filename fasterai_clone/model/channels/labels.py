@@ -37,6 +37,13 @@ def padded(t, ndim):
     "Return `t` with axes of size 1 in front, `ndim` in all"
     return t.reshape((1,)*(ndim - t.ndim) + tuple(t.shape))
 
+class Unless(NamedTuple):
+    "What cannot be removed if any operator uses a value"
+    label: torch.Tensor
+    why: str
+    mean: object = None  # the `Mean` over its channels that the value is a power of; None: of none
+    power: int = 0       # of this mean
+
 def along(layers, axis):
     "Return those of the labels `layers` that vary along `axis`, as matrices with that axis first"
     found = [l for l in layers if l.ndim > axis and l.shape[axis] > 1]

@@ -24,6 +24,13 @@ def on_axis(t, axis, ndim):
 def padded(t, ndim):
     """Return `t` with axes of size 1 in front, `ndim` in all"""
 
+class Unless(NamedTuple):
+    """What cannot be removed if any operator uses a value"""
+    label: torch.Tensor
+    why: str
+    mean: object
+    power: int
+
 def along(layers, axis):
     """Return those of the labels `layers` that vary along `axis`, as matrices with that axis first"""
 

@@ -52,14 +52,28 @@ def make(trace, out, made, axis, bias, nonzero=None):
     add_to(trace, out, b)
 
 # %% ../../../nbs/250_model.channels.layers.ipynb #b24b1413
-def _grouped(trace, inp, first, groups, n_out, transposed):
-    "Join the channels of each group, with labels `first` along axis 0 of the weight; return those of the outputs"
-    sets = trace.labels
+def _within(trace, inp, axes, groups, transposed, nonzero):
+    "Let each group of a convolution lose the same channels; return the labels of the outputs"
+    sets, (first, second) = trace.labels, axes
+    each = first.reshape(groups, -1)
+    sets.join(each, each[:1])
+    made, reads = (second, first) if transposed else (first, second.repeat(groups, 1))
+    sets.mark(reads, 'consumer')
+    sets.mark(made, 'producer')
+    sets.join(inp, reads)
+    if nonzero: sets.fix(inp, nonzero)
+    return made.repeat(groups, 1) if transposed else made
+
+def _grouped(trace, inp, axes, groups, n_out, transposed, nonzero):
+    "Join the channels of each group of a convolution, with labels `axes` of its weight; return those of the outputs"
+    sets, first = trace.labels, axes[0]
     if first is None or inp is None or not isinstance(trace.module, nn.modules.conv._ConvNd):
         for l in (first, inp):
             if l is not None: sets.fix(l, f'{trace.where} has {groups} groups, not all of which come from layers')
         return None
-    ones = first.reshape(groups, -1)
+    ones, path = first.reshape(groups, -1), trace.inside[-1]
+    if path in trace.within: return _within(trace, inp, axes, groups, transposed, nonzero)
+    if axes[1] is not None: trace.grouped[path] = ones[:, :1]
     sets.join(ones, ones[:, :1])
     sets.join(inp.reshape(groups, -1), ones[:, :1])
     sets.mark(first, 'producer')
@@ -73,7 +87,7 @@ def convolution(trace, call):
     inp, axes = along(v.layers, 1), [sole(trace, along(wv.layers, i)) for i in (0, 1)]
     made, reads = axes[::-1] if transposed else axes
     for l in v.layers: trace.labels.keep(l, varies(l) - {1}, f'{trace.where} mixes it in space')
-    if groups > 1: made = _grouped(trace, sole(trace, inp), axes[0], groups, call.out.shape[1], transposed)
+    if groups > 1: made = _grouped(trace, sole(trace, inp), axes, groups, call.out.shape[1], transposed, v.nonzero)
     else:
         read(trace, inp, reads, v.nonzero)
         if made is not None: trace.labels.mark(made, 'producer')

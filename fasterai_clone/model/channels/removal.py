@@ -6,7 +6,8 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.channels.removal.htm
 
 # %% ../../../nbs/330_model.channels.removal.ipynb #01713ebc
 from __future__ import annotations
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 import torch, torch.nn as nn
 from ..attention import ThinAttention, make_thin
 from .follow import own_copy
@@ -78,12 +79,19 @@ def resize_attention(prefix, m, keep):
     if line is not None: heads = [h for h,k in zip(heads, line.reshape(m.num_heads, -1).all(1).tolist()) if k]
     make_thin(m, heads)
 
+def _groups_left(m, rows):
+    "Return how many groups of the convolution `m` are left; `rows`: which rows of its weight are; None: unknown"
+    if not isinstance(m, nn.modules.conv._ConvNd) or rows is None: return None
+    return int(rows.reshape(m.groups, -1).any(1).sum())
+
 def _resize_layers(model, keep, before):
     "Update the size attributes of the layers of `model`; `before`: the earlier shapes of their weights"
     for n,m in model.named_modules():
         prefix = f'{n}.' if n else ''
         if isinstance(m, nn.MultiheadAttention): resize_attention(prefix, m, keep)
-        if n in before and tuple(layer_weight(m).shape) != before[n]: vars(m).update(layer_sizes(m, before[n]))
+        if n in before and tuple(layer_weight(m).shape) != before[n]:
+            groups = _groups_left(m, keep.get(f'{prefix}weight', {}).get(0))
+            vars(m).update(layer_sizes(m, before[n], groups))
         elif n not in before or isinstance(m, ThinAttention): vars(m).update(layer_sizes(m))
         if isinstance(m, nn.RNNBase) and any(k.startswith(prefix) for k in keep): m.flatten_parameters()
 
@@ -97,9 +105,24 @@ def resize_stored(model, groups, dead):
         new = [v - lost*(i == home.index) for i,v in enumerate(now)] if home.index is not None else now - lost
         own[home.name] = new if home.index is None else type(now)(new)
 
+def rescale(model, groups, dead):
+    "Scale what a mean over channels needs if the `dead` channels are removed: parameters and numbers of modules"
+    lost, known, tensors = Counter(), {}, tensors_of(model)
+    for s,d in [(s, d) for g,d in zip(groups, dead) for s in g.scales]:
+        lost[s.place] += int(s.each[d].sum())
+        known[s.place] = s
+    for place,s in known.items():
+        factor = (s.n / (s.n - lost[place]))**s.power
+        if isinstance(place, str): tensors[place].mul_(factor)
+        elif lost[place]:
+            own = vars(model.get_submodule(place.module))
+            own['stored_sizes'] = {place.name: own[place.name], **own.get('stored_sizes', {})}
+            own[place.name] *= factor
+
 @torch.no_grad()
 def shrink(model, groups, dead):
     "Remove the `dead` channels of `groups` from `model`, in place"
+    rescale(model, groups, dead)
     keep, tensors, shapes = kept_positions(groups, dead), tensors_of(model), shapes_of(model)
     weights = {n: layer_weight(m) for n,m in model.named_modules()}
     before  = {n: tuple(w.shape) for n,w in weights.items() if w is not None}
@@ -115,11 +138,13 @@ def shrink(model, groups, dead):
 # %% ../../../nbs/330_model.channels.removal.ipynb #33f0e561
 def without_channels(
     model: nn.Module,
-    groups: list,             # of its channels, as from `coupled_groups`
-    dead: list[torch.Tensor]  # for each group a bool for each channel, True = remove
+    groups: list,              # of its channels, as from `coupled_groups`
+    dead: list[torch.Tensor],  # for each group a bool for each channel, True = remove
+    convert: Callable|None = None  # changes the copy before
 ) -> nn.Module:
     "Return a copy of `model` without the `dead` channels"
     small = own_copy(model)
+    if convert: small = convert(small)
     for p in small.parameters(): p.grad = None
     shrink(small, groups, dead)
     return small

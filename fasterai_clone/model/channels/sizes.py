@@ -74,21 +74,29 @@ class Stored(int):
         self.home = home
         return self
 
+class StoredFloat(float):
+    "A number that a module stores and adds to a mean, so that it can be scaled as the mean is"
+    def __new__(cls, x, home):
+        self = super().__new__(cls, x)
+        self.home = home
+        return self
+
 def _as_stored(v, *place):
-    "Return whole numbers above 1 as `Stored`, also those in a list; None for anything else"
+    "Return whole numbers above 1 as `Stored`, also those in a list, and others as `StoredFloat`; else None"
     if type(v) is int: return Stored(v, Home(*place, None)) if v > 1 else None
+    if type(v) is float: return StoredFloat(v, Home(*place, None))
     if type(v) not in (list, tuple) or not v or not all(type(i) is int and i > 1 for i in v): return None
     return type(v)(Stored(i, Home(*place, k)) for k,i in enumerate(v))
 
 @contextmanager
 def stored_numbers(model: nn.Module) -> Iterator[None]:
-    "In the block, the whole numbers that the modules of `model` store know where they are stored"
+    "In the block, the numbers that the modules of `model` store know where they are stored"
     before = []
     for path,m in model.named_modules():
-        if type(m).__module__.startswith('torch.') or 'weight' in m._parameters: continue  # its weight has the sizes
+        if type(m).__module__.startswith('torch.'): continue
         for k,v in [*vars(m).items()]:
             new = None if k.startswith('_') else _as_stored(v, path, k)
-            if new is None: continue
+            if new is None or 'weight' in m._parameters and type(v) is not float: continue  # its weight has the sizes
             before.append((m, k, v))
             vars(m)[k] = new
     try: yield
@@ -102,6 +110,7 @@ _MERGED  = {_T.flatten, torch.flatten, _T.ravel, torch.ravel}
 _LIKE    = {_T.view_as, _T.reshape_as, _T.expand_as}
 _COUNTED = {_T.chunk, torch.chunk, _T.tensor_split, torch.tensor_split}
 _PARTED  = {_T.split, torch.split, _T.split_with_sizes, torch.split_with_sizes, _T.__getitem__}
+_ADDED   = {_T.add, torch.add, _T.add_, _T.__add__, _T.__radd__, _T.__iadd__}
 
 def _ints(o):
     "Return the whole numbers in nested tuples, lists and slices"
@@ -123,8 +132,9 @@ def requested(
     args: tuple,      # its positional arguments
     kwargs: dict      # its keyword arguments
 ) -> object:
-    "Return the sizes of a view (-1: the rest), or which bounds of a part follow channels; None: unknown"
+    "Return the sizes of a view (-1: the rest), which bounds of a part follow channels, or what is added; None: unknown"
     rest = [*args[1:], *kwargs.values()]
+    if func in _ADDED: return next((a for a in (*args, *rest) if isinstance(a, StoredFloat)), None)
     if func in _MERGED or func in _COUNTED: return True
     if func in _LIKE: return list(shape(rest[0]))
     if func in (_T.narrow, torch.narrow): return frozenset(Bounds(rest))  # as many as requested, not fewer

@@ -52,9 +52,15 @@ class Stored(int):
 
     def __new__(cls, n, home): ...
 
+class StoredFloat(float):
+    """A number that a module stores and adds to a mean, so that it can be scaled as the mean is"""
+    home: Any
+
+    def __new__(cls, x, home): ...
+
 @contextmanager
 def stored_numbers(model: nn.Module) -> Iterator[None]:
-    """In the block, the whole numbers that the modules of `model` store know where they are stored"""
+    """In the block, the numbers that the modules of `model` store know where they are stored"""
 
 class Bounds(set):
     """Those bounds of parts that follow channels; `stored`: the numbers among the others that a module stores"""
@@ -63,7 +69,7 @@ class Bounds(set):
     def __init__(self, given) -> None: ...
 
 def requested(shape: Callable, func: Callable, args: tuple, kwargs: dict) -> object:
-    """Return the sizes of a view (-1: the rest), or which bounds of a part follow channels; None: unknown
+    """Return the sizes of a view (-1: the rest), which bounds of a part follow channels, or what is added; None: unknown
 
     Args:
         shape: function that returns the shape of a tensor

@@ -19,7 +19,7 @@ from ...core.warn import warn
 from .labels import along, Labels, on_axis, varies
 from .sizes import Shape, Size, Stored, requested
 from ..layers import size_axes
-from ..run import memory_of, tensors_in
+from ..run import memory_of, overlap, tensors_in
 
 # %% auto #0
 __all__ = ['RULES', 'rule']
@@ -51,7 +51,7 @@ class Value:
     layers: list               # its labels, each of which varies along other axes
     nonzero: str|None = None   # why channels whose weights are zero need not be zero here; None: they are
     param: bool = False        # whether it is a parameter, or computed from parameters alone, element by element
-    unless: tuple = ()         # (label, why) of what can't be removed if anything uses this value
+    unless: tuple = ()         # `Unless`: what can't be removed if anything uses this value
     leaves: frozenset|None = None  # axes of the parameters it is computed from; None: it is a parameter itself
     zeros: frozenset|None = None   # which of the `leaves` must be zero for it to be; None: it never is
     noise: bool = False            # whether it consists of random numbers alone, as many as the model asked for
@@ -62,7 +62,7 @@ RULES = {}  # name of an operator → its rule
 
 def rule(
     *names: str,       # of operators, without namespace and without the underscore of in-place variants
-    uses: bool = True  # whether these use values, or only pass them on
+    uses: bool|None = True  # whether these use values, or only pass them on; None: the rule decides
 ) -> Callable:         # a decorator for a function of (trace, call)
     "Register a rule that follows channels through the operators called `names`"
     def register(f):
@@ -82,8 +82,9 @@ class RuleFailed(RuntimeWarning):
 @rule('unknown')
 def unknown(trace, call):
     "Fix everything that an operator without a rule touches"
-    for t in call.given:
-        for l in trace.get(t).layers: trace.labels.fix(l, f'{trace.where} uses `{call.name}` on it')
+    for v in map(trace.get, call.given):
+        trace.use(v)
+        for l in v.layers: trace.labels.fix(l, f'{trace.where} uses `{call.name}` on it')
     for t in call.outs: trace.put(t, Value([]))
 
 @rule('zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty rand_like randn_like')
@@ -112,6 +113,8 @@ class Trace(TorchDispatchMode):
         self.places = defaultdict(set) # storage → keys of `values` that lie there
         self.seen   = set()            # keys of what was used
         self.cuts, self.grids, self.followed, self.stored = [], [], [], []  # for `settle`, after the run
+        self.means = []                # means over channels, and what follows their number
+        self.grouped, self.within = {}, frozenset()  # convolutions → their groups; those that lose the same in each
         self.zeros  = {}               # id → tensor: zeros whose size is that of a recurrent layer
         self.asked  = None             # what the model requested of a view or a part
         self.scaled = False            # whether attention runs, which divides by the root of a size
@@ -133,7 +136,7 @@ class Trace(TorchDispatchMode):
 
     def use(self, value):
         "Fix what must stay if any operator uses `value`"
-        for l,why in value.unless: self.labels.fix(l, why)
+        for u in value.unless: self.labels.fix(u.label, u.why)
 
 # %% ../../../nbs/220_model.channels.trace.ipynb #ccf253b0
 @patch(as_prop=True)
@@ -199,9 +202,9 @@ def follow(self:Trace, call):
     given, outs = call.given, call.outs
     used   = [self.get(t) for t in given]
     chosen = RULES.get(call.name) or RULES['pointwise' if torch.Tag.pointwise in call.func.tags else 'unknown']
-    hands_on = not getattr(chosen, 'uses', True)
-    for v in [] if hands_on else used: self.use(v)
-    if not any(v.layers for v in used): f = nothing
+    uses = getattr(chosen, 'uses', True)
+    for v in used if uses else (): self.use(v)
+    if uses is not None and not any(v.layers for v in used): f = nothing
     elif any(t.is_nested for t in given + outs): f = unknown
     else: f = chosen
     try: f(self, call)
@@ -210,20 +213,10 @@ def follow(self:Trace, call):
         warn(f'The rule for `{call.name}` fails in {self.where}: {type(e).__name__}: {e}. This is a bug in '
              'the rule: please report it. The channels that the operator touches are kept', RuleFailed)
         unknown(self, call)
-    for t in outs if hands_on else (): self.get(t).unless = tuple(u for v in used for u in v.unless)
+    for t in outs if uses is False else (): self.get(t).unless = tuple(u for v in used for u in v.unless)
     self.seen |= {memory_of(t) for t in given} - {memory_of(t) for t in outs}
 
 # %% ../../../nbs/220_model.channels.trace.ipynb #f56ab99e
-def overlap(a, b):
-    "Return whether two views of the same memory, as keys of `memory_of`, share an element"
-    _, *views, kinds = zip(a, b)
-    if kinds[0].itemsize != kinds[1].itemsize: return True
-    ends = [start + sum((n-1)*s for n,s in zip(shape, strides)) + 1 for start,shape,strides in zip(*views)]
-    if views[0][0] >= ends[1] or views[0][1] >= ends[0]: return False
-    marks, (one, two) = torch.zeros(max(ends), dtype=torch.bool), zip(*views)
-    marks.as_strided(*one[1:], one[0]).fill_(True)
-    return bool(marks.as_strided(*two[1:], two[0]).any())
-
 @patch
 def overwritten(self:Trace, t, was, name):
     "Record that `name` wrote into `t`, whose value was `was`, and so into views that overlap it"

@@ -13,7 +13,7 @@ from ...core.warn import warn
 from .labels import along, Labels, on_axis, varies
 from .sizes import Shape, Size, Stored, requested
 from ..layers import size_axes
-from ..run import memory_of, tensors_in
+from ..run import memory_of, overlap, tensors_in
 from typing import Any
 
 __all__ = ['RULES', 'rule']
@@ -45,7 +45,7 @@ class Value:
         layers: its labels, each of which varies along other axes
         nonzero: why channels whose weights are zero need not be zero here; None: they are
         param: whether it is a parameter, or computed from parameters alone, element by element
-        unless: (label, why) of what can't be removed if anything uses this value
+        unless: `Unless`: what can't be removed if anything uses this value
         leaves: axes of the parameters it is computed from; None: it is a parameter itself
         zeros: which of the `leaves` must be zero for it to be; None: it never is
         noise: whether it consists of random numbers alone, as many as the model asked for
@@ -61,12 +61,12 @@ class Value:
     number: bool = False
 RULES: dict
 
-def rule(*names: str, uses: bool = True) -> Callable:
+def rule(*names: str, uses: bool | None = True) -> Callable:
     """Register a rule that follows channels through the operators called `names`
 
     Args:
         *names: of operators, without namespace and without the underscore of in-place variants
-        uses: whether these use values, or only pass them on
+        uses: whether these use values, or only pass them on; None: the rule decides
 
     Returns:
         a decorator for a function of (trace, call)
@@ -102,6 +102,9 @@ class Trace(TorchDispatchMode):
     grids: list
     followed: list
     stored: list
+    means: list
+    grouped: dict
+    within: frozenset
     zeros: dict
     asked: Any
     scaled: bool
@@ -161,9 +164,6 @@ class Trace(TorchDispatchMode):
 
 def op_name(func):
     """Return the name of an operator, without the underscore of in-place variants"""
-
-def overlap(a, b):
-    """Return whether two views of the same memory, as keys of `memory_of`, share an element"""
 
 class _Requests(TorchFunctionMode):
     """Record the sizes that the model's own code requests, before PyTorch resolves -1"""
