@@ -76,11 +76,11 @@ def step(self:Proximal,
         self.finish()
         return self.apply()
     rates = rates_of(optimizer)
-    lr    = {t.name: rates.get(id(t.parts[0].whole), 0.) for t in self.sp.targets}
+    lr    = {t.key: rates.get(id(t.parts[0].whole), 0.) for t in self.sp.targets}
     ramp = min(1., share / self.ramp) if self.ramp else 1.
     if self.auto:
         left = max(n_steps * (1 - self.heal) - step, n_steps * .15)  # no sudden pull at the end
-        by   = {t.name: ramp * distance(pool, k) / left
+        by   = {t.key: ramp * distance(pool, k) / left
                 for pool,k in zip(self.sp.pools, self.counts) for t in pool}
         self.strength = max((by[k]/v for k,v in lr.items() if v), default=0.)
     else: by = {k: ramp * self.strength * v for k,v in lr.items()}
