@@ -2,6 +2,7 @@
 removed is removed exactly, in fp64, and what cannot be is refused with a reason"""
 import pytest, torch, torch.nn as nn
 
+from fasterai_clone.analyze.all import score_curves, sensitivity
 from fasterai_clone.core.masks import Masks
 from fasterai_clone.prune.all import *
 from fasterai_clone.sparse.all import Sparsifier
@@ -196,3 +197,14 @@ def test_lasso_of_filters_of_several_groups():
     other.load_state_dict(lasso.state_dict())
     flags = [{k: v.flatten().tolist() for k,v in o.only.items()} for o in (lasso, other)]
     assert flags[0] == flags[1] and len(flags[0]) == 4
+
+def test_results_by_layer_are_refused_for_several_groups():
+    "`sensitivity` and `allocate` keep results by layer: a second target would overwrite the first"
+    torch.manual_seed(0)
+    net, x = Parts().eval(), torch.randn(4, 3, 6, 6)
+    def metric(out, y): return out.float().mean()
+    which = dict(coupled=True, example_inputs=x, layer_type=nn.Conv2d)
+    with pytest.raises(ValueError, match="several coupled groups.*exclude='a'"):
+        sensitivity(net, [(x, x)], metric, (50,), 'filter', **which)
+    with pytest.raises(ValueError, match="exclude='a'"): score_curves(Sparsifier(net, 'filter', **which))
+    assert 'a' not in sensitivity(net, [(x, x)], metric, (50,), 'filter', exclude='a', **which).values

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import numpy as np, torch
 from .metric import evaluate
-from .sensitivity import Sensitivity
+from .sensitivity import Sensitivity, check_one_target_each
 from ..core.arguments import check_sparsity, unknown_name
 from ..core.selection import n_dropped
 from ..model.wrappers import without_compile
@@ -83,6 +83,7 @@ def score_curves(
     sparsities: list|tuple = tuple(range(5, 100, 5))  # percent
 ) -> dict[str, dict[float, float]]:     # layer → sparsity → sum of the scores that would be pruned
     "Return the damage by scores"
+    check_one_target_each(sp)
     with torch.no_grad():
         sp.scorer.measure(sp.model, sp.parts)
         curves = {}

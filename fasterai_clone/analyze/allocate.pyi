@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 import numpy as np, torch
 from .metric import evaluate
-from .sensitivity import Sensitivity
+from .sensitivity import Sensitivity, check_one_target_each
 from ..core.arguments import check_sparsity, unknown_name
 from ..core.selection import n_dropped
 from ..model.wrappers import without_compile

@@ -165,6 +165,16 @@ class _Table:
         with whole_file(self.file) as part: part.write_text(json.dumps(self.found), encoding='utf-8')
 
 # %% ../../nbs/752_analyze.sensitivity.ipynb #0a9b4720
+def check_one_target_each(
+    sp: Sparsifier
+) -> None:
+    "Raise `ValueError` if a layer has several targets: results are kept by layer"
+    labels = [t.label for t in sp.targets]
+    twice  = next((l for l in labels if labels.count(l) > 1), None)
+    if twice is not None:
+        raise ValueError(f'{twice} has channels of several coupled groups, and results are kept by layer. '
+                         f'Leave it out with `exclude={twice!r}`')
+
 def _name(o): return o if isinstance(o, str) else getattr(o, '__name__', None) or str(o)[:200]
 
 def _about(sp, metric):
@@ -190,6 +200,7 @@ def sensitivity(
     levels = [check_sparsity(s) for s in sparsities]
     model  = unwrapped(model)
     sp     = Sparsifier(model, granularity, 'local', criteria, layer_type=layer_type, **{'data': data, **which})
+    check_one_target_each(sp)
     table  = _Table(state, _about(sp, metric))
     if table.get() is None: table.put(evaluate(model, data, metric))
     todo = [(i, t, s) for i,t in enumerate(sp.targets) for s in levels if table.get(t.label, s) is None]

@@ -77,6 +77,9 @@ class _Table:
     def put(self, value, layer=None, sparsity=None):
         """Record a metric"""
 
+def check_one_target_each(sp: Sparsifier) -> None:
+    """Raise `ValueError` if a layer has several targets: results are kept by layer"""
+
 def sensitivity(
     model: nn.Module,
     data: object,
