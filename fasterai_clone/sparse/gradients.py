@@ -7,7 +7,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.gradients.html.md""
 # %% ../../nbs/403_sparse.gradients.ipynb #f310bfb9
 from __future__ import annotations
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -74,7 +74,9 @@ def _summed(what, model, params, data, loss_func, step, temperature=1., training
                     del v  # a gradient is freed before the next sum is allocated
     return {k: total[k] if k in total else torch.zeros_like(upcast(p)) for k,p in params.items()}
 
-def taken(items):
+def taken(
+    items: Iterable  # tensors, or None
+) -> Iterator:
     "Yield each of `items`, without keeping those before"
     items = [*items][::-1]
     while items: yield items.pop()
