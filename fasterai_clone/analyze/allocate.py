@@ -122,9 +122,9 @@ def _options(curve, table, n):
 # %% ../../nbs/754_analyze.allocate.ipynb #66fb7a4c
 def allocate(
     curves: object,    # a `Sensitivity`, a `Sparsifier`, or a dict layer → {sparsity in percent: damage}
-    budget: float,     # percent of the total cost to save, at least
+    budget: float,     # minimum percent of the total cost to save
     costs: dict|None=None # layer → its cost when dense; or → {sparsity: cost}, if measured; None: number of weights
-) -> dict[str, float]: # layer → sparsity, as `sparsify_model` and `SparsifyCallback` take it
+) -> dict[str, float]: # layer → sparsity, for `sparsify_model` or `SparsifyCallback`
     "Return the sparsities with the smallest total damage that save `budget` percent of the cost"
     check_sparsity(budget, 'budget')
     curves, groups, sizes = _curves(curves)
@@ -169,11 +169,11 @@ def _swaps(now, options, limit):
 def refine(
     found: dict,          # layer → sparsity, from `allocate`
     curves: object,       # as for `allocate`: which sparsities there are, and which swaps are tried first
-    judge: Callable,      # layer → sparsity ↦ a number, the higher the better: `judge_by`, or a function of your own
+    judge: Callable,      # layer → sparsity ↦ a number, the higher the better: `judge_by`, or your own function
     costs: dict|None=None,  # as for `allocate`
     tries: int = 50       # maximum number of calls of `judge`
 ) -> dict[str, float]:    # layer → sparsity, at no higher cost, and judged at least as good
-    "Swap sparsities between layers as long as `judge` finds that better"
+    "Swap sparsities between layers as long as that raises the result of `judge`"
     curves, groups, sizes = _curves(curves)
     costs   = sizes if costs is None else costs
     options = {k: _options(curve, costs[k], groups.get(k)) for k,curve in curves.items()}
@@ -199,7 +199,7 @@ def judge_by(
     metric: Callable,        # `(outputs, targets)` → a number; or `(model, data)` → a number
     lower: bool = False      # is a lower number better?
 ) -> Callable:               # layer → sparsity ↦ the metric, the higher the better
-    "Return a function that measures the model pruned to some sparsities, and leaves it dense"
+    "Return a function that measures the model when pruned to given sparsities, and leaves it dense"
     with without_compile(sp.model), torch.no_grad(): sp.scorer.measure(sp.model, sp.parts)
     def judge(sparsities):
         counts = sp.counts(sparsities)

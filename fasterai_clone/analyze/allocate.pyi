@@ -38,11 +38,11 @@ def allocate(curves: object, budget: float, costs: dict | None = None) -> dict[s
 
     Args:
         curves: a `Sensitivity`, a `Sparsifier`, or a dict layer → {sparsity in percent: damage}
-        budget: percent of the total cost to save, at least
+        budget: minimum percent of the total cost to save
         costs: layer → its cost when dense; or → {sparsity: cost}, if measured; None: number of weights
 
     Returns:
-        layer → sparsity, as `sparsify_model` and `SparsifyCallback` take it
+        layer → sparsity, for `sparsify_model` or `SparsifyCallback`
     """
 
 def refine(
@@ -52,12 +52,12 @@ def refine(
     costs: dict | None = None,
     tries: int = 50,
 ) -> dict[str, float]:
-    """Swap sparsities between layers as long as `judge` finds that better
+    """Swap sparsities between layers as long as that raises the result of `judge`
 
     Args:
         found: layer → sparsity, from `allocate`
         curves: as for `allocate`: which sparsities there are, and which swaps are tried first
-        judge: layer → sparsity ↦ a number, the higher the better: `judge_by`, or a function of your own
+        judge: layer → sparsity ↦ a number, the higher the better: `judge_by`, or your own function
         costs: as for `allocate`
         tries: maximum number of calls of `judge`
 
@@ -66,7 +66,7 @@ def refine(
     """
 
 def judge_by(sp: Sparsifier, data: object, metric: Callable, lower: bool = False) -> Callable:
-    """Return a function that measures the model pruned to some sparsities, and leaves it dense
+    """Return a function that measures the model when pruned to given sparsities, and leaves it dense
 
     Args:
         sp: of the dense model, with context 'local'

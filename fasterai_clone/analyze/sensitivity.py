@@ -35,7 +35,7 @@ __all__ = ['Sensitivity', 'sensitivity']
 @dataclass(frozen=True)
 class Sensitivity:
     "Hold the metric for each layer and sparsity"
-    dense: float                          # metric of the model as it is
+    dense: float                          # metric of the model as given
     values: dict[str, dict[float, float]] # layer → sparsity in percent → metric
     groups: dict[str, int]                # layer → number of its groups
     sizes: dict[str, int]                 # layer → number of weights in them
@@ -192,7 +192,7 @@ def sensitivity(
     criteria: object = large_final,           # score, as for a `Sparsifier`
     layer_type: object = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, 'Conv1D'),  # types of layers, or their names
     *,
-    state: object = None,                     # JSON file: save each measurement, and continue after those it has
+    state: object = None,                     # JSON file to save each measurement in, and to continue from
     progress: bool=True,                    # show a progress bar after two seconds
     **which: object                         # other arguments of `Sparsifier`, such as `exclude`
 ) -> Sensitivity:

@@ -27,7 +27,7 @@ class Sensitivity:
     """Hold the metric for each layer and sparsity
 
     Args:
-        dense: metric of the model as it is
+        dense: metric of the model as given
         values: layer → sparsity in percent → metric
         groups: layer → number of its groups
         sizes: layer → number of weights in them
@@ -102,7 +102,7 @@ def sensitivity(
         granularity: the kind of group, see `Granularities`
         criteria: score, as for a `Sparsifier`
         layer_type: types of layers, or their names
-        state: JSON file: save each measurement, and continue after those it has
+        state: JSON file to save each measurement in, and to continue from
         progress: show a progress bar after two seconds
         **which: other arguments of `Sparsifier`, such as `exclude`
     """

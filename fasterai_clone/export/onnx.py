@@ -140,7 +140,7 @@ def _quantized(part, file, model, inputs, found):
         quantize_onnx(part, out)
         return replace(found, int8=_described(out, small, 'int8', model, inputs, _errors(out, model, inputs)))
 
-_MOST = 2**31  # bytes: what protobuf, and so an ONNX file, cannot hold
+_MOST = 2**31  # bytes: protobuf, and so an ONNX file, must be smaller
 
 def _check_size(model):
     "Refuse a model that is too large for one file, before it is copied"

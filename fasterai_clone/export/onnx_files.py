@@ -38,7 +38,7 @@ def changers_of_class(
     return found - others
 
 def _replace(model, modules):
-    "Put `nn.Identity` in the places where `model` has one of `modules`"
+    "Replace each of `modules` in `model` with `nn.Identity`"
     for m in [*model.modules()]:
         for k,child in m._modules.items():
             if child in modules: m._modules[k] = nn.Identity()

@@ -42,7 +42,7 @@ def own_signal_stack() -> Iterator[None]:
     finally: libc.sigaltstack(ctypes.byref(kept), None)
 
 def _compiled(file, threads, rate):
-    "Return the file as OpenVINO runs it"
+    "Return the model in the file, compiled by OpenVINO"
     ov     = extra_package('openvino', 'openvino')
     config = {'INFERENCE_NUM_THREADS': threads, 'PERFORMANCE_HINT': 'LATENCY'}
     if rate is not None: config['CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE'] = rate
@@ -56,7 +56,7 @@ class OpenVino:
     def __init__(self,
         file: str|Path,              # such as from `export_onnx`
         threads: int|None = None,    # of the CPU; None: as many as torch has
-        sparse_rate: float|None=None # weights of eight bits with at least this share of zeros, from 0 to 1, stay
+        sparse_rate: float|None=None # 8-bit weights with at least this share of zeros, from 0 to 1, stay
                                      # compressed; None: 0.7 on a processor with AMX, otherwise none
     ):
         if sparse_rate is not None and not is_number(sparse_rate, 0, 1):

@@ -31,7 +31,7 @@ class OpenVino:
     Args:
         file: such as from `export_onnx`
         threads: of the CPU; None: as many as torch has
-        sparse_rate: weights of eight bits with at least this share of zeros, from 0 to 1, stay
+        sparse_rate: 8-bit weights with at least this share of zeros, from 0 to 1, stay
     """
     file: Path
     threads: Any

@@ -1,4 +1,4 @@
-"""Pull the weights towards the nearest sparse ones while they train
+"""Pull the weights towards the nearest sparse ones during training
 
 Docs: https://fasterai-clone.github.io/fasterai_clone/methods.admm.html.md"""
 

@@ -1,4 +1,4 @@
-"""Make groups exactly zero while the network trains, and prune them
+"""Make groups exactly zero during training, and prune them
 
 Docs: https://fasterai-clone.github.io/fasterai_clone/methods.proximal.html.md"""
 
@@ -24,7 +24,7 @@ __all__ = ['rates_of', 'Proximal', 'distance']
 def rates_of(
     optimizer: object  # from torch or fastai, or a wrapper
 ) -> dict[int, float]:
-    "Return id of a parameter → its learning rate"
+    "Return the learning rate of each parameter, by its id"
     found = {}
     for o in stepping_optimizers(optimizer):
         groups = getattr(o, 'param_groups', None)

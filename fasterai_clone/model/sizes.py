@@ -34,7 +34,7 @@ def _recurrent_sizes(m):
 def layer_sizes(
     m: nn.Module,              # a layer
     before: tuple|None = None, # the earlier shape of its weight
-    groups: int|None = None    # how many groups of a convolution are left; None: all as large as before
+    groups: int|None = None    # how many groups of a convolution remain; None: all remaining ones keep their size
 ) -> dict[str, int]:
     "Return the size attributes of the layer `m` with their values; `before`: the earlier shape of its weight"
     w = layer_weight(m)

@@ -25,7 +25,7 @@ def layer_sizes(
     Args:
         m: a layer
         before: the earlier shape of its weight
-        groups: how many groups of a convolution are left; None: all as large as before
+        groups: how many groups of a convolution remain; None: all remaining ones keep their size
     """
 
 def tensors_of(model):

@@ -35,7 +35,7 @@ def only_groups(
 def one_group_each(
     sp: Sparsifier
 ) -> Sparsifier:
-    "Return `sp` without layers whose filters belong to several groups: groups are known by the names of their layers"
+    "Return `sp` without layers whose filters belong to several groups: groups are identified by their layers' names"
     n = Counter(t.name for t in sp.targets)
     alone = [n[t.name] == 1 for t in sp.targets]
     for t in sp.targets:

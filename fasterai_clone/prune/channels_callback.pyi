@@ -24,7 +24,7 @@ def only_groups(sp: Sparsifier, left: dict) -> Sparsifier:
     """
 
 def one_group_each(sp: Sparsifier) -> Sparsifier:
-    """Return `sp` without layers whose filters belong to several groups: groups are known by the names of their layers"""
+    """Return `sp` without layers whose filters belong to several groups: groups are identified by their layers' names"""
 
 def without_groups(sp: Sparsifier) -> Sparsifier:
     """Return a copy of `sp` without groups to choose from"""

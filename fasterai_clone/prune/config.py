@@ -27,7 +27,7 @@ def n_wrong(
     config,       # to create it from
     shapes: dict  # parameter or buffer → the shape it should have
 ) -> float:       # infinite: the numbers do not fit together
-    "Return how many shapes are wrong in a model of the class `kind`, made from `config`"
+    "Return how many shapes are wrong in a model of the class `kind` that is created from `config`"
     with torch.random.fork_rng(), torch.device('meta'), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: made = shapes_of(kind(read_again(config)))
@@ -57,7 +57,7 @@ def changes(config: dict, sizes: dict) -> list[dict]:
 
 # %% ../../nbs/710_prune.config.ipynb #cfgmove3
 def fitting(m: nn.Module, sizes: dict, shapes: dict):
-    "Return a copy of the config of `m` from which a model with these `shapes` can be made, or None"
+    "Return a copy of the config of `m` from which a model with these `shapes` can be created, or None"
     config, wrong = copy.deepcopy(m.config), n_wrong(type(m), m.config, shapes)
     rest = changes(vars(config), sizes)[:30]
     while wrong:
@@ -113,5 +113,5 @@ def _warn_of_config(m, before, after):
     several, which = new_shapes(before, after)
     why   = f'layers of different sizes ({which})' if several else f'the new sizes ({which})'
     equal = '. Or remove the same number from each layer, as `context="local"` does' if several else ''
-    warn(f'The `config` of {type(m).__name__} cannot describe {why}: `from_pretrained` will not read this model back. '
+    warn(f'The `config` of {type(m).__name__} cannot describe {why}: `from_pretrained` cannot load this model again. '
          f'Use `save_thinned` and `load_thinned`{equal}')

@@ -13,7 +13,7 @@ def read_again(config):
     """Return `config` as it is after it has been saved and loaded"""
 
 def n_wrong(kind: type, config, shapes: dict) -> float:
-    """Return how many shapes are wrong in a model of the class `kind`, made from `config`
+    """Return how many shapes are wrong in a model of the class `kind` that is created from `config`
 
     Args:
         kind: of the model
@@ -31,7 +31,7 @@ def changes(config: dict, sizes: dict) -> list[dict]:
     """Return changes of the numbers in `config` that may describe the new `sizes`"""
 
 def fitting(m: nn.Module, sizes: dict, shapes: dict):
-    """Return a copy of the config of `m` from which a model with these `shapes` can be made, or None"""
+    """Return a copy of the config of `m` from which a model with these `shapes` can be created, or None"""
 
 def new_shapes(before: dict, after: dict) -> tuple[bool, str]:
     """Return whether layers that were alike differ `after`, and up to two changed weights with their shapes"""

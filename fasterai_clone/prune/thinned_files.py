@@ -57,7 +57,7 @@ def check_sizes(
         each = [*numbers.values()] if isinstance(numbers, dict) else [None]
         each = [i for v in each for i in (v if isinstance(v, list) and v else [v])]
         if not all(type(i) is int and 0 < i < 2**48 or type(i) is float and 0 < i < 2**48 for i in each):
-            raise ValueError(f'the numbers that {shortened(n)} stores must be from 1, got {shortened(numbers)}')
+            raise ValueError(f'the numbers that {shortened(n)} stores must be positive, got {shortened(numbers)}')
     for n,heads in sizes['heads'].items():
         good = isinstance(heads, list) and heads and all(type(h) is int and 0 <= h < 2**16 for h in heads)
         if not good or sorted({*heads}) != heads:

@@ -21,7 +21,7 @@ __all__ = []
 
 # %% ../../nbs/564_trainers.batches.ipynb #trbatch5
 def inner_loader(loader):
-    "Return the loader inside those of Accelerate, which count the batches that they yield"
+    "Return the loader inside the wrappers of Accelerate, which count the batches that they yield"
     while 'base_dataloader' in getattr(loader, '__dict__', {}): loader = loader.base_dataloader
     return loader
 
@@ -43,7 +43,7 @@ def first_batch(
 
 # %% ../../nbs/564_trainers.batches.ipynb #trbatch8
 class FirstInputs:
-    "Return the inputs in the first batch of `loader` for `model` when called"
+    "Return the inputs for `model` in the first batch of `loader` when called"
     def __init__(self, model, loader): self.model, self.loader, self.tried = model, loader, False
     def __call__(self):
         inputs, _ = next(batches([first_batch(self.loader)], device_of(self.model)))
@@ -65,5 +65,5 @@ def inputs_from(
     model: nn.Module,
     loader: object  # of the training data, or None
 ) -> FirstInputs|None:
-    "Return a function that returns inputs of `model` from `loader`; None: it cannot be run with them"
+    "Return a function that returns inputs of `model` from `loader`, or None if its batches cannot be read twice"
     return FirstInputs(model, loader) if can_reread(loader) else None

@@ -14,7 +14,7 @@ from typing import Any
 __all__ = []
 
 def inner_loader(loader):
-    """Return the loader inside those of Accelerate, which count the batches that they yield"""
+    """Return the loader inside the wrappers of Accelerate, which count the batches that they yield"""
 
 def can_reread(loader: object) -> bool:
     """Return whether a batch of `loader` can be read without taking it from the training run
@@ -31,7 +31,7 @@ def first_batch(loader: object):
     """
 
 class FirstInputs:
-    """Return the inputs in the first batch of `loader` for `model` when called"""
+    """Return the inputs for `model` in the first batch of `loader` when called"""
     model: Any
     loader: Any
     tried: bool
@@ -44,7 +44,7 @@ class FirstInputs:
         """Raise `ValueError` if the model does not run on `inputs`"""
 
 def inputs_from(model: nn.Module, loader: object) -> FirstInputs | None:
-    """Return a function that returns inputs of `model` from `loader`; None: it cannot be run with them
+    """Return a function that returns inputs of `model` from `loader`, or None if its batches cannot be read twice
 
     Args:
         loader: of the training data, or None

@@ -24,7 +24,7 @@ def total_steps(
     "Return the number of optimizer steps of the whole run"
     n = trainer.estimated_stepping_batches
     if math.isfinite(n): return int(n)
-    raise ValueError('A schedule needs to know how long the run is: set `max_epochs` or `max_steps` of the trainer')
+    raise ValueError('A schedule needs the length of the run: set `max_epochs` or `max_steps` of the trainer')
 
 def share_of_epochs(
     trainer: Trainer

@@ -136,7 +136,7 @@ def unremovable(
 def verify(model, small, groups, dead, example_inputs, modes=(False, True), sample=False):
     "Refuse `small` if it does not compute the same as `model`, and name the groups at fault"
     check = Check(model, example_inputs, modes, sample)
-    scaled  = any(g.scales for g in groups)  # weights are: `small` has rounded them
+    scaled  = any(g.scales for g in groups)  # the scaled weights are rounded in `small`
     problem = check(without_channels(model, groups, dead, check.precise) if scaled else small)
     if not problem: return
     found   = faults(check, groups, dead)

@@ -168,7 +168,7 @@ def _followed(trace, args, kwargs):
     return trace
 
 def coupled_convolutions(trace):
-    "Return the convolutions with groups none of which can be removed alone: all depend on each other, or stay"
+    "Return the grouped convolutions of which no group can be removed alone: all depend on each other, or stay"
     sets  = trace.labels
     fixed = {sets.find(i) for i in sets.why}
     roots = {path: {*sets.roots(groups).flatten().tolist()} for path,groups in trace.grouped.items()}

@@ -33,7 +33,7 @@ def settle(trace):
     """Fix channels that would no longer fit the model's code, and channels to which a buffer is added"""
 
 def coupled_convolutions(trace):
-    """Return the convolutions with groups none of which can be removed alone: all depend on each other, or stay"""
+    """Return the grouped convolutions of which no group can be removed alone: all depend on each other, or stay"""
 
 def follow(model: nn.Module, example_inputs: object, timeout: float | None = None) -> Trace:
     """Return the trace of a run of `model`, which must be a copy, in at most `timeout` seconds

@@ -51,9 +51,9 @@ class _StoredSize(NamedTuple):
     each: torch.Tensor    # what it loses with each channel
 
 class _Scaled(NamedTuple):
-    "A parameter or number that a mean over channels scales: it is multiplied by (C/n)**power if n of C are left"
+    "A parameter or number that a mean over channels scales: it is multiplied by (C/n)**power if n of C remain"
     place: str|Home       # name of the parameter, or the place of a number in a module
-    each: torch.Tensor    # how many of C each channel of the group is
+    each: torch.Tensor    # for each channel of the group, how many of the C it counts as
     n: int                # C
     power: int
 

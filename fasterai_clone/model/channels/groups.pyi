@@ -48,7 +48,7 @@ class _StoredSize(NamedTuple):
     each: torch.Tensor
 
 class _Scaled(NamedTuple):
-    """A parameter or number that a mean over channels scales: it is multiplied by (C/n)**power if n of C are left"""
+    """A parameter or number that a mean over channels scales: it is multiplied by (C/n)**power if n of C remain"""
     place: str | Home
     each: torch.Tensor
     n: int

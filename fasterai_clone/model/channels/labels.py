@@ -41,8 +41,8 @@ class Unless(NamedTuple):
     "What cannot be removed if any operator uses a value"
     label: torch.Tensor
     why: str
-    mean: object = None  # the `Mean` over its channels that the value is a power of; None: of none
-    power: int = 0       # of this mean
+    mean: object = None  # the `Mean` over its channels of which the value is a power, or None
+    power: int = 0       # exponent of this mean in the value
 
 def along(layers, axis):
     "Return those of the labels `layers` that vary along `axis`, as matrices with that axis first"

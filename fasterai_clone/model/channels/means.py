@@ -1,4 +1,4 @@
-"""Follow what a model computes with a mean over channels, and scale its weights when their number changes
+"""Follow what a model computes with a mean over channels, and scale weights when the number of channels changes
 
 Docs: https://fasterai-clone.github.io/fasterai_clone/model.channels.means.html.md"""
 
@@ -18,13 +18,13 @@ __all__ = ['absorbed']
 
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0005
 class Mean:
-    "A mean over channels with this `label`, and what must be scaled when some are removed"
+    "Record a mean over channels with this `label`, and what must be scaled when some are removed"
     def __init__(self, label):
         self.label  = label
         self.scaled = []  # (name of a parameter, or `Home` of a number; the power of C/n to multiply it by)
 
 def _pending(v):
-    "Return the mean that the value `v` is a power of, and the power; None: of none, False: it cannot be followed"
+    "Return the mean of which the value `v` is a power, and the power; None: of no mean; False: it cannot be followed"
     if not v.unless: return None
     alone = len(v.unless) == 1 and v.unless[0].mean is not None
     return (v.unless[0].mean, v.unless[0].power) if alone else False
@@ -55,7 +55,7 @@ def _sum_power(trace, call, powers, mean):
     if call.name == 'add' and isinstance(number, StoredFloat) and float(number) == call.args[1]:
         mean.scaled.append((number.home, powers[0]))
         return powers[0]
-    why = f'{trace.where} adds a number to their mean that is no attribute of it, as `self.eps` would be'
+    why = f'{trace.where} adds a number to their mean that is not an attribute like `self.eps`'
     trace.labels.fix(mean.label, why)
     return None
 
@@ -95,5 +95,5 @@ def settle_means(trace):
     for found in uses.values():
         label, power = found[0]
         if all(p == power and lost(l) == lost(label) for l,p in found): continue
-        for l,_ in found: sets.fix(l, 'a number or weight that would be scaled with their mean has other uses, too')
+        for l,_ in found: sets.fix(l, 'a number or weight that would be scaled with their mean has other uses')
     return {place: found[0] for place,found in uses.items()}

@@ -80,7 +80,7 @@ def resize_attention(prefix, m, keep):
     make_thin(m, heads)
 
 def _groups_left(m, rows):
-    "Return how many groups of the convolution `m` are left; `rows`: which rows of its weight are; None: unknown"
+    "Return how many groups of the convolution `m` remain; `rows`: which rows of its weight remain; None: unknown"
     if not isinstance(m, nn.modules.conv._ConvNd) or rows is None: return None
     return int(rows.reshape(m.groups, -1).any(1).sum())
 
@@ -106,7 +106,7 @@ def resize_stored(model, groups, dead):
         own[home.name] = new if home.index is None else type(now)(new)
 
 def rescale(model, groups, dead):
-    "Scale what a mean over channels needs if the `dead` channels are removed: parameters and numbers of modules"
+    "Scale the parameters and numbers that a mean over channels requires if the `dead` channels are removed"
     lost, known, tensors = Counter(), {}, tensors_of(model)
     for s,d in [(s, d) for g,d in zip(groups, dead) for s in g.scales]:
         lost[s.place] += int(s.each[d].sum())
@@ -140,7 +140,7 @@ def without_channels(
     model: nn.Module,
     groups: list,              # of its channels, as from `coupled_groups`
     dead: list[torch.Tensor],  # for each group a bool for each channel, True = remove
-    convert: Callable|None = None  # changes the copy before
+    convert: Callable|None = None  # changes the copy before the removal
 ) -> nn.Module:
     "Return a copy of `model` without the `dead` channels"
     small = own_copy(model)

@@ -32,7 +32,7 @@ def resize_stored(model, groups, dead):
     """Reduce the numbers that modules store, and record the earlier ones in their `stored_sizes`"""
 
 def rescale(model, groups, dead):
-    """Scale what a mean over channels needs if the `dead` channels are removed: parameters and numbers of modules"""
+    """Scale the parameters and numbers that a mean over channels requires if the `dead` channels are removed"""
 
 def shrink(model, groups, dead):
     """Remove the `dead` channels of `groups` from `model`, in place"""
@@ -48,7 +48,7 @@ def without_channels(
     Args:
         groups: of its channels, as from `coupled_groups`
         dead: for each group a bool for each channel, True = remove
-        convert: changes the copy before
+        convert: changes the copy before the removal
     """
 
 def has_no_tensors(m):

@@ -75,7 +75,7 @@ class Stored(int):
         return self
 
 class StoredFloat(float):
-    "A number that a module stores and adds to a mean, so that it can be scaled as the mean is"
+    "A number that a module stores, and where: if it is added to a mean, it is scaled like the mean"
     def __new__(cls, x, home):
         self = super().__new__(cls, x)
         self.home = home
@@ -90,7 +90,7 @@ def _as_stored(v, *place):
 
 @contextmanager
 def stored_numbers(model: nn.Module) -> Iterator[None]:
-    "In the block, the numbers that the modules of `model` store know where they are stored"
+    "Within the block, record with the numbers that the modules of `model` store where they are stored"
     before = []
     for path,m in model.named_modules():
         if type(m).__module__.startswith('torch.'): continue

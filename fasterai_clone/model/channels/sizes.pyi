@@ -53,14 +53,14 @@ class Stored(int):
     def __new__(cls, n, home): ...
 
 class StoredFloat(float):
-    """A number that a module stores and adds to a mean, so that it can be scaled as the mean is"""
+    """A number that a module stores, and where: if it is added to a mean, it is scaled like the mean"""
     home: Any
 
     def __new__(cls, x, home): ...
 
 @contextmanager
 def stored_numbers(model: nn.Module) -> Iterator[None]:
-    """In the block, the numbers that the modules of `model` store know where they are stored"""
+    """Within the block, record with the numbers that the modules of `model` store where they are stored"""
 
 class Bounds(set):
     """Those bounds of parts that follow channels; `stored`: the numbers among the others that a module stores"""
