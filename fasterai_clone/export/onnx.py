@@ -160,6 +160,7 @@ def _own_model(model):
         raise ValueError('`model` has layers in sparse layouts, which ONNX does not have: export `to_dense(model)`')
     return own_copy(model).cpu().eval()
 
+# %% ../../nbs/893_export.onnx.ipynb #a2bb2883
 def export_onnx(
     model: nn.Module,        # masked, thinned or dense; unchanged
     example_inputs: object,  # a batch: a tensor, a tuple of tensors, or a dict of them

@@ -74,6 +74,7 @@ def _summed(what, model, params, data, loss_func, step, temperature=1., training
                     del v  # a gradient is freed before the next sum is allocated
     return {k: total[k] if k in total else torch.zeros_like(upcast(p)) for k,p in params.items()}
 
+# %% ../../nbs/403_sparse.gradients.ipynb #17db0e2d
 def taken(
     items: Iterable  # tensors, or None
 ) -> Iterator:
@@ -81,6 +82,7 @@ def taken(
     items = [*items][::-1]
     while items: yield items.pop()
 
+# %% ../../nbs/403_sparse.gradients.ipynb #932d6ff3
 def accumulated(
     model: nn.Module,
     params: dict[str, Tensor],       # the parameters to measure, by name

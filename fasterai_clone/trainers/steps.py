@@ -76,7 +76,10 @@ class SparsifyBySteps:
 
 # %% ../../nbs/565_trainers.steps.ipynb #c50b81df
 @patch
-def find_sparsifier(self:SparsifyBySteps, model: object, loader: object = None) -> bool:
+def find_sparsifier(self:SparsifyBySteps,
+    model: object,         # that is trained
+    loader: object = None  # with the data of training: a batch is taken from it if one is needed
+) -> bool:
     "Create a `Sparsifier` unless the current one fits `model`; return whether it is new"
     new = not knows_model(self.sparsifier, model)
     if new:

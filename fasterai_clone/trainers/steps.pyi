@@ -129,7 +129,12 @@ class SparsifyBySteps:
     ) -> None: ...
 
     def find_sparsifier(self, model: object, loader: object = None) -> bool:
-        """Create a `Sparsifier` unless the current one fits `model`; return whether it is new"""
+        """Create a `Sparsifier` unless the current one fits `model`; return whether it is new
+
+        Args:
+            model: that is trained
+            loader: with the data of training: a batch is taken from it if one is needed
+        """
 
     def say(self, text: object) -> None:
         """Log `text` if this callback is `verbose`, in the first process only

@@ -57,6 +57,7 @@ class _Scaled(NamedTuple):
     n: int                # C
     power: int
 
+# %% ../../../nbs/300_model.channels.groups.ipynb #dc8e15a7
 @dataclass(frozen=True, eq=False)
 class CoupledGroup:
     "Channels that lie on the same axes, each to be removed as a whole"

@@ -31,10 +31,10 @@ def _pending(v):
 
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0abs
 def absorbed(
-    trace: Trace,
+    trace: Trace,           # of the run
     factors: list[Tensor],  # that are multiplied
     powers: list[int],      # of the mean, one for each factor
-    mean: Mean
+    mean: Mean              # over channels
 ) -> int:                   # the power that is left
     "Let the first parameter among the `factors` absorb the power of the mean in their product"
     total = sum(powers)

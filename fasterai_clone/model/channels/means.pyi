@@ -21,8 +21,10 @@ def absorbed(trace: Trace, factors: list[Tensor], powers: list[int], mean: Mean)
     """Let the first parameter among the `factors` absorb the power of the mean in their product
 
     Args:
+        trace: of the run
         factors: that are multiplied
         powers: of the mean, one for each factor
+        mean: over channels
 
     Returns:
         the power that is left

@@ -95,6 +95,7 @@ def _resize_layers(model, keep, before):
         elif n not in before or isinstance(m, ThinAttention): vars(m).update(layer_sizes(m))
         if isinstance(m, nn.RNNBase) and any(k.startswith(prefix) for k in keep): m.flatten_parameters()
 
+# %% ../../../nbs/330_model.channels.removal.ipynb #fcf42c50
 def resize_stored(model, groups, dead):
     "Reduce the numbers that modules store, and record the earlier ones in their `stored_sizes`"
     for home,lost in [(s.home, int(s.each[d].sum())) for g,d in zip(groups, dead) for s in g.sizes]:
@@ -119,6 +120,7 @@ def rescale(model, groups, dead):
             own['stored_sizes'] = {place.name: own[place.name], **own.get('stored_sizes', {})}
             own[place.name] *= factor
 
+# %% ../../../nbs/330_model.channels.removal.ipynb #41510c7a
 @torch.no_grad()
 def shrink(model, groups, dead):
     "Remove the `dead` channels of `groups` from `model`, in place"

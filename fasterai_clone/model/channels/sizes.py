@@ -81,6 +81,7 @@ class StoredFloat(float):
         self.home = home
         return self
 
+# %% ../../../nbs/210_model.channels.sizes.ipynb #c8024c15
 def _as_stored(v, *place):
     "Return whole numbers above 1 as `Stored`, also those in a list, and others as `StoredFloat`; else None"
     if type(v) is int: return Stored(v, Home(*place, None)) if v > 1 else None
