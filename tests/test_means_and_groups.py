@@ -1,8 +1,11 @@
 """Channels under a mean over channels (global response norms), and channels inside the groups of a convolution: what is
 removed is removed exactly, in fp64, and what cannot be is refused with a reason"""
+import copy
 import pytest, torch, torch.nn as nn
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
 
-from fasterai_clone.analyze.all import score_curves, sensitivity
+from fasterai_clone.analyze.all import judge_by, score_curves, sensitivity
 from fasterai_clone.core.masks import Masks
 from fasterai_clone.prune.all import *
 from fasterai_clone.sparse.all import Sparsifier
@@ -208,3 +211,50 @@ def test_results_by_layer_are_refused_for_several_groups():
         sensitivity(net, [(x, x)], metric, (50,), 'filter', **which)
     with pytest.raises(ValueError, match="exclude='a'"): score_curves(Sparsifier(net, 'filter', **which))
     assert 'a' not in sensitivity(net, [(x, x)], metric, (50,), 'filter', exclude='a', **which).values
+
+def test_sparsities_of_a_layer_with_several_groups_are_judged_together():
+    "The masks of both parts of `a` apply at once: two of four and four of eight filters"
+    net, x = Parts().eval(), torch.randn(2, 3, 4, 4)
+    def n_zero(model, data): return float((net.a.weight.flatten(1) == 0).all(1).sum())
+    sp = Sparsifier(net, 'filter', 'local', coupled=True, example_inputs=x)
+    assert judge_by(sp, None, n_zero)(50) == 6 and n_zero(net, None) == 0
+
+def test_an_interrupted_removal_leaves_the_norm():
+    "The weights that a mean scales are restored too, if a removal ends with Ctrl-C"
+    class Stopped(PruneCallback):
+        def for_rest(self, sp, dead): raise KeyboardInterrupt
+    torch.manual_seed(0)
+    net = Net(GRN)
+    x   = data(net)
+    was, dl = copy.deepcopy(net.state_dict()), [(x, torch.randn(2, 5, 2))]
+    learn = Learner(DataLoaders(dl, dl), net, loss_func=nn.MSELoss(), lr=0.)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=Stopped(50, verbose=False))
+    assert net.grn.eps == 1e-2
+    for k,t in net.state_dict().items(): assert torch.equal(t, was[k]), k
+
+def test_a_number_of_zero_is_read_back(tmp_path):
+    net = lively(Net(GRN).eval())
+    net.grn.eps = 0.
+    with torch.no_grad(): net.fc1.weight[:3], net.fc1.bias[:3], net.grn.beta[:3] = 0, 0, 0
+    x = data(net)
+    small = thin(net, example_inputs=x)
+    def made():
+        net = Net(GRN).eval()
+        net.grn.eps = 0.
+        return net
+    assert torch.equal(load_thinned(made, save_thinned(small, tmp_path/'small'))(x), small(x))
+
+def test_groups_and_then_filters_are_read_back(tmp_path):
+    "One of four groups is left, and then loses a filter: its file can still be read"
+    def made(): return nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1, groups=4), nn.Conv2d(12, 2, 1)).eval()
+    torch.manual_seed(0)
+    net, x = lively(made()), torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        for m,n in (net[0], 2), (net[1], 3): m.weight[n:], m.bias[n:] = 0, 0
+    small = thin(net, example_inputs=x)
+    with torch.no_grad(): small[1].weight[0], small[1].bias[0] = 0, 0
+    small = thin(small, example_inputs=x)
+    assert (small[1].groups, small[1].out_channels) == (1, 2)
+    back = load_thinned(made, save_thinned(small, tmp_path/'small'))
+    assert back[1].groups == 1 and torch.equal(back(x), small(x))

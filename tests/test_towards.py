@@ -354,3 +354,15 @@ def test_the_study_trains_with_every_method(tmp_path):
     for k,z in zip(weights.kind, weights.zeros):  # `erk` and `global` round to the same number
         assert z == 90*weights.weights.iloc[0]//100, k
     assert (rows[rows.unit == 'filters'].params < dense/2).all() and rows.accuracy.between(0, 100).all()
+
+@torch.no_grad()
+def test_proximal_in_few_steps_zeros_no_more_than_requested(monkeypatch):
+    "Five steps, three of them before the masks; one row of two; and the norms are computed once for a pool"
+    import fasterai_clone.methods.proximal as room
+    net = line([3., 4., 0., 0.], [0., 6., 0., 0.])
+    sp  = Sparsifier(net, 'row', 'global', layer_type=nn.Linear)
+    calls, counted = [], room.distance
+    monkeypatch.setattr(room, 'distance', lambda pool, k: calls.append(k) or counted(pool, k))
+    method = Proximal(sp, 'auto', 50, ramp=0)
+    method.step(3, 5, torch.optim.SGD(net.parameters(), lr=.1))
+    assert method.zeros == 1 and net.weight[0].eq(0).all() and net.weight[1, 1] > 0 and calls == [1]

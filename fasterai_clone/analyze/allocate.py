@@ -150,7 +150,7 @@ def _lower(cost, at, room):
     return {*fits[:1].tolist(), *fits[-1:].tolist()}
 
 def _swaps(now, options, limit):
-    "Return the swaps that keep the cost within `limit`, the most promising first"
+    "Yield the swaps that keep the cost within `limit`, the most promising first"
     room = limit*(1 + 1e-9) - sum(options[k][1][i] for k,i in now.items())
     ups  = [(k, i + j) for k,i in now.items() for j in _JUMPS if i + j < len(options[k][0])]
     def change(values, k, i): return values[i] - values[now[k]]
@@ -163,7 +163,7 @@ def _swaps(now, options, limit):
             for at in sorted(_lower(cost, now[down], room + saved), reverse=True):
                 new = {down: at} if up is None else {up: i, down: at}
                 found.append((harm + change(loss, down, at), len(found), new))
-    return [now | new for *_,new in sorted(found, key=lambda o: o[:2])]
+    return (now | new for *_,new in sorted(found, key=lambda o: o[:2]))
 
 # %% ../../nbs/754_analyze.allocate.ipynb #10709594
 def refine(
@@ -202,9 +202,8 @@ def judge_by(
     "Return a function that measures the model when pruned to given sparsities, and leaves it dense"
     with without_compile(sp.model), torch.no_grad(): sp.scorer.measure(sp.model, sp.parts)
     def judge(sparsities):
-        counts = sp.counts(sparsities)
-        masks  = {}
-        for pool,n in zip(sp.plan.pools, counts): masks |= sp.found.spread(sp.chooser.choose(pool, n))
+        chosen = [pair for pool,n in zip(sp.plan.pools, sp.counts(sparsities)) for pair in sp.chooser.choose(pool, n)]
+        masks  = sp.found.spread(chosen)
         was = {k: sp.params[k].detach().clone() for k in masks}
         try:
             for k,m in masks.items(): sp.params[k].data.masked_fill_(~m, 0)

@@ -29,7 +29,8 @@ def changers_of_class(
         tensors = len(args) == 1 and type(args[0]) is torch.Tensor and isinstance(out, torch.Tensor)
         same    = tensors and type(out) is not torch.Tensor and memory_of(out) == memory_of(args[0])
         (found if same else others).add(m)
-    plain = [m for m in model.modules() if not [*m.children(), *m.parameters(), *m.buffers()]]
+    own   = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # those take no hooks
+    plain = [m for m in own if not [*m.children(), *m.parameters(), *m.buffers()]]
     hooks = [m.register_forward_hook(look) for m in plain]
     try:
         with torch.no_grad(): model(*inputs.args, **inputs.kwargs)

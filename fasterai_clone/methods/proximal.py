@@ -79,9 +79,9 @@ def step(self:Proximal,
     lr    = {t.key: rates.get(id(t.parts[0].whole), 0.) for t in self.sp.targets}
     ramp = min(1., share / self.ramp) if self.ramp else 1.
     if self.auto:
-        left = max(n_steps * (1 - self.heal) - step, n_steps * .15)  # no sudden pull at the end
-        by   = {t.key: ramp * distance(pool, k) / left
-                for pool,k in zip(self.sp.pools, self.counts) for t in pool}
+        left = max(n_steps * (1 - self.heal) - step, n_steps * .15, 1)  # no sudden pull at the end
+        each = [ramp * distance(pool, k) / left for pool,k in zip(self.sp.pools, self.counts)]
+        by   = {t.key: v for pool,v in zip(self.sp.pools, each) for t in pool}
         self.strength = max((by[k]/v for k,v in lr.items() if v), default=0.)
     else: by = {k: ramp * self.strength * v for k,v in lr.items()}
     self.zeros = shrink(self.sp.targets, by)

@@ -53,7 +53,8 @@ def changes(config: dict, sizes: dict) -> list[dict]:
     plain = [{k: new[n]} for k,n in config.items() if type(n) is int and n in new]
     if config.get('n_inner', 0) is None: plain += [dict(n_inner=n) for n in {*new.values()}]  # GPT-2: 4 times n_embd
     every = {k: n for c in plain for k,n in c.items()}
-    return [*number_of_heads(config, sizes), *plain, *[every]*(len(every) > 1)]
+    if len(every) > 1: plain.append(every)
+    return number_of_heads(config, sizes) + plain
 
 # %% ../../nbs/710_prune.config.ipynb #cfgmove3
 def fitting(m: nn.Module, sizes: dict, shapes: dict):
@@ -104,9 +105,11 @@ def update_config(
         sizes, shapes = changed_sizes(before, after, prefix), shapes_of(m)
         if all(now == {old} for old,now in sizes.items()): continue
         config = fitting(m, sizes, shapes)
-        if config is None: _warn_of_config(m, {k.removeprefix(prefix): s for k,s in before.items()}, shapes)
+        if config is None:
+            _warn_of_config(m, {k.removeprefix(prefix): s for k,s in before.items()}, shapes)
+            continue
         old = m.config
-        for part in m.modules() if config is not None else ():
+        for part in m.modules():
             if vars(part).get('config') is old: vars(part)['config'] = config
 
 def _warn_of_config(m, before, after):

@@ -21,8 +21,8 @@ from ..fit.checkpoint import forget_states, states_for
 from ..fit.guards import enter_fit, leave_fit
 from ..fit.progress import Epochs, schedule_values
 from ..model.channels.faults import verify
-from ..model.channels.removal import (has_no_tensors, kept_positions, measure_norms, shrink,
-                                                   without_channels)
+from ..model.channels.removal import (has_no_tensors, kept_positions, measure_norms, scaled_tensors,
+                                                   shrink, without_channels)
 from ..model.preserve import all_or_nothing
 from ..model.sizes import shapes_of
 from ..model.wrappers import process_group, unwrapped, without_compile
@@ -177,7 +177,8 @@ def prune_to(self:PruneCallback,
     if sp.limits: sp.limits = [0]*len(sp.targets), [max(t.groups.n - self.min_channels, 0) for t in sp.targets]
     unseen = sp.reference == 'measure' or sp.reference == 'grad' and not sp.scorer.refs
     if unseen and self.data is None: sp.observe(*as_batch(self.xb, self.yb))
-    with eagerly(sp.model), all_or_nothing(sp.model, stepping_optimizer(self.opt), sp.params.values()):
+    written = [*sp.params.values(), *scaled_tensors(sp.model, sp.channel_groups)]
+    with eagerly(sp.model), all_or_nothing(sp.model, stepping_optimizer(self.opt), written):
         sp.update(counts, round_to=self.round_to if self.shared else None)
         dead = [_dead(sp, t) for t in sp.targets]
         if any(d.any() for d in dead): sp = self.remove(sp, dead)  # else `round_to` keeps all of them

@@ -15,7 +15,7 @@ from ..fit.checkpoint import forget_states, states_for
 from ..fit.guards import enter_fit, leave_fit
 from ..fit.progress import Epochs, schedule_values
 from ..model.channels.faults import verify
-from ..model.channels.removal import has_no_tensors, kept_positions, measure_norms, shrink, without_channels
+from ..model.channels.removal import has_no_tensors, kept_positions, measure_norms, scaled_tensors, shrink, without_channels
 from ..model.preserve import all_or_nothing
 from ..model.sizes import shapes_of
 from ..model.wrappers import process_group, unwrapped, without_compile

@@ -122,7 +122,6 @@ def leaders_of(targets: list[Target], coupled) -> list[Target]:
 def _collect(groups, targets, role, owners, coupled, exclude, kind=None):
     "Return the coupled targets of the `groups` of one `kind` (None: all), for the given `targets`"
     known = {id(p.whole): t for t in targets for p in t.parts}
-
     found, taken = Coupled(), set()
     for g in (g for g in groups if kind in (None, g.kind)):
         names  = [m.name for m in g.members if m.role == role]

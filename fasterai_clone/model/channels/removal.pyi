@@ -34,6 +34,9 @@ def resize_stored(model, groups, dead):
 def rescale(model, groups, dead):
     """Scale the parameters and numbers that a mean over channels requires if the `dead` channels are removed"""
 
+def scaled_tensors(model, groups):
+    """Return the parameters and buffers that `rescale` can write in place"""
+
 def shrink(model, groups, dead):
     """Remove the `dead` channels of `groups` from `model`, in place"""
 
