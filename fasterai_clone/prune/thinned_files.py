@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.thinned_files.html.m
 
 # %% ../../nbs/730_prune.thinned_files.ipynb #07410b3e
 from __future__ import annotations
-import json
+import json, math
 from collections.abc import Callable
 from pathlib import Path
 import torch, torch.nn as nn
@@ -56,8 +56,9 @@ def check_sizes(
     for n,numbers in sizes.get('stored', {}).items():
         each = [*numbers.values()] if isinstance(numbers, dict) else [None]
         each = [i for v in each for i in (v if isinstance(v, list) and v else [v])]
-        if not all(type(i) is int and 0 < i < 2**48 or type(i) is float and 0 < i < 2**48 for i in each):
-            raise ValueError(f'the numbers that {shortened(n)} stores must be positive, got {shortened(numbers)}')
+        if not all(type(i) is int and 0 < i < 2**48 or type(i) is float and math.isfinite(i) for i in each):
+            raise ValueError(f'the numbers that {shortened(n)} stores must be finite, and whole ones positive, '
+                             f'got {shortened(numbers)}')
     for n,heads in sizes['heads'].items():
         good = isinstance(heads, list) and heads and all(type(h) is int and 0 <= h < 2**16 for h in heads)
         if not good or sorted({*heads}) != heads:
@@ -116,8 +117,9 @@ _vectors   = 'bias', 'weight', 'running_mean', 'running_var'
 
 def _check_layer(n, m, stated, before):
     "Set the sizes of the layer `m`, whose weight had the shape `before`, or refuse other sizes than those `stated`"
-    sizes, own, groups = layer_sizes(m, before), _own(m), getattr(m, 'groups', None)
-    if 'groups' in sizes and stated.get('groups') == groups: sizes = layer_sizes(m, before, groups)  # all are left
+    sizes, own, left = layer_sizes(m, before), _own(m), stated.get('groups', 0)
+    fits = before and 'groups' in sizes and left <= m.groups and len(layer_weight(m)) <= before[0]//m.groups * left
+    if fits: sizes = layer_sizes(m, before, left)  # groups can be smaller than before
     if stated.keys() - sizes.keys():
         raise ValueError(f'{shortened(n)} is {type(m).__name__}, for which the description has {shortened(stated)}')
     recurrent = isinstance(m, (nn.RNNBase, nn.RNNCellBase))

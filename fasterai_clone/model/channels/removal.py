@@ -121,6 +121,11 @@ def rescale(model, groups, dead):
             own[place.name] *= factor
 
 # %% ../../../nbs/330_model.channels.removal.ipynb #41510c7a
+def scaled_tensors(model, groups):
+    "Return the parameters and buffers that `rescale` can write in place"
+    tensors = tensors_of(model)
+    return [tensors[s.place] for g in groups for s in g.scales if s.place in tensors]
+
 @torch.no_grad()
 def shrink(model, groups, dead):
     "Remove the `dead` channels of `groups` from `model`, in place"
