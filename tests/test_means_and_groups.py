@@ -105,7 +105,7 @@ def test_precision_of_the_weights():
     torch.testing.assert_close(thin(net, example_inputs=x)(x), net(x), rtol=1e-5, atol=1e-6)
     assert thin(net.bfloat16(), example_inputs=x.bfloat16()).fc1.out_features == 5
 
-@pytest.mark.parametrize('norm,why', [(Written, 'no attribute'), (Elsewhere, 'other uses'), (Told, 'takes its `mean`')])
+@pytest.mark.parametrize('norm,why', [(Written, 'not an attribute'), (Elsewhere, 'other uses'), (Told, 'takes its `mean`')])
 def test_what_stays(norm, why):
     net   = lively(Net(norm).eval())
     group = next(g for g in coupled_groups(net, data(net)) if g.name == 'fc1')
@@ -258,3 +258,15 @@ def test_groups_and_then_filters_are_read_back(tmp_path):
     assert (small[1].groups, small[1].out_channels) == (1, 2)
     back = load_thinned(made, save_thinned(small, tmp_path/'small'))
     assert back[1].groups == 1 and torch.equal(back(x), small(x))
+
+def test_a_layer_that_keeps_a_part_is_not_said_to_keep_all():
+    "The first four channels of `a` leave the model, the other eight can go"
+    class Out(Parts):
+        def forward(self, x):
+            p, q = self.a(x).relu().split(self.n, 1)
+            return p, self.c(q)
+    torch.manual_seed(0)
+    net, x = Out().double(), torch.randn(2, 3, 4, 4).double()
+    sp = Sparsifier(net, 'filter', coupled=True, example_inputs=x)
+    assert [t.key for t in sp.targets] == ['a.weight:4']
+    assert 'output' in sp.left_out['part of a'] and 'a' not in sp.left_out

@@ -81,7 +81,7 @@ def step(self:Proximal,
     if self.auto:
         left = max(n_steps * (1 - self.heal) - step, n_steps * .15, 1)  # no sudden pull at the end
         each = [ramp * distance(pool, k) / left for pool,k in zip(self.sp.pools, self.counts)]
-        by   = {t.key: v for pool,v in zip(self.sp.pools, each) for t in pool}
+        by   = {t.key: v if lr[t.key] else 0. for pool,v in zip(self.sp.pools, each) for t in pool}
         self.strength = max((by[k]/v for k,v in lr.items() if v), default=0.)
     else: by = {k: ramp * self.strength * v for k,v in lr.items()}
     self.zeros = shrink(self.sp.targets, by)

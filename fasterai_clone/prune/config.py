@@ -58,8 +58,10 @@ def changes(config: dict, sizes: dict) -> list[dict]:
 
 # %% ../../nbs/710_prune.config.ipynb #cfgmove3
 def fitting(m: nn.Module, sizes: dict, shapes: dict):
-    "Return a copy of the config of `m` from which a model with these `shapes` can be created, or None"
-    config, wrong = copy.deepcopy(m.config), n_wrong(type(m), m.config, shapes)
+    "Return a config, that of `m` or a copy, from which a model with these `shapes` can be created; None: there is none"
+    wrong = n_wrong(type(m), m.config, shapes)
+    if not wrong: return m.config
+    config = copy.deepcopy(m.config)
     rest = changes(vars(config), sizes)[:30]
     while wrong:
         for change in rest:
@@ -106,7 +108,8 @@ def update_config(
         if all(now == {old} for old,now in sizes.items()): continue
         config = fitting(m, sizes, shapes)
         if config is None:
-            _warn_of_config(m, {k.removeprefix(prefix): s for k,s in before.items()}, shapes)
+            own = {k.removeprefix(prefix): s for k,s in before.items() if k.startswith(prefix)}
+            _warn_of_config(m, own, shapes)
             continue
         old = m.config
         for part in m.modules():

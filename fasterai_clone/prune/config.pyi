@@ -31,7 +31,7 @@ def changes(config: dict, sizes: dict) -> list[dict]:
     """Return changes of the numbers in `config` that may describe the new `sizes`"""
 
 def fitting(m: nn.Module, sizes: dict, shapes: dict):
-    """Return a copy of the config of `m` from which a model with these `shapes` can be created, or None"""
+    """Return a config, that of `m` or a copy, from which a model with these `shapes` can be created; None: there is none"""
 
 def new_shapes(before: dict, after: dict) -> tuple[bool, str]:
     """Return whether layers that were alike differ `after`, and up to two changed weights with their shapes"""

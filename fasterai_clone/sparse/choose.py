@@ -6,7 +6,6 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.choose.html.md"""
 
 # %% ../../nbs/475_sparse.choose.ipynb #b7a08ff0
 from __future__ import annotations
-from collections import Counter
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -173,8 +172,7 @@ def decided(self:Chooser, pool: list[int], k: float, journal: list, round_to: in
     "Return the rule's decision for a pool: pairs of a target and its kept groups, and new values by parameter name"
     if type(self.rule) is Prune: return self.choose(pool, k, journal, round_to), {}
     targets = self.targets(pool)
-    same    = Counter(t.name for t in targets)  # channels that one layer reads can be in several groups
-    names   = [t.name if same[t.name] == 1 else f'{t.name}:{i}' for i,t in enumerate(targets)]
+    names   = [t.key for t in targets]  # one layer can have channels of several groups
     named   = dict(zip(names, targets))
     def choose(n): return Change(dict(zip(names, (m for _,m in self.choose(pool, n, None, round_to)))))
     def score(): return [self.scores(t) for t in targets]

@@ -110,6 +110,8 @@ class Coupled:
         refused = {self.targets[i].label: f'`thin` could not remove its channels: {reason}. '
                    f'`exclude={self.targets[i].label!r}` leaves it out without this trial' for i,reason in why.items()}
         kept = [i for i in range(len(self.targets)) if i not in why]
+        for label in {self.targets[i].label for i in kept} & {*refused}:
+            refused[f'part of {label}'] = refused.pop(label)
         return Coupled([self.targets[i] for i in kept], [self.groups[i] for i in kept], self.left_out | refused)
 
 def leaders_of(targets: list[Target], coupled) -> list[Target]:
@@ -140,6 +142,8 @@ def _collect(groups, targets, role, owners, coupled, exclude, kind=None):
         found.groups.append(g)
     for t in targets:
         if t.name not in taken and not kind: found.left_out.setdefault(t.label, why_unseen(t, role))
+        elif t.name in taken and t.label in found.left_out:
+            found.left_out[f'part of {t.label}'] = found.left_out.pop(t.label)
     return found
 
 # %% ../../nbs/452_sparse.coupled.ipynb #a1b375c7

@@ -44,11 +44,12 @@ def first_batch(
 # %% ../../nbs/564_trainers.batches.ipynb #trbatch8
 class FirstInputs:
     "Return the inputs for `model` in the first batch of `loader` when called"
-    def __init__(self, model, loader): self.model, self.loader, self.tried = model, loader, False
+    def __init__(self, model, loader): self.model, self.loader, self.inputs = model, loader, None
     def __call__(self):
+        if self.loader is None: return self.inputs
         inputs, _ = next(batches([first_batch(self.loader)], device_of(self.model)))
-        if not self.tried: self.try_on(inputs)
-        self.tried = True
+        self.try_on(inputs)
+        self.inputs, self.loader = inputs, None  # a loader would keep its data in memory
         return inputs
 
     def try_on(self, inputs):

@@ -34,7 +34,7 @@ class FirstInputs:
     """Return the inputs for `model` in the first batch of `loader` when called"""
     model: Any
     loader: Any
-    tried: bool
+    inputs: Any
 
     def __init__(self, model, loader) -> None: ...
 
