@@ -434,7 +434,7 @@ def test_what_channels_are_left_out():
         'a.weight', 'bn1.weight', 'd.weight', 'bn3.weight']
     why = 'its inputs from stem stay: they are those of c.weight too, which is left out'
     assert sp.left_out['a'] == sp.left_out['d'] == why
-    assert sp.left_out['head'] == 'its inputs from c stay: they are those of c.weight too, which is left out'
+    assert sp.left_out['part of head'] == 'its inputs from c stay: they are those of c.weight too, which is left out'
     with pytest.raises(ValueError,
                        match='no channel can be removed. q: its inputs from stem stay: they are those of k.weight too'):
         by_channel(numbered('parallel'), exclude='k')
