@@ -105,7 +105,9 @@ def test_precision_of_the_weights():
     torch.testing.assert_close(thin(net, example_inputs=x)(x), net(x), rtol=1e-5, atol=1e-6)
     assert thin(net.bfloat16(), example_inputs=x.bfloat16()).fc1.out_features == 5
 
-@pytest.mark.parametrize('norm,why', [(Written, 'not an attribute'), (Elsewhere, 'other uses'), (Told, 'takes its `mean`')])
+WHY = [(Written, 'not an attribute'), (Elsewhere, 'other uses'), (Told, 'takes its `mean`')]
+
+@pytest.mark.parametrize('norm,why', WHY)
 def test_what_stays(norm, why):
     net   = lively(Net(norm).eval())
     group = next(g for g in coupled_groups(net, data(net)) if g.name == 'fc1')

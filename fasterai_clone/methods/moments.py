@@ -81,7 +81,6 @@ def _start(self:Moments, x, y, other):
 
 # %% ../../nbs/632_methods.moments.ipynb #5e35f310
 _GOLDEN = 0.6180339887498949
-
 class Samples:
     "Keep samples of a layer with many more inputs than outputs; used like `Moments`"
     def __init__(self,

@@ -70,7 +70,7 @@ def _kept(groups, tensors):
     for g in groups:
         idle = int(_idle(g, tensors).sum())
         why  = g.why_not or 'they are not zero where they are read, because of a bias or an operation such as a sigmoid'
-        if idle: return f'`thin` removed nothing: {idle} channels of {g.name} are zero and stay, because {why}'
+        if idle: return f'`thin` removed nothing: {idle} of {g.n} channels of {g.name} are zero, but {why}'
     return (f'`thin` removed nothing: {zeros:,} of {total:,} weights are zero, but no whole channel is. To get a '
             'smaller network, prune channels: with `PruneCallback`, or with granularity "filter" and `coupled=True`. '
             'To get a smaller file, use `save_sparse`')

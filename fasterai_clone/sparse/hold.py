@@ -104,7 +104,6 @@ class Hold:
         if self.steps: self.steps.release()
         if self.handles and self.steppers is not None: self.steppers.remove(self.opt)
         self.handles = []
-
     def __enter__(self): return self
     def __exit__(self, *args): self.release()
 

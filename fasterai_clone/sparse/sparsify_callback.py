@@ -210,8 +210,7 @@ def _check_fit(cb, first, state):
     sp, frozen = cb.sparsifier, frozen_layers(cb.sparsifier)
     if sp.reference == 'grad' and frozen:
         raise ValueError(f'This criterion scores by gradients, and {len(frozen)} of {len(sp.targets)} layers are '
-                         f'frozen ({frozen[0]}, ...): call `learn.unfreeze()` first, or score by the weights '
-                         '(`large_final`)')
+                         f'frozen ({frozen[0]}, ...): call `learn.unfreeze()` first, or use `large_final`')
     known = state['rewind_to'] if state else cb.rewind.state
     if cb.rewinds:
         check_rewind(cb.rewind, cb.plan.schedule, cb.n_epoch, len(cb.dls.train), first, known, cb.every,

@@ -74,8 +74,7 @@ def _grouped(trace, inp, axes, groups, n_out, transposed, nonzero):
     ones, path = first.reshape(groups, -1), trace.inside[-1]
     if path in trace.within: return _within(trace, inp, axes, groups, transposed, nonzero)
     if axes[1] is not None: trace.grouped[path] = ones[:, :1]
-    sets.join(ones, ones[:, :1])
-    sets.join(inp.reshape(groups, -1), ones[:, :1])
+    for l in (ones, inp.reshape(groups, -1)): sets.join(l, ones[:, :1])
     sets.mark(first, 'producer')
     return ones[:, :1].expand(groups, n_out//groups).reshape(-1, 1) if transposed else first
 
