@@ -269,6 +269,7 @@ def test_models_of_others(name, tmp_path):
 
 def test_what_cannot_be_saved(tmp_path):
     meta = nn.Linear(2, 2, device='meta')
+    with pytest.raises(ValueError, match='no shape yet'): save_sparse(nn.LazyLinear(2), tmp_path/'no')
     for model,error in ((meta, ValueError), ({'a': torch.ones(3).to_sparse()}, ValueError), ({'a': 3}, TypeError),
                         (3, TypeError), ({1: torch.ones(2)}, TypeError),
                         ({'a': torch.ones(2, dtype=torch.complex128)}, ValueError)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 import numpy as np, torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from .text import one_line
 from .threads import in_threads
 
@@ -62,7 +63,11 @@ def n_zeros(
 def check_loaded(
     tensors: Iterable[tuple[str, Tensor]]  # pairs of a name and a tensor
 ) -> None:
-    "Raise `ValueError` if one of the tensors is on the device `meta`, where it has no numbers"
+    "Raise `ValueError` if one of the tensors has no shape yet, or is on the device `meta`, where it has no numbers"
+    tensors = list(tensors)
+    lazy    = next((k for k,t in tensors if is_lazy(t)), None)
+    if lazy is not None:
+        raise ValueError(f'{one_line(lazy, 200)} has no shape yet: run one batch through the model first')
     missing = [k for k,t in tensors if t.is_meta]
     if not missing: return
     also = f' (and {len(missing)-1} more)' if len(missing) > 1 else ''

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 import numpy as np, torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from .text import one_line
 from .threads import in_threads
 
@@ -30,7 +31,7 @@ def n_zeros(t: Tensor) -> int:
     """
 
 def check_loaded(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise `ValueError` if one of the tensors is on the device `meta`, where it has no numbers
+    """Raise `ValueError` if one of the tensors has no shape yet, or is on the device `meta`, where it has no numbers
 
     Args:
         tensors: pairs of a name and a tensor
