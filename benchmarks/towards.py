@@ -106,7 +106,7 @@ def rows(setting, seed, weights=WEIGHTS, filters=FILTERS):
 
 # What each costs
 
-def overheads(rounds=15, n=1024, epochs=5):
+def overheads(rounds=15, n=1024, epochs=10):
     "Return the time of some epochs with each method, relative to that without: medians in turns"
     ways = {'no callback': lambda l: [], 'RigL, between moves': lambda l: [_between()],
             'RigL, moves every 100 steps': lambda l: [_between(100)], 'ADMM, every 10 steps': lambda l: [

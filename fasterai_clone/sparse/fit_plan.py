@@ -8,7 +8,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.fit_plan.html.md"""
 from __future__ import annotations
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import torch.nn as nn
 from ..core.schedule import Schedule
 from ..core.arguments import check_sparsity, is_number, warn_of_one
@@ -71,10 +71,14 @@ class FitPlan:
     schedule: Schedule
     goals: list         # final sparsity of each layer, in percent
     round_to: int|None
+    latest: list = field(default_factory=list, compare=False, repr=False)  # what the last call was for, and its result
 
     def __call__(self, share):
         asked = {s: s and self.schedule.sparsity(share, s) for s in set(self.goals)}
-        return self.sparsifier.counts_at([asked[s] for s in self.goals], self.round_to)
+        each, plan = [asked[s] for s in self.goals], self.sparsifier.plan
+        if not self.latest or self.latest[0] != each or self.latest[1] is not plan:
+            self.latest[:] = each, plan, self.sparsifier.counts_at(each, self.round_to)
+        return [*self.latest[2]]
 
     def asked(self, share):
         "Return the sparsity that the schedule requests over all layers, in percent"
