@@ -88,7 +88,7 @@ def file_sizes():
             small, masks = sparse(model, s)
             bits = masks.save(f'{folder}/masks.safetensors').stat().st_size
             kept = masks.n - masks.n_dropped + sum(p.numel() for k,p in model.state_dict().items() if k not in masks)
-            more = {'masks, a bit a weight': bits, 'masks and kept weights': bits + 4*kept}
+            more = {'masks, one bit per weight': bits, 'masks and kept weights': bits + 4*kept}
             yield from rows(f'{s} % of weights zero', saved(small), **more)
         yield from rows('50 % of filters out', saved(ours(model, torch.randn(1, 3, 64, 64))[0]))
 
