@@ -95,7 +95,7 @@ def why_dense(table):
     for t in table.trials:
         if t.layout is None and t.zeros: reasons[t.why] = reasons.get(t.why, 0) + t.zeros
     reason = max(reasons, key=reasons.get, default='')
-    return f'Most zeros are in layers that stay dense: {reason}.' if reason else 'The layers are too small to gain.'
+    return f'Most zeros are in layers that stay dense ({reason}).' if reason else 'The layers are too small to gain.'
 
 def cells(dense, steps, x, folder, runs, with_compile):
     "All rows of one case"
