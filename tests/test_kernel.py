@@ -1,5 +1,6 @@
 "The selection kernel, every path of it, against a stable sort"
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, warnings
+from torch import nn
 from hypothesis import HealthCheck, given, settings, strategies as st
 import fasterai_clone.core.criteria as criteria
 import fasterai_clone.core.bracket as bracket, fasterai_clone.core.keys as keys
@@ -295,6 +296,42 @@ def test_zeroing_and_counting_on_threads(n, n_threads, monkeypatch):
         want = torch.where(mask, t, 0)
         masks.Masks(dict(a=mask)).apply(dict(a=t))
         assert torch.equal(t, want) and numbers.n_zeros(t) == numbers.n_zeros(mask) == int((~mask).sum())
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_zeroing_leaves_the_buffer_of_numpy_as_it_was(n, n_threads, monkeypatch):
+    "Masks are converted in pieces of 1,024: lengths around that, and a size that the caller has set"
+    monkeypatch.setattr(threads, 'PER_THREAD', 1)
+    monkeypatch.setattr(masks, '_CHUNK', 5000)
+    n_threads(n)
+    former = np.setbufsize(4096)
+    try:
+        for dtype in (torch.int8, *DTYPES):
+            for size in (1023, 1024, 1025, 10_001):
+                t, mask = torch.randint(-99, 99, (size,)).to(dtype), torch.rand(size) > .5
+                want = torch.where(mask, t, 0)
+                masks.zero_dropped(t, mask)
+                assert torch.equal(t, want) and np.getbufsize() == 4096
+        locked = np.zeros(3, np.int32)
+        locked.flags.writeable = False
+        with pytest.raises(ValueError, match='read-only'): masks._multiplied((locked, np.zeros(3, bool)))
+        assert np.getbufsize() == 4096
+    finally: np.setbufsize(former)
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_finite_of_each_is_all_finite(n, n_threads, monkeypatch):
+    "In the first piece, the last one or none; sums that overflow, views, half precision and other types too"
+    monkeypatch.setattr(threads, 'PER_THREAD', 1)
+    monkeypatch.setattr(numbers, '_CHUNK', 64)
+    n_threads(n)
+    tensors = [torch.arange(200), torch.zeros(0), torch.ones(3, 1).expand(3, 2), torch.ones(4).to(torch.float8_e4m3fn)]
+    for dtype in DTYPES:
+        top = torch.full((200,), torch.finfo(dtype).max, dtype=dtype)
+        tensors += [top, top.view(20, 10).t(), nn.Parameter(torch.randn(200).to(dtype))]
+        for odd in (torch.inf, -torch.inf, torch.nan):
+            for i in (0, 63, 64, 199): tensors.append(top.index_fill(0, torch.tensor([i]), odd))
+    with warnings.catch_warnings(action='error'): found = numbers.finite_of_each(tensors)
+    assert found == [bool(torch.isfinite(t.float() if t.dtype.itemsize == 1 else t).all()) for t in tensors]
+    assert found.count(False) == 3*4*len(DTYPES)
 
 def test_a_finite_sum_is_no_condition():
     "Sums overflow where no number does, and what is not finite never has a finite sum"

@@ -19,7 +19,7 @@ __all__ = []
 # %% ../../nbs/037_core.keys.ipynb #879e7942
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 _INF_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F80_0000, torch.float64: 0x7FF0 << 48}
-CHUNK = 1 << 17  # elements of a chunk: keys and flags of fp32 stay in 1 MiB of L2, and Python's part (6 us) is small
+CHUNK = 1 << 18  # elements of a chunk: its keys and flags stay in the cache, and the time in Python (6 us) is small
 
 class Keys:
     "The conversion of tensors to comparable NumPy keys in one selection"

@@ -8,7 +8,6 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.lamp.html.md"""
 from __future__ import annotations
 import numpy as np, torch
 from torch import Tensor
-from .keys import CHUNK
 from .lazy import LazyScores
 
 # %% auto #0
@@ -52,6 +51,7 @@ def lamp_along(
 
 # %% ../../nbs/043_core.lamp.ipynb #e4f13b5d
 _SAMPLE, _SIGMAS = 1 << 13, 6  # least size of a sample; half width of the range, in standard errors
+_CHUNK = 1 << 17         # elements that are read at a time; the last bits of the sums of squares depend on it
 
 def sampled(layer: RankedLayer) -> tuple:
     "Return the scores of a sample that can be chosen, in order, their approximate LAMP scores, and the weight of each"
@@ -89,8 +89,8 @@ def _squares(x):
 def collect(layer: RankedLayer, low: float, high: float) -> tuple:
     "Return, of what can be chosen, the number below `low`, the LAMP scores up to `high`, and the number above"
     below, above, total, found, flags = 0, 0, 0., [], []
-    for i in range(0, layer.n, CHUNK):
-        where  = slice(i, i + CHUNK)
+    for i in range(0, layer.n, _CHUNK):
+        where  = slice(i, i + _CHUNK)
         x, can = layer.values(where), layer.is_open(where)
         under, over = x < low, x > high
         total += _squares(x * over)

@@ -16,7 +16,7 @@ from .tensors import all_finite
 __all__ = ['LazyScores']
 
 # %% ../../nbs/036_core.lazy.ipynb #84bb64fa
-_TILE = 1 << 17  # the longest piece that is read without indices
+_TILE = 1 << 18  # the longest piece that is read without indices
 
 class Repeated:
     "A flat tensor that repeats another, without writing it to memory"

@@ -7,14 +7,14 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/core.tensors.html.md"""
 # %% ../../nbs/008_core.tensors.ipynb #6590b0af
 from __future__ import annotations
 from collections.abc import Iterable, Sequence
-import numpy as np, torch
+import cmath, math, numpy as np, torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from .text import one_line
 from .threads import in_threads
 
 # %% auto #0
-__all__ = ['all_finite', 'n_zeros_of_each', 'n_zeros', 'check_loaded', 'why_not_writable']
+__all__ = ['all_finite', 'n_zeros_of_each', 'n_zeros', 'finite_of_each', 'check_loaded', 'why_not_writable']
 
 # %% ../../nbs/008_core.tensors.ipynb #05b9bb6b
 def all_finite(
@@ -24,10 +24,15 @@ def all_finite(
     if not (t.is_floating_point() or t.is_complex()): return True
     t = t.detach()
     if t.dtype.itemsize == 1: t = t.float()  # 8-bit floats have no sum, and before torch 2.15 no `isfinite`
-    return t.layout is torch.strided and bool(t.sum().isfinite()) or bool(t.isfinite().all())
+    def is_finite(n): return cmath.isfinite(n.item()) if type(n) is Tensor else bool(n.isfinite())
+    return t.layout is torch.strided and is_finite(t.sum()) or bool(t.isfinite().all())
 
 # %% ../../nbs/008_core.tensors.ipynb #041d8eea
 _CHUNK = 1 << 17
+
+def _chunks(flat):
+    "Return (key, piece) for pieces of the flat arrays in the dict `flat` that stay in the cache"
+    return [(i, a[k:k + _CHUNK]) for i,a in flat.items() for k in range(0, len(a), _CHUNK)]
 
 def _is_quick(t):
     dense = type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and t.is_contiguous()
@@ -49,8 +54,7 @@ def n_zeros_of_each(
     "Return how many elements of each of the `tensors` are zero"
     flat  = {i: _flat(t) for i,t in enumerate(tensors) if _is_quick(t)}
     zeros = [0 if i in flat else t.numel() - int(t.count_nonzero()) for i,t in enumerate(tensors)]
-    parts = [(i, a[k:k + _CHUNK]) for i,a in flat.items() for k in range(0, len(a), _CHUNK)]
-    for i,n in in_threads(_zeros_in, parts, sum(map(len, flat.values()))): zeros[i] += n
+    for i,n in in_threads(_zeros_in, _chunks(flat), sum(map(len, flat.values()))): zeros[i] += n
     return zeros
 
 def n_zeros(
@@ -58,6 +62,20 @@ def n_zeros(
 ) -> int:
     "Return how many elements of `t` are zero"
     return n_zeros_of_each([t])[0]
+
+# %% ../../nbs/008_core.tensors.ipynb #finite02
+def _is_sum_finite(item):
+    i, part = item
+    with np.errstate(all='ignore'): return i, math.isfinite(np.add.reduce(part))
+
+def finite_of_each(
+    tensors: Sequence[Tensor]  # of any type
+) -> list[bool]:
+    "Return whether each of the `tensors` has no NaN and no infinite elements"
+    flat = {i: _flat(t) for i,t in enumerate(tensors) if _is_quick(t) and t.dtype in (torch.float32, torch.float64)}
+    sums = in_threads(_is_sum_finite, _chunks(flat), sum(map(len, flat.values())))
+    left = {i for i,ok in sums if not ok}
+    return [i in flat and i not in left or all_finite(t) for i,t in enumerate(tensors)]
 
 # %% ../../nbs/008_core.tensors.ipynb #16779aa5
 def check_loaded(

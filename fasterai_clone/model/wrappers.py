@@ -38,6 +38,7 @@ def plain_name(
     name: str  # dotted
 ) -> str:
     "Return `name` without the prefixes that `torch.compile` adds"
+    if '_orig_mod' not in name: return name  # one call for each module of a model
     return '.'.join(k for k in name.split('.') if k != '_orig_mod')
 
 # %% ../../nbs/100_model.wrappers.ipynb #16151125

@@ -103,8 +103,8 @@ def _rounded(self:Chooser, scores, keep, old, round_to):
     return keep_masks([scores], k, magnitude=self.plain, pruned=[old])[0]
 
 def is_empty(mask: Tensor) -> bool:
-    "Return whether nothing is kept; check the beginning first: a full check would double the time of the choice"
-    return not mask.reshape(-1)[:1024].any() and not mask.any()
+    "Return whether nothing is kept"
+    return not (mask.numpy() if mask.is_cpu else mask).any()  # NumPy stops at the first kept one, torch reads them all
 
 # %% ../../nbs/475_sparse.choose.ipynb #d4a9ee03
 @patch
@@ -218,24 +218,37 @@ def clear_pruned(self:Chooser) -> int:
     return self.found.place.summed(n, self.found.targets[0].weight.device)
 
 @patch
-def once(self:Chooser, counts: list[float], pools: list[list[int]], round_to: int|None) -> None:
-    "Choose once, and apply the masks"
+def without_zeros(self:Chooser, masks: dict, pools: list[list[int]], round_to: int|None) -> set[str]:
+    "Return the names of targets that keep no zero by first `masks`: a smaller weight, which is not zero, is dropped"
+    if not self.plain or type(self.rule) is not Prune: return set()
+    def is_first(t): return t.name in masks and t.name not in self.found.masks and t.weight.ndim
+    def drops_more(t): return t.weight.detach()[:1].masked_fill(masks[t.name][:1], 0).any()  # one output shows enough
+    alone  = self.plan.context.split or round_to
+    ranked = [some for pool in map(self.targets, pools) for some in ([[t] for t in pool] if alone else [pool])]
+    return {t.name for pool in ranked if all(map(is_first, pool)) and any(map(drops_more, pool)) for t in pool}
+
+@patch
+def once(self:Chooser, counts: list[float], pools: list[list[int]], round_to: int|None) -> set[str]:
+    "Choose once, apply the masks, and return the names `without_zeros`"
     if self.found.masks and not self.plain: self.clear_pruned()  # groups chosen again would come back
     try: masks, values = self.new_masks(counts, pools, round_to)
     except ValueError:
         if not self.clear_pruned(): raise
         masks, values = self.new_masks(counts, pools, round_to)  # numbers that are not finite had been pruned before
+    nonzero = self.without_zeros(masks, pools, round_to)
     self.found.write(masks, values)
     self.scorer.renew(self.found.parts_of(t for pool in pools for t in self.targets(pool)))
+    return nonzero
 
 @patch
-def update(self:Chooser, rounds: list[list[float]], pools: list[list[int]], round_to: int|None) -> None:
-    "Choose once for each of the `rounds`, and undo all of them if one fails; a single one undoes its own changes"
+def update(self:Chooser, rounds: list[list[float]], pools: list[list[int]], round_to: int|None) -> set[str]:
+    "Choose `once` for each of the `rounds`, and undo all of them if one fails; a single one undoes its own changes"
     several, updates = len(rounds) > 1, self.found.updates
     try:
         tensors = [*self.found.params.values(), *self.found.masks.values()] if several else []
         with all_or_nothing(tensors=tensors, tables=[self.found.masks]):
-            for counts in rounds: self.once(counts, pools, round_to)
+            for counts in rounds: nonzero = self.once(counts, pools, round_to)
+            return nonzero
     except BaseException:
         if several: self.found.updates = updates
         raise

@@ -78,14 +78,22 @@ class Chooser:
     def clear_pruned(self) -> int:
         """Zero pruned numbers that are not finite, in weights, gradients and references; return how many there were"""
 
-    def once(self, counts: list[float], pools: list[list[int]], round_to: int | None) -> None:
-        """Choose once, and apply the masks"""
+    def without_zeros(self, masks: dict, pools: list[list[int]], round_to: int | None) -> set[str]:
+        """Return the names of targets that keep no zero by first `masks`: a smaller weight, which is not zero, is dropped"""
 
-    def update(self, rounds: list[list[float]], pools: list[list[int]], round_to: int | None) -> None:
-        """Choose once for each of the `rounds`, and undo all of them if one fails; a single one undoes its own changes"""
+    def once(self, counts: list[float], pools: list[list[int]], round_to: int | None) -> set[str]:
+        """Choose once, apply the masks, and return the names `without_zeros`"""
+
+    def update(
+        self,
+        rounds: list[list[float]],
+        pools: list[list[int]],
+        round_to: int | None,
+    ) -> set[str]:
+        """Choose `once` for each of the `rounds`, and undo all of them if one fails; a single one undoes its own changes"""
 
     def try_measure(self, batch: tuple) -> None:
         """Measure and score once with `batch`, so that a criterion that fails is found before training"""
 
 def is_empty(mask: Tensor) -> bool:
-    """Return whether nothing is kept; check the beginning first: a full check would double the time of the choice"""
+    """Return whether nothing is kept"""

@@ -82,12 +82,15 @@ def counted_report(found: Found, plan: Plan, unit: str, granularity) -> Report:
                   other_names(found, named))
 
 # %% ../../nbs/480_sparse.counted.ipynb #3fbe6b43
-def warn_of_others(found: Found, granularity) -> None:
-    "Warn if more groups are zero than `found` has pruned"
+def warn_of_others(found: Found, granularity, nonzero: set[str] = frozenset()) -> None:
+    "Warn if more groups are zero than `found` has pruned; `nonzero`: targets that are known to keep no zero"
     if found.place.mesh is not None: return
-    total = sum(t.groups.n for t in found.targets)
-    pruned, alive = sum(found.n_pruned()), sum(found.n_alive(found.targets))
-    warn_of_zeros(total - alive, pruned, total, granularity if isinstance(granularity, str) else 'group')
+    def counted(targets):
+        total = sum(t.groups.n for t in targets)
+        return total - sum(found.n_alive(targets)), sum(found.n_pruned(targets)), total
+    zero, pruned, _ = counted([t for t in found.targets if t.name not in nonzero])
+    if zero <= pruned: return
+    warn_of_zeros(*counted(found.targets), granularity if isinstance(granularity, str) else 'group')
 
 def anything_pruned(found: Found, what: nn.Module|nn.Parameter|str|None = None) -> bool:
     "Return whether anything has been pruned in the model, a module, or a single parameter"

@@ -31,8 +31,8 @@ def budget_used(found: Found, plan: Plan, unit: str) -> tuple | None:
 def counted_report(found: Found, plan: Plan, unit: str, granularity) -> Report:
     """Return the report of the current zeros"""
 
-def warn_of_others(found: Found, granularity) -> None:
-    """Warn if more groups are zero than `found` has pruned"""
+def warn_of_others(found: Found, granularity, nonzero: set[str] = ...) -> None:
+    """Warn if more groups are zero than `found` has pruned; `nonzero`: targets that are known to keep no zero"""
 
 def anything_pruned(found: Found, what: nn.Module | nn.Parameter | str | None = None) -> bool:
     """Return whether anything has been pruned in the model, a module, or a single parameter"""

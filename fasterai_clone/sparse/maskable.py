@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 import torch, torch.nn as nn
 from torch.nn.parameter import is_lazy
-from ..core.tensors import all_finite, check_loaded, why_not_writable
+from ..core.tensors import all_finite, check_loaded, finite_of_each, why_not_writable
 from ..model.wrappers import plain_name
 from .parts import Part
 from .placement import is_sharded, sum_over_mesh
@@ -59,9 +59,8 @@ def not_finite(
     return [plain_name(k) for k,p in model.named_parameters() if not is_lazy(p) and _is_spoilt(p)]
 
 # %% ../../nbs/413_sparse.maskable.ipynb #d8ac08c3
-def is_finite(w):
-    "Return whether `w` has no NaN and no infinite number, in any process"
-    if not is_sharded(w): return all_finite(w)
+def is_finite_anywhere(w):
+    "Return whether the sharded `w` has no NaN and no infinite number, in any process"
     mine = w.detach().to_local()
     return not sum_over_mesh(torch.tensor([not all_finite(mine)], device=mine.device).long(), w.device_mesh)
 
@@ -87,5 +86,14 @@ def check_param(layer, m, k, home, strict=True):
     check_loaded([(where, w)])
     why = _why_not_ranked(w)
     if why and strict: raise ValueError(f'{where} {why}')
-    if why: return why
-    if not is_finite(w): raise ValueError(f'{where} holds NaN or infinite numbers')
+    return why
+
+def check_finite(parts: Iterable[Part]) -> None:
+    "Raise `ValueError` for the first of the `parts` with NaN or infinite numbers, in any process"
+    parts = [*{p.name: p for p in parts}.values()]
+    whole = [p for p in parts if not is_sharded(p.whole)]
+    fine  = {p.name: ok for p,ok in zip(whole, finite_of_each([p.whole for p in whole]))}
+    bad   = next((p for p in parts if not (fine[p.name] if p.name in fine else is_finite_anywhere(p.whole))), None)
+    if bad is None: return
+    where = f'{bad.name.rpartition(".")[0] or "the model"} ({type(bad.owner).__name__})'
+    raise ValueError(f'The {bad.param} of {where} holds NaN or infinite numbers')

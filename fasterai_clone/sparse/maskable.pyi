@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 import torch, torch.nn as nn
 from torch.nn.parameter import is_lazy
-from ..core.tensors import all_finite, check_loaded, why_not_writable
+from ..core.tensors import all_finite, check_loaded, finite_of_each, why_not_writable
 from ..model.wrappers import plain_name
 from .parts import Part
 from .placement import is_sharded, sum_over_mesh
@@ -21,11 +21,14 @@ def check_maskable(scored: Iterable[Part], held: Iterable[Part] = ()) -> None:
 def not_finite(model: nn.Module) -> list[str]:
     """Return the names of the parameters of `model` with NaN or infinite numbers"""
 
-def is_finite(w):
-    """Return whether `w` has no NaN and no infinite number, in any process"""
+def is_finite_anywhere(w):
+    """Return whether the sharded `w` has no NaN and no infinite number, in any process"""
 
 def why_computed(owner, leaf):
     """Return (reason, remedy) for a weight that is not a parameter"""
 
 def check_param(layer, m, k, home, strict=True):
     """Raise `ValueError` for a parameter that cannot be masked; unless `strict`, return the reason if it can be skipped"""
+
+def check_finite(parts: Iterable[Part]) -> None:
+    """Raise `ValueError` for the first of the `parts` with NaN or infinite numbers, in any process"""

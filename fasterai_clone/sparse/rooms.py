@@ -166,30 +166,32 @@ def build(self:Settable, model: nn.Module, criteria: Criteria|dict, inputs: Inpu
 @patch
 @torch.no_grad()
 def change(self:Settable, counts: list[int], places: list[list[int]],
-           round_to: int|None = None, in_rounds: bool = False, optimizer: object = None) -> None:
-    "Update the pools of targets at `places`, `in_rounds` if the criterion measures again"
+           round_to: int|None = None, in_rounds: bool = False, optimizer: object = None) -> set[str]:
+    "Update the pools of targets at `places`, `in_rounds` if the criterion measures again; return those without zeros"
     self.follow()
     check_maskable(self.found.parts, self.found.held)
     rate = self.criteria.rate if in_rounds and not self.scorer.ready else None
     rounds = self.plan.steps(counts, self.found.n_pruned() if rate else [], rate)
-    def choose(): self.chooser.update(rounds, places, round_to)
+    nonzero = set()
+    def choose(): nonzero.update(self.chooser.update(rounds, places, round_to))
     former = {} if self.rule.steady else {k: m.clone() for k,m in self.masks.items()}
     if former: self.found.apply()  # what grows starts at zero: a step has moved pruned weights
     self.found.place.decide(choose, self.found, self.scorer, [self.targets[i] for pool in places for i in pool])
     optimizers = self.found.steppers.all + ([] if optimizer is None else [optimizer])
     if former and optimizers: forget_grown(optimizers, self.found.params, grown_since(former, self.masks))
     self.scorer.seen = []
-    if not self.coupled or max(map(len, self.plan.pools)) == 1: return
+    if not self.coupled or max(map(len, self.plan.pools)) == 1: return nonzero
     totals = [t.groups.n for t in self.targets]
     warn_of_few(self.plan.labels, [n - k for n,k in zip(totals, self.found.n_pruned())], totals, self.warned)
+    return nonzero
 
 # %% ../../nbs/495_sparse.rooms.ipynb #24327db5
 @patch
-def count_call(self:Settable) -> None:
+def count_call(self:Settable, nonzero: set[str] = frozenset()) -> None:
     "Look for zeros of others in the first call, the second, the fourth and so on, because counting takes time"
     self.calls += 1
     if self.calls > 1 and not self.rule.steady: return  # weights that have just grown are zero as well
-    if not self.calls & (self.calls - 1): warn_of_others(self.found, self.granularity)
+    if not self.calls & (self.calls - 1): warn_of_others(self.found, self.granularity, nonzero)
 
 @patch
 def new_plan(self:Settable, min_sparsity: float|dict|None = None, max_sparsity: float|dict|None = None) -> Plan:

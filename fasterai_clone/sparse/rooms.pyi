@@ -121,10 +121,10 @@ class Settable(Current):
         round_to: int | None = None,
         in_rounds: bool = False,
         optimizer: object = None,
-    ) -> None:
-        """Update the pools of targets at `places`, `in_rounds` if the criterion measures again"""
+    ) -> set[str]:
+        """Update the pools of targets at `places`, `in_rounds` if the criterion measures again; return those without zeros"""
 
-    def count_call(self) -> None:
+    def count_call(self, nonzero: set[str] = ...) -> None:
         """Look for zeros of others in the first call, the second, the fourth and so on, because counting takes time"""
 
     def new_plan(

@@ -177,8 +177,7 @@ def sparsify_model(self:Sparsifier,
         warn_of_one(sparsity)
         if n is None and not relative: counts = self.counts(sparsity, round_to)
         else: counts = counts_of(self.plan, None, sparsity, round_to, n, relative, self.found.n_pruned)
-    self.update(counts, round_to=round_to)
-    self.count_call()
+    self.count_call(self.change(counts, self.plan.pools, round_to, in_rounds=True))
     inputs = self.scorer.inputs
     if inputs.example is None: return
     warn_of_cuts(self.model, self.targets, lambda: inputs.one(self.model, self.targets[0].weight.device, ''))
@@ -206,8 +205,7 @@ def sparsify_layer(self:Sparsifier,
     check_given(sparsity, n, relative)
     warn_of_one(sparsity)
     counts = counts_of(self.plan, [[i] for i in found], sparsity, round_to, n, relative, self.found.n_pruned)
-    self.change(counts, [[i] for i in found])
-    self.count_call()
+    self.count_call(self.change(counts, [[i] for i in found]))
 
 # %% ../../nbs/500_sparse.sparsifier.ipynb #d98e2722
 @patch

@@ -18,7 +18,7 @@ from .parts import Part, Target, param_name
 from ..core.arguments import unknown_name, check_sparsity
 from fasterai_clone.sparse.layers import (home_of, is_requested, layer_params, layer_types, layers_of,
     parents_of)
-from .maskable import check_param
+from .maskable import check_finite, check_param
 from .usage import check_use
 
 # %% auto #0
@@ -182,13 +182,13 @@ def find_targets(
     wanted = [params] if isinstance(params, str) else params
     if params is not None: wanted = [*wanted]
     found, parents, weights = layers_of(model, types, part), parents_of(model), _Weights(model)
-    def name_of(n, m, k): return home_of(n, m, k, parents)[0]
-    names = [(n, m, name_of(n, m, k)) for _,n,m in found for k in layer_params(m, wanted)]
+    named = {i: {k: home_of(n, m, k, parents)[0] for k in layer_params(m, wanted)} for i,n,m in found}
+    names = [(n, m, name) for i,n,m in found for name in named[i].values()]
     if not names: raise ValueError(_no_parameter(found, wanted, granularity))
     is_chosen = _choice(include, exclude, names)
     targets, chosen = Targets(), set()
     for i,n,m in found:
-        own    = [k for k in layer_params(m, wanted) if is_chosen(n, m, name_of(n, m, k))]
+        own    = [k for k,name in named[i].items() if is_chosen(n, m, name)]
         strict = is_requested(m, types)
         bare   = strict and not own and wanted is None and m._parameters and not layer_params(m)
         if bare and is_chosen(n, m, n): raise ValueError(_without_weights(n, m, granularity))
@@ -199,6 +199,7 @@ def find_targets(
         if not strict: targets.optional |= {t.name for t in new}
         targets += new
     _check_some(targets, names)
+    check_finite(p for t in targets for p in t.parts)
     _note_ties(model, targets, weights, chosen)
     return targets
 

@@ -11,7 +11,7 @@ from ..model.wrappers import plain_name
 from .parts import Part, Target, param_name
 from ..core.arguments import unknown_name, check_sparsity
 from fasterai_clone.sparse.layers import home_of, is_requested, layer_params, layer_types, layers_of, parents_of
-from .maskable import check_param
+from .maskable import check_finite, check_param
 from .usage import check_use
 from typing import Any
 

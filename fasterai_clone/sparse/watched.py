@@ -77,9 +77,10 @@ class Watched:
         self.model   = model
         self.places  = places
         self.tensors = {k: _tensor_at(m, p) for k,(m,p) in places.items()}
-        self.kinds   = {k: self._kind_at(k) for k in places} if kinds is None else kinds
+        ways = {k: _walk(model, k.rpartition('.')[0]) for k in places}
+        self.kinds   = {k: self._kind_at(k, m) for k,(m,_) in ways.items()} if kinds is None else kinds
         self.shapes  = [shape for _,shape,_ in self.kinds.values()]
-        self.links   = self._links()
+        self.links   = self._links({k: way for k,(_,way) in ways.items()})
 
     def is_in_place(self) -> bool:
         "Return whether every tensor is still in its place, with the same shape"
@@ -92,19 +93,18 @@ class Watched:
 
 # %% ../../nbs/424_sparse.watched.ipynb #watc0007
 @patch
-def _kind_at(self:Watched, name):
+def _kind_at(self:Watched, name, named):
     "Return the kind of the module, the shape of the tensor, and whether the name leads to that module"
     m, _ = self.places[name]
-    return _kind(m), tuple(self.tensors[name].shape), _walk(self.model, name.rpartition('.')[0])[0] is m
+    return _kind(m), tuple(self.tensors[name].shape), named is m
 
 @patch
-def _links(self:Watched):
+def _links(self:Watched, ways):
     "Return (look-up, key, expected object), once for each module and tensor that must be in its place"
     links = {}
     for name,(m,p) in self.places.items():
         own = m._parameters if m._parameters.get(p) is not None else m._buffers
-        way = _walk(self.model, name.rpartition('.')[0])[1]
-        for d,k,v in [*way, (own, p, self.tensors[name])]: links[id(d), k] = d.get, k, v
+        for d,k,v in [*ways[name], (own, p, self.tensors[name])]: links[id(d), k] = d.get, k, v
     return [*links.values()]
 
 # %% ../../nbs/424_sparse.watched.ipynb #a3be6365
