@@ -110,4 +110,6 @@ def quantize_onnx(
 ) -> None:
     "Write a copy of `file` with weights of eight bits"
     quantization = extra_package('onnxruntime.quantization', 'onnx')
-    with _quiet(): quantization.quantize_dynamic(str(file), str(out), weight_type=quantization.QuantType.QInt8)
+    model = extra_package('onnx', 'onnx').load(str(file))
+    del model.graph.value_info[:]  # the quantizer transposes weights whose shapes are there; it infers all anew
+    with _quiet(): quantization.quantize_dynamic(model, str(out), weight_type=quantization.QuantType.QInt8)
