@@ -167,7 +167,7 @@ def _check(target, damping, layers, memory, max_memory):
     check_damping(damping)
     if not layers:
         raise ValueError('`masks` has no weights of layers that can be reconstructed: Linear, Conv1d/2d/3d, Conv1D, or '
-                         'the input projections of MultiheadAttention')
+                         'the projections of MultiheadAttention')
     large = {k: n for k,n in memory.items() if max_memory and n > max_memory}
     if large:
         name, n = max(large.items(), key=lambda item: item[1])
