@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers.pytorch_utils import Conv1D
 
+from fasterai_clone.methods.recalibrate import recalibrate
 from fasterai_clone.model.preserve import restored
 from fasterai_clone.model.run import opened_attention
 from fasterai_clone.sparse.batches import *
@@ -156,6 +157,14 @@ def test_a_generator_is_used_up():
     g = (b for b in [(x, y)])
     assert listed(g) == [paired]
     with pytest.raises(ValueError, match='no batch'): listed(g)
+
+def test_a_list_of_three_inputs_is_explained():
+    "It is one batch of two inputs and a target, and the model takes one input"
+    for f in (lambda m, d: input_norms(m, named(m, 'weight'), d), recalibrated):
+        with pytest.raises(TypeError, match=r'2 inputs of a batch.*\[\(x1, None\), \(x2, None\)\]'):
+            f(nn.Sequential(nn.Linear(3, 2)), [torch.rand(4, 3)]*3)
+
+def recalibrated(model, data): return recalibrate(nn.Sequential(nn.BatchNorm1d(3), *model), data)
 
 def test_batches_of_fastai():
     dls = digits_dls(n=128)

@@ -482,6 +482,16 @@ def test_all_or_nothing(stop, at, target):
     assert same(weights(dense), was) and dense.training and not any(m._forward_pre_hooks for m in dense.modules())
     assert e.value.__notes__ == [f'`reconstruct` stopped after {at} of 3 layers. The model is as it was before']
 
+def test_stopped_while_the_order_of_layers_is_found():
+    dense = net()
+    masks = {k: torch.rand_like(p) > .5 for k,p in dense.named_parameters() if p.ndim > 1}
+    def stop(*_): raise KeyboardInterrupt
+    dense[0].register_forward_hook(stop)
+    was = weights(dense)
+    with pytest.raises(KeyboardInterrupt) as e: reconstruct(dense, masks, torch.randn(30, 1, 8, 8))
+    assert same(weights(dense), was)
+    assert e.value.__notes__ == ['`reconstruct` stopped after 0 of 3 layers. The model is as it was before']
+
 def test_memory_is_told_and_limited():
     dense, x = net(), torch.randn(30, 1, 8, 8)
     masks = {k: torch.rand_like(p) > .5 for k,p in dense.named_parameters() if p.ndim > 1}

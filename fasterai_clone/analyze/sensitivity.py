@@ -22,6 +22,7 @@ from ..core.selection import n_dropped
 from ..core.style import colors, styled
 from ..core.bars import with_bar
 from ..model.wrappers import unwrapped, without_compile
+from ..sparse.batches import rereadable
 from ..sparse.sparsifier import Sparsifier
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def sensitivity(
 ) -> Sensitivity:
     "Prune one layer at a time to each of `sparsities`, and measure `metric`"
     levels = [check_sparsity(s) for s in sparsities]
-    model  = unwrapped(model)
+    model, data = unwrapped(model), rereadable(data)
     sp     = Sparsifier(model, granularity, 'local', criteria, layer_type=layer_type, **{'data': data, **which})
     check_one_target_each(sp)
     table  = _Table(state, _about(sp, metric))

@@ -211,7 +211,8 @@ class _Walk:
 
     def layers(self, layers, memory, max_memory, data, skipped):
         "Reconstruct all layers that run; return the results and what was skipped"
-        stages, left_out = stages_of(self.model, next(iter(data)), layers, memory, max_memory)
+        with _reported({}, len(layers)):
+            stages, left_out = stages_of(self.model, next(iter(data)), layers, memory, max_memory)
         skipped = {**skipped, **left_out}
         layers  = [l for l in layers if l.param not in skipped]
         if not layers: raise ValueError(f'No layer can be reconstructed: {skipped}')

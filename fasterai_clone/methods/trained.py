@@ -29,6 +29,7 @@ from .stages import Collecting, path_of, stages_of, walk
 from ..model.preserve import all_or_nothing, copied
 from ..model.run import check_model
 from ..model.wrappers import unwrapped
+from ..sparse.batches import rereadable
 from ..sparse.context import Context
 from ..sparse.sparsifier import Sparsifier
 
@@ -313,6 +314,7 @@ def prune_trained(
     model, solver, start = unwrapped(model), as_method(method), time.perf_counter()
     if target not in ('dense', 'layer'): raise ValueError(f"`target` must be 'dense' or 'layer', got {target!r}")
     check_damping(damping)
+    data = rereadable(data, max_batches)
     call = _call(sparsity, granularity, context, criteria, nm=nm, method=method, fit=fit, target=target,
                  damping=damping, round_to=round_to, max_batches=max_batches)
     sp  = _sparsifier(model, granularity, context, criteria, nm, data, which)
