@@ -106,7 +106,7 @@ def _draw_lines(ax, found):
     for name,row in found.values.items(): ax.plot([0, *row], [found.dense, *row.values()], marker='.', label=name)
     ax.axhline(found.dense, color=colors['grey'], ls='--', lw=1)
     ax.set(xlabel='sparsity of this layer (%)', ylabel='metric')
-    ax.legend(fontsize=7, ncols=1 + len(found.values)//12)
+    ax.legend(title='layer', fontsize=7, title_fontsize=7, ncols=1 + len(found.values)//12)
 
 def _draw_heat(ax, found):
     "Draw a cell for each layer and sparsity"
@@ -114,7 +114,7 @@ def _draw_heat(ax, found):
     image = ax.imshow(table.values, aspect='auto', cmap='viridis' if found.sign > 0 else 'viridis_r')
     ax.set_xticks(range(len(table.columns)), [f'{s:g}' for s in table.columns])
     ax.set_yticks(range(len(table)), table.index, fontsize=7)
-    ax.set(xlabel='sparsity of this layer (%)')
+    ax.set(xlabel='sparsity of this layer (%)', ylabel='layer')
     ax.figure.colorbar(image, ax=ax, label='metric')
 
 # %% ../../nbs/752_analyze.sensitivity.ipynb #d392f0dc
