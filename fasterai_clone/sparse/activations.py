@@ -38,7 +38,7 @@ def watch(what, model, data, modules, look):
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 
 def inside_attention(model, name):
-    "Return whether parameter `name` belongs to attention's output projection, which attention does not call as a module"
+    "Return whether parameter `name` belongs to attention's output projection, which it does not call as a module"
     layer = name.rpartition('.')[0]
     return bool(layer) and isinstance(model.get_submodule(layer.rpartition('.')[0]), nn.MultiheadAttention)
 
@@ -109,7 +109,8 @@ def input_norms(
     layers = layers_of(model, params)
     def seen(k):
         m, leaf = layers[k], k.rpartition('.')[2]
-        return leaf == 'weight' and _is_turned(m) or any(isinstance(m, kind) and leaf in leaves for kind,leaves in _sees)
+        if leaf == 'weight' and _is_turned(m): return True
+        return any(isinstance(m, kind) and leaf in leaves for kind,leaves in _sees)
     if hidden := [k for k in params if not seen(k)]:
         raise ValueError(f'What {", ".join(hidden)} is multiplied with cannot be seen from outside its layer '
                          '(biases, norms, hidden states and deeper layers of recurrent ones): leave it out, or choose '

@@ -16,7 +16,7 @@ def watch(what, model, data, modules, look):
 CONVOLUTIONS: tuple
 
 def inside_attention(model, name):
-    """Return whether parameter `name` belongs to attention's output projection, which attention does not call as a module"""
+    """Return whether parameter `name` belongs to attention's output projection, which it does not call as a module"""
 
 def input_norms(
     model: nn.Module,

@@ -139,9 +139,10 @@ def arguments(
                         f'its `forward` takes {inspect.signature(model.forward)}')
     if _is_parts(x) and not _takes(model, x) and _takes(model, *x): return tuple(x), {}
     if len(inputs) > 1 and not _takes(model, *inputs):
-        raise TypeError(f'{type(model).__name__} cannot be called with the {len(inputs)} inputs of a batch: its `forward` '
-                        f'takes {inspect.signature(model.forward)}. A list or tuple of tensors is one batch, and its last '
-                        'tensor is the target: write batches of inputs alone as [(x1, None), (x2, None)]')
+        raise TypeError(f'{type(model).__name__} cannot be called with the {len(inputs)} inputs of a batch: '
+                        f'its `forward` takes {inspect.signature(model.forward)}. A list or tuple of tensors is one '
+                        'batch, and its last tensor is the target: write batches of inputs alone as '
+                        '[(x1, None), (x2, None)]')
     return inputs, {}
 
 # %% ../../nbs/400_sparse.batches.ipynb #7f903788

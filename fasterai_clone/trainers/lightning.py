@@ -110,8 +110,6 @@ def on_exception(self:SparsifyLightningCallback,
 ) -> None:
     "Stop following; the model keeps its zeros"
     self.release()
-
-# %% ../../nbs/575_trainers.lightning.ipynb #plpatch2
 @patch
 def state_dict(self:SparsifyLightningCallback) -> dict:
     "Return masks, references, progress and random numbers: plain numbers and tensors"
