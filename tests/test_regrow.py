@@ -109,9 +109,10 @@ def test_slow_weights_of_lookahead_begin_at_zero():
     learn, moved, old = learner(opt_func=ranger), [], {}
     cb = sparse(Regrow(every=EVERY, fraction=.5))
     def look():
-        slow = learn.opt.slow_weights
+        groups = zip(learn.opt.param_lists, learn.opt.slow_weights or [])
+        slow   = {id(p): s for ps,ss in groups for p,s in zip(ps, ss)}
         for k,m in cb.sparsifier.masks.items() if slow else ():
-            kept = next(s for g,ss in zip(learn.opt.param_lists, slow) for p,s in zip(g, ss) if p is cb.sparsifier.params[k])
+            kept = slow[id(cb.sparsifier.params[k])]
             moved.extend(kept[m & ~old.get(k, m)].tolist())
             old[k] = m.clone()
     fit(learn, cbs=[cb, spy('after_step', look)])
