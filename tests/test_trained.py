@@ -33,7 +33,7 @@ def test_counts_and_errors(criteria, target):
     report.sparsifier.masks.apply(masked)
     def off(m): return float((m(x) - dense(x)).detach().square().mean())
     assert off(model) < off(masked)
-    assert '1 batch norms re-estimated' in str(report) and len(report.to_pandas()) == 3
+    assert '1 batch norm re-estimated' in str(report) and len(report.to_pandas()) == 3
 
 @pytest.mark.parametrize('criteria', ['sparsegpt', 'wanda', 'snip'])
 def test_a_generator_is_read_once(criteria):

@@ -45,7 +45,8 @@ class PrunedReport(Reconstruction):
     seconds: float = 0.                 # for everything
 
     def __repr__(self):
-        norms = [f'{len(self.norms)} batch norms re-estimated'] if self.norms else []
+        n = len(self.norms)
+        norms = [f'{n} batch norm{"s" if n > 1 else ""} re-estimated'] if n else []
         return '\n'.join([super().__repr__(), ', '.join([*norms, f'{self.seconds:.1f} s'])])
 
 # %% ../../nbs/680_methods.trained.ipynb #99093cc4
