@@ -8,14 +8,18 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from transformers.pytorch_utils import Conv1D
 
+from fasterai_clone.methods.recalibrate import recalibrate
 from fasterai_clone.model.preserve import restored
+from fasterai_clone.model.run import opened_attention
 from fasterai_clone.sparse.batches import *
 from fasterai_clone.sparse.activations import *
 from fasterai_clone.sparse.channel_scores import *
 from fasterai_clone.sparse.gradients import *
 from fasterai_clone.sparse.measure import *
 from fasterai_clone.sparse.paths import *
+from fasterai_clone.sparse.sparsifier import Sparsifier
 from fasterai_clone.sparse.synflow import *
 from fasterai_clone.digits import digits_dls, digits_net
 
@@ -153,6 +157,14 @@ def test_a_generator_is_used_up():
     g = (b for b in [(x, y)])
     assert listed(g) == [paired]
     with pytest.raises(ValueError, match='no batch'): listed(g)
+
+def test_a_list_of_three_inputs_is_explained():
+    "It is one batch of two inputs and a target, and the model takes one input"
+    for f in (lambda m, d: input_norms(m, named(m, 'weight'), d), recalibrated):
+        with pytest.raises(TypeError, match=r'2 inputs of a batch.*\[\(x1, None\), \(x2, None\)\]'):
+            f(nn.Sequential(nn.Linear(3, 2)), [torch.rand(4, 3)]*3)
+
+def recalibrated(model, data): return recalibrate(nn.Sequential(nn.BatchNorm1d(3), *model), data)
 
 def test_batches_of_fastai():
     dls = digits_dls(n=128)
@@ -608,6 +620,32 @@ def test_projections_of_attention_see_queries_keys_and_values(batch_first, kw):
     assert got.shape == (12, 4)
     for rows,t in zip(got.split(4), (q, k, v)): assert close(rows, t.square().sum((0, 1)).sqrt().expand(4, 4), 1e-5)
 
+@pytest.mark.parametrize('batch_first', [False, True])
+@pytest.mark.parametrize('more', [{}, dict(kdim=3, vdim=5), dict(add_bias_kv=True), dict(bias=False)])
+def test_the_output_projection_of_attention_sees_the_joined_heads(batch_first, more):
+    "What it sees is what remains of the output if its weight is one and its bias is zero"
+    m = nn.MultiheadAttention(4, 2, batch_first=batch_first, **more).eval()
+    q, k, v = (torch.randn(3, 3, n) for n in (4, more.get('kdim', 4), more.get('vdim', 4)))
+    plain, twin = m(q, k, v), deepcopy(m)
+    twin.out_proj.weight.data = torch.eye(4)
+    if twin.out_proj.bias is not None: twin.out_proj.bias.data.zero_()
+    got = input_norms(m, named(m, 'out_proj.weight'), (q, k, v, None))['out_proj.weight']
+    assert close(got, twin(q, k, v)[0].square().sum((0, 1)).sqrt()[None], 1e-5)
+    assert all(map(torch.equal, m(q, k, v), plain)) and 'forward' not in vars(m)
+    with opened_attention(m): assert close(m(q, k, v)[0], plain[0], 1e-5) and torch.equal(m(q, k, v)[1], plain[1])
+
+def test_conv1d_of_transformers_is_a_linear_layer_with_its_weight_turned():
+    m, x, y = Conv1D(5, 7), torch.randn(6, 3, 7), torch.randn(3, 4, 7)
+    linear = nn.Linear(7, 5)
+    linear.weight.data = m.weight.data.t()
+    got, want = (input_norms(n, named(n, 'weight'), [(x, None), (y, None)])['weight'] for n in (m, linear))
+    assert got.shape == (7, 1) and torch.equal(got, want.t())
+    for context in ('output', 'local'):
+        for net in (m, linear):
+            Sparsifier(net, 'weight', context, 'wanda', layer_type=(nn.Linear, 'Conv1D'), data=x).sparsify_model(60)
+        assert torch.equal(m.weight, linear.weight.t())
+        assert int((m.weight == 0).sum()) == dict(output=5*4, local=21)[context]
+
 def test_projections_with_sizes_of_their_own():
     m = nn.MultiheadAttention(4, 2, kdim=3, vdim=5)
     q, k, v = torch.randn(6, 2, 4), torch.randn(7, 2, 3), torch.randn(7, 2, 5)
@@ -631,8 +669,8 @@ def test_recurrent_layers_see_their_input(kind):
 
 def test_what_cannot_be_seen_is_refused_together():
     net = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    with pytest.raises(ValueError, match='self_attn.out_proj.weight, norm1.weight'):
-        input_norms(net, named(net, 'linear1.weight') | named(net, 'out_proj.weight') | named(net, 'norm1.weight'),
+    with pytest.raises(ValueError, match='linear1.bias, norm1.weight'):
+        input_norms(net, named(net, 'linear1.weight') | named(net, 'linear1.bias') | named(net, 'norm1.weight'),
                     torch.rand(2, 3, 4))
     with pytest.raises(ValueError, match='linear1.bias'):
         input_norms(net, named(net, 'linear1.bias'), torch.rand(2, 3, 4))

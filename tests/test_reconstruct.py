@@ -317,6 +317,29 @@ def test_projections_of_attention(kdim):
     def off(m): return sum(float((m(**b) - dense(**b)).square().sum()) for b in data)
     assert off(net) < .8*off(masked)
 
+@pytest.mark.parametrize('batch_first', [False, True])
+def test_the_output_projection_of_attention_is_fitted_to_the_joined_heads(batch_first):
+    "After the input projections, by least squares on what the heads give then"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        def forward(self, x): return self.a(x, x, x, need_weights=False)[0]
+    net, x = Net().eval(), torch.randn(40, 6, 8)
+    dense, masks = copy.deepcopy(net), {k: torch.rand(p.shape) > .5 for k,p in net.named_parameters() if p.ndim > 1}
+    masked = copy.deepcopy(net)
+    for k,m in masks.items(): masked.get_parameter(k).data.mul_(m)
+    done = reconstruct(net, masks, x, damping=1e-9)
+    assert [*done.layers] == ['a.q', 'a.k', 'a.v', 'a.out_proj'] and not done.skipped
+    heads = copy.deepcopy(net)
+    heads.a.out_proj.weight.data, heads.a.out_proj.bias.data = torch.eye(8), torch.zeros(8)
+    z, y = heads(x).detach().flatten(0, 1).double(), dense(x).detach().flatten(0, 1).double()
+    for row,keep in enumerate(masks['a.out_proj.weight']):
+        best = torch.linalg.lstsq(torch.cat([z[:, keep], torch.ones(len(z), 1)], 1), y[:, row:row + 1]).solution[:, 0]
+        assert torch.allclose(net.a.out_proj.weight[row, keep].double(), best[:-1], atol=1e-4)
+    def off(m): return float((m(x) - dense(x)).square().mean())
+    assert off(net) < .8*off(masked) and 'forward' not in vars(net.a)
+
 def test_a_transformer_and_what_is_left_out():
     class Scaled(nn.Linear):
         def forward(self, input): return F.linear(input, F.normalize(self.weight), self.bias)
@@ -330,12 +353,13 @@ def test_a_transformer_and_what_is_left_out():
     net   = Net().eval()
     masks = {k: torch.rand_like(p) > .5 for k,p in net.named_parameters() if p.ndim > 1}
     done  = reconstruct(net, masks, [dict(input_ids=torch.randint(11, (40, 6))) for _ in range(3)])
-    assert [*done.layers] == [f'layer.{k}' for k in 'self_attn.q self_attn.k self_attn.v linear1 linear2'.split()]
+    assert [*done.layers] == [f'layer.{k}' for k in
+                              'self_attn.q self_attn.k self_attn.v self_attn.out_proj linear1 linear2'.split()]
     assert done.skipped == {'embed.weight': 'is shared by several modules',
                             'scaled.weight': 'does more than weights · inputs + bias',
-                            'layer.self_attn.out_proj.weight': 'did not run', 'unused.weight': 'did not run'}
+                            'unused.weight': 'did not run'}
     assert all(not net.get_parameter(k)[~m].any() for k,m in masks.items())
-    assert 'unused.weight was only masked: it did not run' in str(done) and len(done.to_pandas()) == 5
+    assert 'unused.weight was only masked: it did not run' in str(done) and len(done.to_pandas()) == 6
 
 class Mixture(nn.Module):
     "Two experts, one for each half of the items; which is which depends on the first layer"
@@ -457,6 +481,16 @@ def test_all_or_nothing(stop, at, target):
         reconstruct(dense, masks, torch.randn(30, 1, 8, 8), stopping, target=target, damping=.01)
     assert same(weights(dense), was) and dense.training and not any(m._forward_pre_hooks for m in dense.modules())
     assert e.value.__notes__ == [f'`reconstruct` stopped after {at} of 3 layers. The model is as it was before']
+
+def test_stopped_while_the_order_of_layers_is_found():
+    dense = net()
+    masks = {k: torch.rand_like(p) > .5 for k,p in dense.named_parameters() if p.ndim > 1}
+    def stop(*_): raise KeyboardInterrupt
+    dense[0].register_forward_hook(stop)
+    was = weights(dense)
+    with pytest.raises(KeyboardInterrupt) as e: reconstruct(dense, masks, torch.randn(30, 1, 8, 8))
+    assert same(weights(dense), was)
+    assert e.value.__notes__ == ['`reconstruct` stopped after 0 of 3 layers. The model is as it was before']
 
 def test_memory_is_told_and_limited():
     dense, x = net(), torch.randn(30, 1, 8, 8)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import fastai.callback.fp16 as fp16
 import pytest, torch, torch.nn as nn
-from fastai.basics import SGD, Callback, set_seed
+from fastai.basics import SGD, Callback, ranger, set_seed
 from fastai.callback.all import GradientAccumulation, GradientClip
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -103,6 +103,20 @@ def test_as_the_naive_reference_in_a_loop_of_ones_own():
                 assert torch.equal(opt.state[net.weight][s], opt2.state[other.weight][s])
             opt.zero_grad(), opt2.zero_grad()
     assert [r['step'] for r in rule.history] == [2, 4, 6, 8] and sp.found.steppers.all == []
+
+def test_slow_weights_of_lookahead_begin_at_zero():
+    "fastai's `ranger` averages the weights with slow ones every six steps: they must not bring old values back"
+    learn, moved, old = learner(opt_func=ranger), [], {}
+    cb = sparse(Regrow(every=EVERY, fraction=.5))
+    def look():
+        groups = zip(learn.opt.param_lists, learn.opt.slow_weights or [])
+        slow   = {id(p): s for ps,ss in groups for p,s in zip(ps, ss)}
+        for k,m in cb.sparsifier.masks.items() if slow else ():
+            kept = slow[id(cb.sparsifier.params[k])]
+            moved.extend(kept[m & ~old.get(k, m)].tolist())
+            old[k] = m.clone()
+    fit(learn, cbs=[cb, spy('after_step', look)])
+    assert len(moved) > 50 and not any(moved)
 
 WAYS = [('rigl', 'weight', 'local', {}), ('set', 'weight', 'erk', {}), ('snfs', 'weight', 'global', {}),
         ('rigl', 'weight', 'global', {}), ('rigl', 'weight', 'lamp', {}), ('rigl', 'filter', 'local', {}),

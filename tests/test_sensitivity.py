@@ -2,7 +2,7 @@
 import copy, itertools
 
 import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
-from fasterai_clone.analyze.all import Sensitivity, allocate, evaluate, score_curves, sensitivity
+from fasterai_clone.analyze.all import Sensitivity, allocate, evaluate, judge_by, score_curves, sensitivity
 from fasterai_clone.analyze.allocate import cheapest
 from fasterai_clone.methods.all import isomorphic, owl
 from fasterai_clone.methods.owl import owl_counts
@@ -49,6 +49,14 @@ def test_interrupted_and_resumed(tmp_path):
     model[0].weight.data += 1
     with pytest.raises(ValueError, match='belongs to other weights'):
         sensitivity(model, batches, metric, (50, 90), state=tmp_path/'s.json')
+
+def test_a_generator_is_read_once_and_used_for_every_measurement():
+    model, batches = net(), data()
+    want = sensitivity(model, batches, accuracy, (50, 90), criteria='wanda')
+    assert sensitivity(model, iter(batches), accuracy, (50, 90), criteria='wanda').values == want.values
+    sp = Sparsifier(model, layer_type=nn.Linear)
+    judge, other = judge_by(sp, iter(batches), accuracy), judge_by(sp, batches, accuracy)
+    for s in (30, 60): assert judge(s) == other(s)
 
 def test_table_and_plots():
     found = Sensitivity(.9, {'a': {50: .9, 90: .5}, 'b': {50: .8}}, {'a': 4, 'b': 6}, {'a': 4, 'b': 6})

@@ -33,7 +33,17 @@ def test_counts_and_errors(criteria, target):
     report.sparsifier.masks.apply(masked)
     def off(m): return float((m(x) - dense(x)).detach().square().mean())
     assert off(model) < off(masked)
-    assert '1 batch norms re-estimated' in str(report) and len(report.to_pandas()) == 3
+    assert '1 batch norm re-estimated' in str(report) and len(report.to_pandas()) == 3
+
+@pytest.mark.parametrize('criteria', ['sparsegpt', 'wanda', 'snip'])
+def test_a_generator_is_read_once(criteria):
+    "Scores and moments come from the same batches"
+    dense, batches = net(), [(x, torch.randint(5, (10,))) for x in data().split(10)]
+    models = [copy.deepcopy(dense) for _ in range(3)]
+    kwargs = dict(criteria=criteria, loss_func=F.cross_entropy, progress=False, damping=.01)
+    for m,d in zip(models, (batches, iter(batches), (b for b in batches + ['not read']))):
+        prune_trained(m, d, 60, max_batches=4, **kwargs)
+    assert same(weights(models[0]), weights(models[1])) and same(weights(models[0]), weights(models[2]))
 
 @pytest.mark.parametrize('kwargs, sparsity, most', [
     (dict(context='global', criteria='large_final'), 70, None), (dict(context='output'), 50, None),

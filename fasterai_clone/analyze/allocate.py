@@ -13,6 +13,7 @@ from .sensitivity import Sensitivity, check_one_target_each
 from ..core.arguments import check_sparsity, unknown_name
 from ..core.selection import n_dropped
 from ..model.wrappers import without_compile
+from ..sparse.batches import rereadable
 from ..sparse.sparsifier import Sparsifier
 
 # %% auto #0
@@ -200,6 +201,7 @@ def judge_by(
     lower: bool = False      # is a lower number better?
 ) -> Callable:               # layer → sparsity ↦ the metric, the higher the better
     "Return a function that measures the model when pruned to given sparsities, and leaves it dense"
+    data = rereadable(data)
     with without_compile(sp.model), torch.no_grad(): sp.scorer.measure(sp.model, sp.parts)
     def judge(sparsities):
         chosen = [pair for pool,n in zip(sp.plan.pools, sp.counts(sparsities)) for pair in sp.chooser.choose(pool, n)]

@@ -7,6 +7,7 @@ from .sensitivity import Sensitivity, check_one_target_each
 from ..core.arguments import check_sparsity, unknown_name
 from ..core.selection import n_dropped
 from ..model.wrappers import without_compile
+from ..sparse.batches import rereadable
 from ..sparse.sparsifier import Sparsifier
 
 __all__ = ['cheapest', 'score_curves', 'allocate', 'refine', 'judge_by']

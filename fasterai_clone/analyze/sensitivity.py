@@ -22,6 +22,7 @@ from ..core.selection import n_dropped
 from ..core.style import colors, styled
 from ..core.bars import with_bar
 from ..model.wrappers import unwrapped, without_compile
+from ..sparse.batches import rereadable
 from ..sparse.sparsifier import Sparsifier
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _draw_lines(ax, found):
     for name,row in found.values.items(): ax.plot([0, *row], [found.dense, *row.values()], marker='.', label=name)
     ax.axhline(found.dense, color=colors['grey'], ls='--', lw=1)
     ax.set(xlabel='sparsity of this layer (%)', ylabel='metric')
-    ax.legend(fontsize=7, ncols=1 + len(found.values)//12)
+    ax.legend(title='layer', fontsize=7, title_fontsize=7, ncols=1 + len(found.values)//12)
 
 def _draw_heat(ax, found):
     "Draw a cell for each layer and sparsity"
@@ -113,7 +114,7 @@ def _draw_heat(ax, found):
     image = ax.imshow(table.values, aspect='auto', cmap='viridis' if found.sign > 0 else 'viridis_r')
     ax.set_xticks(range(len(table.columns)), [f'{s:g}' for s in table.columns])
     ax.set_yticks(range(len(table)), table.index, fontsize=7)
-    ax.set(xlabel='sparsity of this layer (%)')
+    ax.set(xlabel='sparsity of this layer (%)', ylabel='layer')
     ax.figure.colorbar(image, ax=ax, label='metric')
 
 # %% ../../nbs/752_analyze.sensitivity.ipynb #d392f0dc
@@ -198,7 +199,7 @@ def sensitivity(
 ) -> Sensitivity:
     "Prune one layer at a time to each of `sparsities`, and measure `metric`"
     levels = [check_sparsity(s) for s in sparsities]
-    model  = unwrapped(model)
+    model, data = unwrapped(model), rereadable(data)
     sp     = Sparsifier(model, granularity, 'local', criteria, layer_type=layer_type, **{'data': data, **which})
     check_one_target_each(sp)
     table  = _Table(state, _about(sp, metric))

@@ -16,6 +16,7 @@ from ..core.selection import n_dropped
 from ..core.style import colors, styled
 from ..core.bars import with_bar
 from ..model.wrappers import unwrapped, without_compile
+from ..sparse.batches import rereadable
 from ..sparse.sparsifier import Sparsifier
 import pandas as pd
 from matplotlib.axes import Axes

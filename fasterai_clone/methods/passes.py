@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
-from ..model.run import tensors_in
+from ..model.run import opened_attention, tensors_in
 from ..model.wrappers import without_compile
 from ..sparse.batches import arguments, batches
 from ..sparse.measuring import running
@@ -78,7 +78,7 @@ def calibrating(
     model: nn.Module  # unwrapped; its parameters may be changed in the block
 ) -> Iterator[None]:
     "Put `model` into eval mode, with modules called one by one; restore all but parameter values"
-    with running(model, False), without_compile(model), torch.no_grad(): yield
+    with running(model, False), without_compile(model), opened_attention(model), torch.no_grad(): yield
 
 # %% ../../nbs/610_methods.passes.ipynb #6b767c6d
 class _Enough(BaseException): "End a forward pass from inside"
@@ -99,7 +99,8 @@ def run_batch(
     modules: dict[str, nn.Module], # those to observe, by name
     look: Callable,                # called as `look(name, arguments)`, with the arguments of a module by name
     until: int|None=None,          # end the pass after this many of these calls; None: run it to the end
-    outputs: bool=False            # look after a module has run: `look(name, arguments, output)`
+    # look after a module has run: `look(name, arguments, output)`; but before attention, which contains a layer
+    outputs: bool=False
 ) -> None:
     "Run one batch and observe the arguments of `modules`, in the order of the calls"
     calls = 0
@@ -109,7 +110,8 @@ def run_batch(
         if calls == until: raise _Enough
     with ExitStack() as stack:
         for name,m in modules.items():
-            add = m.register_forward_hook if outputs else m.register_forward_pre_hook
+            after = outputs and not isinstance(m, nn.MultiheadAttention)
+            add   = m.register_forward_hook if after else m.register_forward_pre_hook
             stack.callback(add(_hook(name, m, look, count), with_kwargs=True).remove)
         args, kwargs = arguments(model, inputs)
         with suppress(_Enough): model(*args, **kwargs)

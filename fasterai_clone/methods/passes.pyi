@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
-from ..model.run import tensors_in
+from ..model.run import opened_attention, tensors_in
 from ..model.wrappers import without_compile
 from ..sparse.batches import arguments, batches
 from ..sparse.measuring import running
@@ -68,7 +68,7 @@ def run_batch(
         modules: those to observe, by name
         look: called as `look(name, arguments)`, with the arguments of a module by name
         until: end the pass after this many of these calls; None: run it to the end
-        outputs: look after a module has run: `look(name, arguments, output)`
+        outputs: look after a module has run: `look(name, arguments, output)`; but before attention, which contains a layer
     """
 
 def call_order(model: nn.Module, inputs: tuple, modules: dict[str, nn.Module]) -> list[str]:

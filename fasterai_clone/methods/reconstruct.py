@@ -167,7 +167,7 @@ def _check(target, damping, layers, memory, max_memory):
     check_damping(damping)
     if not layers:
         raise ValueError('`masks` has no weights of layers that can be reconstructed: Linear, Conv1d/2d/3d, Conv1D, or '
-                         'the input projections of MultiheadAttention')
+                         'the projections of MultiheadAttention')
     large = {k: n for k,n in memory.items() if max_memory and n > max_memory}
     if large:
         name, n = max(large.items(), key=lambda item: item[1])
@@ -211,7 +211,8 @@ class _Walk:
 
     def layers(self, layers, memory, max_memory, data, skipped):
         "Reconstruct all layers that run; return the results and what was skipped"
-        stages, left_out = stages_of(self.model, next(iter(data)), layers, memory, max_memory)
+        with _reported({}, len(layers)):
+            stages, left_out = stages_of(self.model, next(iter(data)), layers, memory, max_memory)
         skipped = {**skipped, **left_out}
         layers  = [l for l in layers if l.param not in skipped]
         if not layers: raise ValueError(f'No layer can be reconstructed: {skipped}')

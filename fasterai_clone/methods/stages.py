@@ -41,11 +41,11 @@ class _Order:
         need = sum(self.memory[l.name] for k in [path, *self.stages[-1]] for l in self.by_path[k])
         return not self.max_memory or need <= self.max_memory
 
-    def __call__(self, path, arguments, out):
+    def __call__(self, path, arguments, out=None):
         layers = self.by_path[path]
         x = arguments[layers[0].argument]
         if path not in self.ran:
-            odd = [l.param for l in layers if not is_plain(l, arguments[l.argument], out)]
+            odd = [l.param for l in layers if out is not None and not is_plain(l, arguments[l.argument], out)]
             self.odd |= dict.fromkeys(odd, 'does more than weights · inputs + bias')
             if not self.joins(path, x): self.stages.append({})
             self.ran[path] = self.stages[-1]

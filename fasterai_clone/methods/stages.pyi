@@ -32,7 +32,7 @@ class _Order:
     def joins(self, path, x):
         """Return whether the module at `path`, called with `x`, belongs to the last stage"""
 
-    def __call__(self, path, arguments, out): ...
+    def __call__(self, path, arguments, out=None): ...
 
 def stages_of(
     model: nn.Module,

@@ -29,6 +29,7 @@ from .stages import Collecting, path_of, stages_of, walk
 from ..model.preserve import all_or_nothing, copied
 from ..model.run import check_model
 from ..model.wrappers import unwrapped
+from ..sparse.batches import rereadable
 from ..sparse.context import Context
 from ..sparse.sparsifier import Sparsifier
 
@@ -44,7 +45,8 @@ class PrunedReport(Reconstruction):
     seconds: float = 0.                 # for everything
 
     def __repr__(self):
-        norms = [f'{len(self.norms)} batch norms re-estimated'] if self.norms else []
+        n = len(self.norms)
+        norms = [f'{n} batch norm{"s" if n > 1 else ""} re-estimated'] if n else []
         return '\n'.join([super().__repr__(), ', '.join([*norms, f'{self.seconds:.1f} s'])])
 
 # %% ../../nbs/680_methods.trained.ipynb #99093cc4
@@ -313,6 +315,7 @@ def prune_trained(
     model, solver, start = unwrapped(model), as_method(method), time.perf_counter()
     if target not in ('dense', 'layer'): raise ValueError(f"`target` must be 'dense' or 'layer', got {target!r}")
     check_damping(damping)
+    data = rereadable(data, max_batches)
     call = _call(sparsity, granularity, context, criteria, nm=nm, method=method, fit=fit, target=target,
                  damping=damping, round_to=round_to, max_batches=max_batches)
     sp  = _sparsifier(model, granularity, context, criteria, nm, data, which)

@@ -22,6 +22,7 @@ from .stages import Collecting, path_of, stages_of, walk
 from ..model.preserve import all_or_nothing, copied
 from ..model.run import check_model
 from ..model.wrappers import unwrapped
+from ..sparse.batches import rereadable
 from ..sparse.context import Context
 from ..sparse.sparsifier import Sparsifier
 

@@ -6,10 +6,11 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.run.html.md"""
 
 # %% ../../nbs/120_model.run.ipynb #98ffcc28
 from __future__ import annotations
-import inspect
+import copy, inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
-from types import FunctionType, ModuleType
+from functools import wraps
+from types import FunctionType, MethodType, ModuleType
 import numpy as np, torch, torch.nn as nn
 from torch.nn.utils.rnn import PackedSequence
 from ..core.bars import Steps
@@ -130,3 +131,24 @@ def plain_attention():
     mha.set_fastpath_enabled(False)
     try: yield
     finally: mha.set_fastpath_enabled(before)
+
+# %% ../../nbs/120_model.run.ipynb #f0a3e5d2
+@wraps(nn.MultiheadAttention.forward)  # hooks read its signature
+def _opened(m, *args, **kwargs):
+    "Compute attention without its output projection, and call this as a module"
+    inner, project = copy.copy(m), m.out_proj
+    inner._modules = dict(m._modules, out_proj=copy.copy(project))
+    one = torch.eye(project.in_features, dtype=project.weight.dtype, device=project.weight.device)
+    inner.out_proj._parameters = dict(weight=one, bias=None)
+    out, probs = type(m).forward(inner, *args, **kwargs)
+    return project(out), probs
+
+@contextmanager
+def opened_attention(model):
+    "Let each `nn.MultiheadAttention` in `model` call its output projection as a module, within the block"
+    plain = nn.MultiheadAttention.forward
+    found = [m for m in model.modules() if getattr(type(m), 'forward', None) is plain and 'forward' not in vars(m)]
+    for m in found: m.forward = MethodType(_opened, m)
+    try: yield
+    finally:
+        for m in found: vars(m).pop('forward', None)

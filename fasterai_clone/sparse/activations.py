@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable
 import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
+from ..model.layers import size_axes
+from ..model.run import opened_attention
 from .batches import call_with
 from .measuring import batches_for, checked_scores, layers_of, running, upcast
 
@@ -25,7 +27,7 @@ def watch(what, model, data, modules, look):
             look(key, m, list(inspect.signature(m.forward).bind(*args, **kwargs).arguments.values()), out)
         return f
     hooks = []
-    with running(model, False):
+    with running(model, False), opened_attention(model):
         try:
             for k,m in modules.items(): hooks.append(m.register_forward_hook(hook(k), with_kwargs=True))
             for x,_ in batches_for(what, model, data): call_with(model, x)
@@ -36,7 +38,7 @@ def watch(what, model, data, modules, look):
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 
 def inside_attention(model, name):
-    "Return whether parameter `name` belongs to attention's output projection, which is never called as a module"
+    "Return whether parameter `name` belongs to attention's output projection, which it does not call as a module"
     layer = name.rpartition('.')[0]
     return bool(layer) and isinstance(model.get_submodule(layer.rpartition('.')[0]), nn.MultiheadAttention)
 
@@ -74,6 +76,8 @@ _sees  = ((nn.MultiheadAttention, ('in_proj_weight', 'q_proj_weight', 'k_proj_we
           (nn.RNNBase, ('weight_ih_l0', 'weight_ih_l0_reverse')),
           ((nn.Linear, nn.Embedding, *CONVOLUTIONS), ('weight',)))
 
+def _is_turned(m): return type(m).__name__ == 'Conv1D' and 'nf' in size_axes(m)  # of transformers: inputs × outputs
+
 def _squares(x):
     "Return the sum of squares of each feature: the last axis"
     x = upcast(x.data)  # also for a PackedSequence
@@ -85,6 +89,7 @@ def _input_squares(m, leaf, inputs, out):
     if isinstance(m, nn.Embedding): return torch.bincount(x.flatten(), minlength=w.shape[0])[:, None]
     if leaf == 'in_proj_weight': return torch.cat([_squares(t).expand(m.embed_dim, -1) for t in inputs[:3]])
     if isinstance(m, nn.MultiheadAttention): return _squares(inputs['qkv'.index(leaf[0])])
+    if _is_turned(m): return _squares(x).t()
     if not isinstance(m, CONVOLUTIONS): return _squares(x)
     n = w.ndim - 2
     s = upcast(x).square()
@@ -103,12 +108,13 @@ def input_norms(
     "Return the L2 norm of each weight's input over all of `data`; times |w| it is Wanda's score"
     layers = layers_of(model, params)
     def seen(k):
-        known = any(isinstance(layers[k], kind) and k.rpartition('.')[2] in leaves for kind,leaves in _sees)
-        return known and not inside_attention(model, k)
+        m, leaf = layers[k], k.rpartition('.')[2]
+        if leaf == 'weight' and _is_turned(m): return True
+        return any(isinstance(m, kind) and leaf in leaves for kind,leaves in _sees)
     if hidden := [k for k in params if not seen(k)]:
         raise ValueError(f'What {", ".join(hidden)} is multiplied with cannot be seen from outside its layer '
-                         '(biases, norms, the output projection of attention, hidden states and deeper layers '
-                         'of recurrent ones): leave it out, or choose another criterion')
+                         '(biases, norms, hidden states and deeper layers of recurrent ones): leave it out, or choose '
+                         'another criterion')
     sums = {k: torch.zeros(1, device=p.device) for k,p in params.items()}
     def look(k, m, inputs, out): sums[k] = sums[k] + _input_squares(m, k.rpartition('.')[2], inputs, out)
     watch('wanda', model, data, layers, look)

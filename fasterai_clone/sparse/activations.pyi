@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable
 import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
+from ..model.layers import size_axes
+from ..model.run import opened_attention
 from .batches import call_with
 from .measuring import batches_for, checked_scores, layers_of, running, upcast
 
@@ -14,7 +16,7 @@ def watch(what, model, data, modules, look):
 CONVOLUTIONS: tuple
 
 def inside_attention(model, name):
-    """Return whether parameter `name` belongs to attention's output projection, which is never called as a module"""
+    """Return whether parameter `name` belongs to attention's output projection, which it does not call as a module"""
 
 def input_norms(
     model: nn.Module,

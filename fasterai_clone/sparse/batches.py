@@ -7,8 +7,10 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.batches.html.md"""
 # %% ../../nbs/400_sparse.batches.ipynb #7457d9e3
 from __future__ import annotations
 import copy, inspect
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from itertools import islice
 import torch, torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -106,6 +108,14 @@ def _each_batch(data, device):
         yield to_device(tuple(inputs), device), to_device(target, device)
     if not n: raise ValueError('`data` holds no batch')
 
+# %% ../../nbs/400_sparse.batches.ipynb #c0d1e2f4
+def rereadable(
+    data: object,         # see `batches`
+    most: int|None=None   # of the batches of a generator; None: all
+):
+    "Return `data`, or its batches if it can be read only once"
+    return deque(islice(data, most)) if isinstance(data, Iterator) else data  # a list of tensors would be one batch
+
 # %% ../../nbs/400_sparse.batches.ipynb #b87e57a0
 def _takes(model, *args, **kwargs):
     "Return whether `model` can be called with these arguments"
@@ -128,6 +138,11 @@ def arguments(
                         f'{", ".join(map(str, named))} of a batch: '
                         f'its `forward` takes {inspect.signature(model.forward)}')
     if _is_parts(x) and not _takes(model, x) and _takes(model, *x): return tuple(x), {}
+    if len(inputs) > 1 and not _takes(model, *inputs):
+        raise TypeError(f'{type(model).__name__} cannot be called with the {len(inputs)} inputs of a batch: '
+                        f'its `forward` takes {inspect.signature(model.forward)}. A list or tuple of tensors is one '
+                        'batch, and its last tensor is the target: write batches of inputs alone as '
+                        '[(x1, None), (x2, None)]')
     return inputs, {}
 
 # %% ../../nbs/400_sparse.batches.ipynb #7f903788

@@ -23,6 +23,12 @@ def grown_since(
     return {k: g for k,g in grown.items() if g.any()}
 
 # %% ../../nbs/435_sparse.grown.ipynb #f2f900a9
+def _slow_weights(optimizer):
+    "Return the slow weights that fastai's `Lookahead` keeps, by the id of the parameter"
+    slow = getattr(optimizer, 'slow_weights', None)
+    if slow is None: return {}
+    return {id(p): s for group,kept in zip(optimizer.param_lists, slow) for p,s in zip(group, kept)}
+
 @torch.no_grad()
 def forget_grown(
     optimizers: list,         # from torch or fastai, or wrappers of such
@@ -31,9 +37,10 @@ def forget_grown(
 ) -> None:
     "Zero the state that the optimizers have for the weights that have grown"
     inner = {id(o): o for opt in optimizers for o in stepping_optimizers(opt)}
-    for opt in inner.values():
-        for k,flags in grown.items():
-            p = params[k]
-            state = opt.state[p] if p in getattr(opt, 'state', {}) else {}
-            for v in state.values():
-                if isinstance(v, Tensor) and v.shape == p.shape: v.masked_fill_(flags.to(v.device), 0)
+    slow  = [_slow_weights(o) for o in optimizers]
+    for k,flags in grown.items():
+        p = params[k]
+        kept = [s[id(p)] for s in slow if id(p) in s]
+        for opt in inner.values(): kept += opt.state[p].values() if p in getattr(opt, 'state', {}) else []
+        for v in kept:
+            if isinstance(v, Tensor) and v.shape == p.shape: v.masked_fill_(flags.to(v.device), 0)

@@ -74,8 +74,15 @@ class SparsifyTrainerCallback(SparsifyBySteps, TrainerCallback):
     "Sparsify the model of a Hugging Face `Trainer`, following `schedule` by optimizer steps"
     trainer_state = None
 
-    def on_train_begin(self, args: object, state: object, control: object, model: object = None,
-                       optimizer: object = None, train_dataloader: object = None, **kwargs: object) -> None:
+    def on_train_begin(self,
+        args: object,                   # the `TrainingArguments`
+        state: object,                  # the `TrainerState`, with the number of steps
+        control: object,                # the `TrainerControl`, which is left alone
+        model: object = None,           # the model that is trained
+        optimizer: object = None,       # its optimizer
+        train_dataloader: object = None,# the training data, for criteria that measure
+        **kwargs: object                # whatever else `Trainer` passes
+    ) -> None:
         "Find the layers, check the target, and continue from a checkpoint if `Trainer` does"
         self.trainer_state = state
         if state.global_step and self.loaded is None: self._load_from(args, state.global_step, model)
@@ -86,28 +93,55 @@ class SparsifyTrainerCallback(SparsifyBySteps, TrainerCallback):
         "Return the number of completed steps, including those that a gradient scaler skipped"
         return self.trainer_state.global_step + 1
 
-    def on_epoch_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        "Reach the scheduled sparsity before `Trainer` evaluates"
-        if not self.active: return
-        self.steps = state.global_step
-        self.close_epoch(state.epoch or 0)
+# %% ../../nbs/570_trainers.huggingface.ipynb #hfevent1
+@patch
+def on_epoch_end(self:SparsifyTrainerCallback,
+    args: object,    # the `TrainingArguments`
+    state: object,   # the `TrainerState`, with the numbers of steps and epochs
+    control: object, # the `TrainerControl`, which is left alone
+    **kwargs: object # whatever else `Trainer` passes
+) -> None:
+    "Reach the scheduled sparsity before `Trainer` evaluates"
+    if not self.active: return
+    self.steps = state.global_step
+    self.close_epoch(state.epoch or 0)
 
-    def on_log(self, args: object, state: object, control: object, logs: dict|None = None, **kwargs: object) -> None:
-        "Add the current sparsity to the logs, in percent"
-        if not self.active or logs is None: return
-        logs['sparsity'] = self.sparsifier.sparsity
-        if state.log_history: state.log_history[-1]['sparsity'] = logs['sparsity']
+@patch
+def on_log(self:SparsifyTrainerCallback,
+    args: object,         # the `TrainingArguments`
+    state: object,        # the `TrainerState`, with the history of the logs
+    control: object,      # the `TrainerControl`, which is left alone
+    logs: dict|None=None, # the numbers that are logged; gets `sparsity`
+    **kwargs: object      # whatever else `Trainer` passes
+) -> None:
+    "Add the current sparsity to the logs, in percent"
+    if not self.active or logs is None: return
+    logs['sparsity'] = self.sparsifier.sparsity
+    if state.log_history: state.log_history[-1]['sparsity'] = logs['sparsity']
 
-    def on_save(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        "Save the state beside the checkpoint"
-        folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
-        if self.active and state.is_world_process_zero and folder.is_dir():
-            write_step_state(folder, self.state_dict())
+# %% ../../nbs/570_trainers.huggingface.ipynb #hfevent2
+@patch
+def on_save(self:SparsifyTrainerCallback,
+    args: object,    # the `TrainingArguments`, with the folder
+    state: object,   # the `TrainerState`, with the number of steps
+    control: object, # the `TrainerControl`, which is left alone
+    **kwargs: object # whatever else `Trainer` passes
+) -> None:
+    "Save the state beside the checkpoint"
+    folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
+    if self.active and state.is_world_process_zero and folder.is_dir():
+        write_step_state(folder, self.state_dict())
 
-    def on_train_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        "Apply the masks once more, and make the report"
-        if self.active: self.finish(state.global_step >= state.max_steps)
-        self.trainer_state = None
+@patch
+def on_train_end(self:SparsifyTrainerCallback,
+    args: object,    # the `TrainingArguments`
+    state: object,   # the `TrainerState`, with the number of steps
+    control: object, # the `TrainerControl`, which is left alone
+    **kwargs: object # whatever else `Trainer` passes
+) -> None:
+    "Apply the masks once more, and make the report"
+    if self.active: self.finish(state.global_step >= state.max_steps)
+    self.trainer_state = None
 
 # %% ../../nbs/570_trainers.huggingface.ipynb #0cdc6e4c
 @patch

@@ -66,13 +66,30 @@ class SparsifyTrainerCallback(SparsifyBySteps, TrainerCallback):
         train_dataloader: object = None,
         **kwargs: object,
     ) -> None:
-        """Find the layers, check the target, and continue from a checkpoint if `Trainer` does"""
+        """Find the layers, check the target, and continue from a checkpoint if `Trainer` does
+
+        Args:
+            args: the `TrainingArguments`
+            state: the `TrainerState`, with the number of steps
+            control: the `TrainerControl`, which is left alone
+            model: the model that is trained
+            optimizer: its optimizer
+            train_dataloader: the training data, for criteria that measure
+            **kwargs: whatever else `Trainer` passes
+        """
 
     def next_step(self) -> int:
         """Return the number of completed steps, including those that a gradient scaler skipped"""
 
     def on_epoch_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        """Reach the scheduled sparsity before `Trainer` evaluates"""
+        """Reach the scheduled sparsity before `Trainer` evaluates
+
+        Args:
+            args: the `TrainingArguments`
+            state: the `TrainerState`, with the numbers of steps and epochs
+            control: the `TrainerControl`, which is left alone
+            **kwargs: whatever else `Trainer` passes
+        """
 
     def on_log(
         self,
@@ -82,13 +99,35 @@ class SparsifyTrainerCallback(SparsifyBySteps, TrainerCallback):
         logs: dict | None = None,
         **kwargs: object,
     ) -> None:
-        """Add the current sparsity to the logs, in percent"""
+        """Add the current sparsity to the logs, in percent
+
+        Args:
+            args: the `TrainingArguments`
+            state: the `TrainerState`, with the history of the logs
+            control: the `TrainerControl`, which is left alone
+            logs: the numbers that are logged; gets `sparsity`
+            **kwargs: whatever else `Trainer` passes
+        """
 
     def on_save(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        """Save the state beside the checkpoint"""
+        """Save the state beside the checkpoint
+
+        Args:
+            args: the `TrainingArguments`, with the folder
+            state: the `TrainerState`, with the number of steps
+            control: the `TrainerControl`, which is left alone
+            **kwargs: whatever else `Trainer` passes
+        """
 
     def on_train_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        """Apply the masks once more, and make the report"""
+        """Apply the masks once more, and make the report
+
+        Args:
+            args: the `TrainingArguments`
+            state: the `TrainerState`, with the number of steps
+            control: the `TrainerControl`, which is left alone
+            **kwargs: whatever else `Trainer` passes
+        """
 
     def load_state(self, folder: str | Path) -> None:
         """Continue from the state in `folder` in the next `trainer.train(resume_from_checkpoint=...)`

@@ -44,46 +44,72 @@ class SparsifyLightningCallback(SparsifyBySteps, Callback):
         return self._generate_state_key(granularity=str(self.granularity), include=str(self.include),
                                         exclude=str(self.exclude))
 
-    def on_fit_start(self, trainer: object, pl_module: object) -> None:
+    def on_fit_start(self,
+        trainer: object,   # Lightning's `Trainer`
+        pl_module: object  # the model
+    ) -> None:
         "Restore the random numbers of a checkpoint, before Lightning starts to read batches"
         if self.loaded and self.loaded.get('random'): set_random_state(self.loaded['random'])
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self,
+        trainer: Trainer,          # with the length of the run, the optimizers and the data
+        pl_module: LightningModule # the model
+    ) -> None:
         "Find the layers, check the target, and continue from a checkpoint if Lightning does"
         done   = self.loaded['steps'] if self.loaded else trainer.global_step
         loader = None if type(pl_module).forward is LightningModule.forward else trainer.train_dataloader
         self.begin(pl_module, trainer.optimizers, total_steps(trainer), done, loader)
 
-    def on_before_optimizer_step(self, trainer: object, pl_module: object, optimizer: object) -> None:
-        "Add the gradients of this step, if criterion or rule needs them; a scaler skips steps that are not finite"
-        if not self.active or not self.sparsifier.needs_gradients: return
-        lead = next(h for h in self.holds if h.leads)
-        if optimizer is not lead.stepping[-1]: return
-        grads = [p.grad for g in optimizer.param_groups for p in g['params'] if p.grad is not None]
-        if all(map(all_finite, grads)): self.sparsifier.accumulate_gradients()
-
-# %% ../../nbs/575_trainers.lightning.ipynb #plpatch1
+# %% ../../nbs/575_trainers.lightning.ipynb #plpatch0
 @patch
-def on_train_batch_end(self:SparsifyLightningCallback, trainer: object, pl_module: object, outputs: object,
-                       batch: object, batch_idx: int) -> None:
+def on_before_optimizer_step(self:SparsifyLightningCallback,
+    trainer: object,   # Lightning's `Trainer`
+    pl_module: object, # the model
+    optimizer: object  # that is about to step
+) -> None:
+    "Add the gradients of this step, if criterion or rule needs them; a scaler skips steps that are not finite"
+    if not self.active or not self.sparsifier.needs_gradients: return
+    lead = next(h for h in self.holds if h.leads)
+    if optimizer is not lead.stepping[-1]: return
+    grads = [p.grad for g in optimizer.param_groups for p in g['params'] if p.grad is not None]
+    if all(map(all_finite, grads)): self.sparsifier.accumulate_gradients()
+
+@patch
+def on_train_batch_end(self:SparsifyLightningCallback,
+    trainer: object,   # Lightning's `Trainer`, with the number of the epoch
+    pl_module: object, # the model
+    outputs: object,   # of the training step
+    batch: object,     # of data
+    batch_idx: int     # number of the batch
+) -> None:
     "Reach the scheduled sparsity at the end of an epoch, before Lightning validates"
     if self.active and trainer.is_last_batch: self.close_epoch(trainer.current_epoch + 1, share_of_epochs(trainer))
 
+# %% ../../nbs/575_trainers.lightning.ipynb #plpatch1
 @patch
-def on_train_epoch_end(self:SparsifyLightningCallback, trainer: object, pl_module: object) -> None:
+def on_train_epoch_end(self:SparsifyLightningCallback,
+    trainer: object,  # Lightning's `Trainer`
+    pl_module: object # the model, which logs
+) -> None:
     "Log the current sparsity, in percent"
     if self.active: pl_module.log('sparsity', self.sparsifier.sparsity, prog_bar=True)
 
 @patch
-def on_train_end(self:SparsifyLightningCallback, trainer: object, pl_module: object) -> None:
+def on_train_end(self:SparsifyLightningCallback,
+    trainer: object,  # Lightning's `Trainer`, with the number of steps
+    pl_module: object # the model
+) -> None:
     "Apply the masks once more, and make the report"
     if self.active: self.finish(0 < trainer.max_steps <= trainer.global_step)
 
 @patch
-def on_exception(self:SparsifyLightningCallback, trainer: object, pl_module: object, exception: BaseException) -> None:
+def on_exception(self:SparsifyLightningCallback,
+    trainer: object,         # Lightning's `Trainer`
+    pl_module: object,       # the model
+    exception: BaseException # that ends the run
+) -> None:
     "Stop following; the model keeps its zeros"
     self.release()
-
 @patch
 def state_dict(self:SparsifyLightningCallback) -> dict:
     "Return masks, references, progress and random numbers: plain numbers and tensors"
@@ -91,7 +117,9 @@ def state_dict(self:SparsifyLightningCallback) -> dict:
     return {**state, 'random': random_state()} if state else {}
 
 @patch
-def load_state_dict(self:SparsifyLightningCallback, state_dict: dict) -> None:
+def load_state_dict(self:SparsifyLightningCallback,
+    state_dict: dict # from `state_dict`
+) -> None:
     "Continue from `state_dict` in the next run"
     SparsifyBySteps.load_state_dict(self, state_dict)
     if state_dict.get('random'): check_random_state(Entry(state_dict['random'], 'state_dict["random"]'))

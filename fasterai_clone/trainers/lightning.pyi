@@ -25,13 +25,29 @@ class SparsifyLightningCallback(SparsifyBySteps, Callback):
         """Return the name of the state in a checkpoint; callbacks for different layers have different ones"""
 
     def on_fit_start(self, trainer: object, pl_module: object) -> None:
-        """Restore the random numbers of a checkpoint, before Lightning starts to read batches"""
+        """Restore the random numbers of a checkpoint, before Lightning starts to read batches
+
+        Args:
+            trainer: Lightning's `Trainer`
+            pl_module: the model
+        """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layers, check the target, and continue from a checkpoint if Lightning does"""
+        """Find the layers, check the target, and continue from a checkpoint if Lightning does
+
+        Args:
+            trainer: with the length of the run, the optimizers and the data
+            pl_module: the model
+        """
 
     def on_before_optimizer_step(self, trainer: object, pl_module: object, optimizer: object) -> None:
-        """Add the gradients of this step, if criterion or rule needs them; a scaler skips steps that are not finite"""
+        """Add the gradients of this step, if criterion or rule needs them; a scaler skips steps that are not finite
+
+        Args:
+            trainer: Lightning's `Trainer`
+            pl_module: the model
+            optimizer: that is about to step
+        """
 
     def on_train_batch_end(
         self,
@@ -41,19 +57,47 @@ class SparsifyLightningCallback(SparsifyBySteps, Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Reach the scheduled sparsity at the end of an epoch, before Lightning validates"""
+        """Reach the scheduled sparsity at the end of an epoch, before Lightning validates
+
+        Args:
+            trainer: Lightning's `Trainer`, with the number of the epoch
+            pl_module: the model
+            outputs: of the training step
+            batch: of data
+            batch_idx: number of the batch
+        """
 
     def on_train_epoch_end(self, trainer: object, pl_module: object) -> None:
-        """Log the current sparsity, in percent"""
+        """Log the current sparsity, in percent
+
+        Args:
+            trainer: Lightning's `Trainer`
+            pl_module: the model, which logs
+        """
 
     def on_train_end(self, trainer: object, pl_module: object) -> None:
-        """Apply the masks once more, and make the report"""
+        """Apply the masks once more, and make the report
+
+        Args:
+            trainer: Lightning's `Trainer`, with the number of steps
+            pl_module: the model
+        """
 
     def on_exception(self, trainer: object, pl_module: object, exception: BaseException) -> None:
-        """Stop following; the model keeps its zeros"""
+        """Stop following; the model keeps its zeros
+
+        Args:
+            trainer: Lightning's `Trainer`
+            pl_module: the model
+            exception: that ends the run
+        """
 
     def state_dict(self) -> dict:
         """Return masks, references, progress and random numbers: plain numbers and tensors"""
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Continue from `state_dict` in the next run"""
+        """Continue from `state_dict` in the next run
+
+        Args:
+            state_dict: from `state_dict`
+        """
