@@ -102,6 +102,7 @@ def update_sizes(model, before):
     if after == before: return
     names = _size_names - _names_in_use(model)  # what the model computes with stays
     for n,m in model.named_modules():
+        if isinstance(m, nn.RMSNorm) and m.weight is not None: m.normalized_shape = tuple(m.weight.shape)
         if layer_sizes(m): continue
         told = [(k, v) for k,v in vars(m).items() if k in names and type(v) is int]
         if not told: continue
