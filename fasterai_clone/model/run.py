@@ -77,7 +77,8 @@ def tensors_in(
     return found
 
 # %% ../../nbs/120_model.run.ipynb #7122b60a
-_ITERATORS = (GeneratorType, map, filter, zip, enumerate, reversed, *(type(iter(o)) for o in ([], (), {}, {}.values(), set())))
+_ITERATORS = (GeneratorType, map, filter, zip, enumerate, reversed,
+              *(type(iter(o)) for o in ([], (), {}, {}.values(), set())))
 
 def _is_cache(o): return any(kind.__module__ == 'transformers.cache_utils' for kind in type(o).__mro__)
 

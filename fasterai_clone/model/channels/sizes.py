@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 import torch, torch.nn as nn
+from fastcore.basics import patch
 from ..run import memory_of
 
 # %% auto #0
@@ -32,8 +33,10 @@ class Size(int):
     def __rsub__(self, other):      return _result(int.__rsub__(self, other), _sum_of(other, self, -1), self, other)
     def __mul__(self, other):       return _result(int.__mul__(self, other), _product_of(self, other), self, other)
     def __rmul__(self, other):      return _result(int.__rmul__(self, other), _product_of(other, self), self, other)
-    def __floordiv__(self, other):  return _result(int.__floordiv__(self, other), _quotient_of(self, other), self, other)
-    def __rfloordiv__(self, other): return _result(int.__rfloordiv__(self, other), _quotient_of(other, self), self, other)
+    def __floordiv__(self, other):
+        return _result(int.__floordiv__(self, other), _quotient_of(self, other), self, other)
+    def __rfloordiv__(self, other):
+        return _result(int.__rfloordiv__(self, other), _quotient_of(other, self), self, other)
 
 def _result(n, of, *given):
     "Return the integer `n` as a `Size` that counts `of`, computed from those `given`; return anything else unchanged"
@@ -89,19 +92,13 @@ class StoredFloat(float):
     def __reduce_ex__(self, protocol): return float, (float.__pos__(self),)
 
 # %% ../../../nbs/210_model.channels.sizes.ipynb #uses0002
-_CALCULATES = set('''add sub mul div truediv true_divide floordiv floor_divide pow float_power fmod remainder clamp clamp_min
-    clamp_max maximum minimum fill full full_like masked_fill addcmul addcdiv tensor as_tensor scalar_tensor'''.split())
-_T = torch.Tensor
-_ADDED   = {_T.add, torch.add, _T.add_, _T.__add__, _T.__radd__, _T.__iadd__}
-_EXPORTS = {_T.numpy, _T.tolist, _T.__array__}
-
 class Uses:
     "Note the numbers with which the model of `trace` calculates, so that they must not change"
     def __init__(self, trace):
         self.trace = trace
-        self.homes = {}    # name of a parameter, or place of a number that a module stores → why it must not change
+        self.homes = {}    # parameter, or place of a number that a module stores → why it must not change
         places = {k: memory_of(p) for k,p in trace.model.named_parameters()}
-        self.owner = {m[0]: k for k,m in places.items() if isinstance(m, tuple)}  # memory → the parameter there
+        self.owner = {m[0]: k for k,m in places.items() if isinstance(m, tuple)}  # memory → parameter
         self.taken = set() # parameters with which the running operator multiplies a mean
         self.added = None  # a number that is being added, and that no mean has taken
 
@@ -113,37 +110,50 @@ class Uses:
             return self.homes.setdefault(number.home, f'{trace.where} also calculates with `{number.home.name}`')
         for l,axis in number.seen: trace.labels.keep(l, {axis}, f'{trace.where} calculates with its size')
 
-    def note_call(self, func, args, kwargs):
-        "Record the numbers that a call of `func` calculates with, and the channels that it exports"
-        name, self.added = getattr(func, '__name__', '').strip('_'), None
-        for v in map(self.trace.get, args[:1]) if func in _EXPORTS else ():
-            self.trace.use(v)
-            for l in v.layers: self.trace.labels.fix(l, f'{self.trace.where} exports it with `{name}`')
-        calculates = name in _CALCULATES or name[:1] in ('r', 'i') and name[1:] in _CALCULATES
-        for a in (*args, *kwargs.values()):
-            if isinstance(a, StoredFloat) and func in _ADDED: self.added = a
-            elif isinstance(a, StoredFloat) and name != 'rms_norm': self.note(a)  # which has a rule of its own
-            elif calculates and isinstance(a, (Size, Stored)): self.note(a)
+# %% ../../../nbs/210_model.channels.sizes.ipynb #uses0006
+_CALCULATES = set('''add sub mul div truediv true_divide floordiv floor_divide pow float_power fmod remainder clamp
+    clamp_min clamp_max maximum minimum fill full full_like masked_fill addcmul addcdiv tensor as_tensor
+    scalar_tensor'''.split())
+_T = torch.Tensor
+_ADDED   = {_T.add, torch.add, _T.add_, _T.__add__, _T.__radd__, _T.__iadd__}
+_EXPORTS = {_T.numpy, _T.tolist, _T.__array__}
 
-    def give(self, name, outs):
-        "Record that `outs` contain the parameter `name`"
-        self.owner.update((m[0], name) for m in map(memory_of, outs) if isinstance(m, tuple))
+@patch
+def note_call(self:Uses, func, args, kwargs):
+    "Record the numbers that a call of `func` calculates with, and the channels that it exports"
+    name, self.added = getattr(func, '__name__', '').strip('_'), None
+    for v in map(self.trace.get, args[:1]) if func in _EXPORTS else ():
+        self.trace.use(v)
+        for l in v.layers: self.trace.labels.fix(l, f'{self.trace.where} exports it with `{name}`')
+    calculates = name in _CALCULATES or name[:1] in ('r', 'i') and name[1:] in _CALCULATES
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, StoredFloat) and func in _ADDED: self.added = a
+        elif isinstance(a, StoredFloat) and name != 'rms_norm': self.note(a)  # it has a rule
+        elif calculates and isinstance(a, (Size, Stored)): self.note(a)
 
-    def note_tensors(self, given, outs, passes):
-        "Record the parameters that an operator uses, except those it has `taken`; it may only pass them on to `outs`"
-        for t in given:
-            place = memory_of(t)
-            name  = self.owner.get(place if isinstance(place, int) else place[0])
-            if name is None: continue
-            if passes: self.give(name, outs)
-            elif name not in self.taken: self.homes.setdefault(name, f'{self.trace.where} also uses `{name}` without their mean')
-        self.taken = set()
+@patch
+def note_added(self:Uses):
+    "Record the number that was added, unless it was added to a mean"
+    if self.added is not None: self.note(self.added)
+    self.added = None
 
-    def note_added(self):
-        "Record the number that was added, unless it was added to a mean"
-        if self.added is not None: self.note(self.added)
-        self.added = None
+# %% ../../../nbs/210_model.channels.sizes.ipynb #uses0007
+@patch
+def give(self:Uses, name, outs):
+    "Record that `outs` contain the parameter `name`"
+    self.owner.update((m[0], name) for m in map(memory_of, outs) if isinstance(m, tuple))
 
+@patch
+def note_tensors(self:Uses, given, outs, passes):
+    "Record the parameters that an operator uses, except those it has `taken`; it may only pass them on to `outs`"
+    for t in given:
+        place = memory_of(t)
+        name  = self.owner.get(place if isinstance(place, int) else place[0])
+        if name is None: continue
+        if passes: self.give(name, outs)
+        elif name not in self.taken:
+            self.homes.setdefault(name, f'{self.trace.where} also uses `{name}` without their mean')
+    self.taken = set()
 
 # %% ../../../nbs/210_model.channels.sizes.ipynb #uses0004
 def _noting(kind, name):
@@ -157,8 +167,8 @@ def _noting(kind, name):
 
 for _name in '__truediv__ __rtruediv__ __pow__ __rpow__ __float__'.split():
     for _kind in (Size, Stored): setattr(_kind, _name, _noting(int, _name))
-for _name in '''__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ __neg__ __lt__
-    __le__ __gt__ __ge__ __bool__ __float__'''.split(): setattr(StoredFloat, _name, _noting(float, _name))
+for _name in '''__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ __neg__
+    __lt__ __le__ __gt__ __ge__ __bool__ __float__'''.split(): setattr(StoredFloat, _name, _noting(float, _name))
 
 
 # %% ../../../nbs/210_model.channels.sizes.ipynb #c8024c15

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 import torch, torch.nn as nn
+from fastcore.basics import patch
 from ..run import memory_of
 from typing import Any
 
@@ -79,14 +80,14 @@ class Uses:
     def note_call(self, func, args, kwargs):
         """Record the numbers that a call of `func` calculates with, and the channels that it exports"""
 
+    def note_added(self):
+        """Record the number that was added, unless it was added to a mean"""
+
     def give(self, name, outs):
         """Record that `outs` contain the parameter `name`"""
 
     def note_tensors(self, given, outs, passes):
         """Record the parameters that an operator uses, except those it has `taken`; it may only pass them on to `outs`"""
-
-    def note_added(self):
-        """Record the number that was added, unless it was added to a mean"""
 
 @contextmanager
 def stored_numbers(model: nn.Module, uses: Uses | None = None) -> Iterator[None]:
