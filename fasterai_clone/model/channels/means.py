@@ -143,7 +143,7 @@ def rms_norm(trace, args, out):
 
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0012
 def settle_means(trace):
-    "Fix channels if what is scaled with their mean is scaled otherwise elsewhere; return place → (label, power, plus)"
+    "Fix channels if what their mean scales is scaled otherwise elsewhere; return place → (label, power, plus)"
     sets, uses = trace.labels, defaultdict(list)
     for mean in trace.means:
         for place,*how in mean.scaled: uses[place].append((mean.label, *how))

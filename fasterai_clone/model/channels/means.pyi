@@ -48,4 +48,4 @@ def rms_norm(trace, args, out):
     """Follow a norm by the root of the mean square of all channels"""
 
 def settle_means(trace):
-    """Fix channels if what is scaled with their mean is scaled otherwise elsewhere; return place → (label, power, plus)"""
+    """Fix channels if what their mean scales is scaled otherwise elsewhere; return place → (label, power, plus)"""
