@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from .batches import cost_of_one, independent, known_items, readings, rebuilt
 from .formulas import attention_cost, formulas, operator_cost, operator_name
 from .preserve import undisturbed
-from .run import call_arguments, check_model, plain_attention, tensors_in
+from .run import call_arguments, check_model, outputs_in, plain_attention, tensors_in
 
 # %% auto #0
 __all__ = ['Counted', 'multiply_adds']
@@ -145,7 +145,7 @@ def _counts(model, args, kwargs):
     "Return the counts of a forward pass, its output, and whether it drew random numbers"
     with _counting(model) as ops:
         before = torch.get_rng_state()
-        out = model(*args, **kwargs)
+        out = outputs_in(model(*args, **kwargs))  # also runs generators
         return ops, out, not torch.equal(before, torch.get_rng_state())
 
 def _read_as(reading, model, args, kwargs, ops, out, drawn):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from .batches import cost_of_one, independent, known_items, readings, rebuilt
 from .formulas import attention_cost, formulas, operator_cost, operator_name
 from .preserve import undisturbed
-from .run import call_arguments, check_model, plain_attention, tensors_in
+from .run import call_arguments, check_model, outputs_in, plain_attention, tensors_in
 from typing import Any
 
 __all__ = ['Counted', 'multiply_adds']

@@ -7,10 +7,11 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.run.html.md"""
 # %% ../../nbs/120_model.run.ipynb #98ffcc28
 from __future__ import annotations
 import copy, inspect
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, ItemsView, Mapping, ValuesView
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, GeneratorType, MethodType, ModuleType
 import numpy as np, torch, torch.nn as nn
 from torch.nn.utils.rnn import PackedSequence
 from ..core.bars import Steps
@@ -52,16 +53,19 @@ def _attributes(o):
     names = [k for s in slots for k in ([s] if isinstance(s, str) else s)]
     return [*getattr(o, '__dict__', {}).values(), *(getattr(o, k) for k in names if hasattr(o, k))]
 
+_CONTAINERS = (list, tuple, set, frozenset, deque, ItemsView, ValuesView)
+
 def held_by(o):
     "Return the contents of the container or object `o`"
     if isinstance(o, LEAVES): return ()
     if isinstance(o, Mapping): return o.values()
-    return o if isinstance(o, (list, tuple, set, frozenset)) else _attributes(o)
+    return o if isinstance(o, _CONTAINERS) else _attributes(o)
 
 # %% ../../nbs/120_model.run.ipynb #ca2b0564
 def tensors_in(
     o: object,                # a tensor, a container, a dataclass, an object with tensors among its attributes
-    skip: Callable|None=None  # returns whether to skip an object
+    skip: Callable|None=None, # returns whether to skip an object
+    held: Callable=held_by    # returns the contents of an object
 ) -> list[torch.Tensor]:
     "Return the tensors anywhere in `o`, in order"
     found, seen, left = [], {}, [o]
@@ -70,17 +74,23 @@ def tensors_in(
         if isinstance(o, torch.Tensor): found.append(o)
         elif id(o) not in seen and not (skip and skip(o)):
             seen[id(o)] = o  # kept, so that no other object gets its id
-            left.extend(reversed([*held_by(o)]))
+            left.extend(reversed([*held(o)]))
     return found
 
 # %% ../../nbs/120_model.run.ipynb #7122b60a
+_ITERATORS = (GeneratorType, map, filter, zip, enumerate, reversed,
+              *(type(iter(o)) for o in ([], (), {}, {}.values(), set())))
+
 def _is_cache(o): return any(kind.__module__ == 'transformers.cache_utils' for kind in type(o).__mro__)
 
+def _parts_of(o): return list(o) if isinstance(o, _ITERATORS) else held_by(o)
+
 def outputs_in(
-    out: object  # what a model returned
+    out: object  # what a model returned; iterators in it are exhausted
 ) -> list[torch.Tensor]:
     "Return the tensors in `out`, without those in a key-value cache, which only the model reads"
-    return tensors_in(out, _is_cache)
+    found = tensors_in(out, _is_cache, _parts_of)
+    return [part for t in found for part in (t.unbind() if t.is_nested else [t])]
 
 # %% ../../nbs/120_model.run.ipynb #b19dc320
 def memory_of(
@@ -88,7 +98,7 @@ def memory_of(
 ) -> tuple|int:
     "Return a key that is equal for two tensors if they are the same view of the same memory"
     with torch._C.DisableTorchFunction():
-        try: start = t.untyped_storage().data_ptr()
+        try: start = 0 if t.is_nested else t.untyped_storage().data_ptr()
         except (RuntimeError, NotImplementedError): start = 0  # sparse, or without memory
         if not start: return id(t)
         strides = tuple(s if n > 1 else 0 for n,s in zip(t.shape, t.stride()))

@@ -81,10 +81,10 @@ def changed_sizes(before, after, prefix=''):
     return sizes
 
 # %% ../../nbs/320_model.sizes.ipynb #e9b75a70
-def _names_in(code):
+def names_in(code):
     "Return the attributes that a piece of code reads, including those of inner functions"
     inner = [c for c in code.co_consts if isinstance(c, CodeType)]
-    return {*code.co_names}.union(*map(_names_in, inner))
+    return {*code.co_names}.union(*map(names_in, inner))
 
 def _names_in_use(model):
     "Return the attributes that methods of the model's own classes read when it runs"
@@ -93,7 +93,7 @@ def _names_in_use(model):
     methods = [f for kind in kinds for k,f in vars(kind).items() if k not in unused]
     plain   = [getattr(f, 'fget', None) or f for f in methods if callable(f) or isinstance(f, property)]
     codes   = [getattr(inspect.unwrap(f), '__code__', None) for f in plain]
-    return set().union(*(_names_in(c) for c in codes if c is not None))
+    return set().union(*(names_in(c) for c in codes if c is not None))
 
 # %% ../../nbs/320_model.sizes.ipynb #ada05dcd
 def update_sizes(model, before):
@@ -102,6 +102,7 @@ def update_sizes(model, before):
     if after == before: return
     names = _size_names - _names_in_use(model)  # what the model computes with stays
     for n,m in model.named_modules():
+        if isinstance(m, nn.RMSNorm) and m.weight is not None: m.normalized_shape = tuple(m.weight.shape)
         if layer_sizes(m): continue
         told = [(k, v) for k,v in vars(m).items() if k in names and type(v) is int]
         if not told: continue

@@ -37,5 +37,8 @@ def shapes_of(model):
 def changed_sizes(before, after, prefix=''):
     """Map each size of an axis `before` to its sizes `after`, for tensors whose names begin with `prefix`"""
 
+def names_in(code):
+    """Return the attributes that a piece of code reads, including those of inner functions"""
+
 def update_sizes(model, before):
     """Update the size attributes of modules; `before`: the earlier shapes of parameters and buffers"""

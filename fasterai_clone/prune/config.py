@@ -6,12 +6,12 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/prune.config.html.md"""
 
 # %% ../../nbs/710_prune.config.ipynb #24bc2be0
 from __future__ import annotations
-import copy, math, re, warnings
+import copy, inspect, math, re, warnings
 from collections import defaultdict
 import torch, torch.nn as nn
 from ..core.text import listed_names
 from ..core.warn import warn
-from ..model.sizes import changed_sizes, shapes_of
+from ..model.sizes import changed_sizes, names_in, shapes_of
 
 # %% auto #0
 __all__ = ['update_config']
@@ -22,16 +22,22 @@ def read_again(config):
     if not hasattr(type(config), 'from_dict'): return copy.deepcopy(config)
     return type(config).from_dict(copy.deepcopy(config.to_dict()))
 
+def created(kind, config):
+    "Return a model of the class `kind` without weights that is created from `config`, or None"
+    with torch.random.fork_rng(), torch.device('meta'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: return kind(read_again(config))
+        except Exception: return None  # raised by `kind`
+
 def n_wrong(
     kind: type,   # of the model
     config,       # to create it from
     shapes: dict  # parameter or buffer → the shape it should have
 ) -> float:       # infinite: the numbers do not fit together
     "Return how many shapes are wrong in a model of the class `kind` that is created from `config`"
-    with torch.random.fork_rng(), torch.device('meta'), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        try: made = shapes_of(kind(read_again(config)))
-        except Exception: return math.inf  # raised by `kind`
+    made = created(kind, config)
+    if made is None: return math.inf
+    made = shapes_of(made)
     return sum(made.get(k) != shapes.get(k) for k in {*made, *shapes})
 
 # %% ../../nbs/710_prune.config.ipynb #cfgmove1
@@ -92,6 +98,32 @@ def new_shapes(before: dict, after: dict) -> tuple[bool, str]:
     rows    = [row(k, found) for k,found in (several or alike).items() if k.endswith('weight')]
     return bool(several), '; '.join(rows[:2]) + ('; ...' if len(rows) > 2 else '')
 
+# %% ../../nbs/710_prune.config.ipynb #cfgnum01
+def _numbers(m):
+    "Return (module, attribute) → number, for the numbers that the modules of `m` compute with"
+    code = {c: getattr(inspect.unwrap(type(c).forward), '__code__', None) for c in m.modules()}
+    read = {c: names_in(f) if f else () for c,f in code.items()}
+    def counts(c, k, v): return not k.startswith('_') and (type(v) is float or type(v) is int and k in read[c])
+    return {(n, k): v for n,c in m.named_modules() for k,v in vars(c).items() if counts(c, k, v)}
+
+def wrong_numbers(m, config):
+    "Return (module, attribute) → number in a model created from `config`, where `m` has another"
+    made = created(type(m), config)
+    new  = {} if made is None else _numbers(made)
+    return {k: new[k] for k,v in _numbers(m).items() if k in new and not math.isclose(v, new[k], rel_tol=1e-9)}
+
+def with_numbers(m: nn.Module, config) -> tuple:
+    "Return `config` with the numbers of `m`, or a copy, and those numbers that no number in it describes"
+    wrong, now = wrong_numbers(m, config), _numbers(m)
+    for k,v in [*vars(config).items()] if wrong else ():
+        new = {now[place] for place,n in wrong.items() if n == v and type(v) is float}
+        if len(new) != 1: continue
+        tried = copy.deepcopy(config)
+        setattr(tried, k, new.pop())
+        left = wrong_numbers(m, tried)
+        if len(left) < len(wrong): config, wrong = tried, left
+    return config, wrong
+
 # %% ../../nbs/710_prune.config.ipynb #c5cc7093
 def update_config(
     model: nn.Module,        # it, or modules inside, with a `config` and `from_pretrained` as those of transformers
@@ -111,9 +143,18 @@ def update_config(
             own = {k.removeprefix(prefix): s for k,s in before.items() if k.startswith(prefix)}
             _warn_of_config(m, own, shapes)
             continue
+        config, wrong = with_numbers(m, config)
+        if wrong: _warn_of_numbers(m, wrong)
         old = m.config
         for part in m.modules():
             if vars(part).get('config') is old: vars(part)['config'] = config
+
+def _warn_of_numbers(m, wrong):
+    (path, k), n = [*wrong][0], len(wrong) - 1
+    which = f'`{path}.{k}`' if path else f'`{k}`'
+    more  = f' and {n} more numbers' if n else ''
+    warn(f'The `config` of {type(m).__name__} cannot describe {which}{more} of the smaller model: the model that '
+         '`from_pretrained` creates computes something else. Use `save_thinned` and `load_thinned`')
 
 def _warn_of_config(m, before, after):
     several, which = new_shapes(before, after)

@@ -174,12 +174,13 @@ def _store_numbers(model, stored):
         own = vars(modules[n]) if n in modules else {}
         for k,v in numbers.items():
             now = own.get(k)
+            if now is None and k == 'eps' and isinstance(modules.get(n), nn.RMSNorm): now = 0.  # it has the default
             alike = type(now) is type(v) and type(v) in (int, float)
             fits  = alike or isinstance(now, (list, tuple)) and isinstance(v, list)
             if not fits or isinstance(v, list) and (len(v) != len(now) or any(type(i) is not int for i in now)):
                 raise ValueError(f'{shortened(n)} stores no number {shortened(k)} such as {shortened(v)}, which the '
                                  'description has')
-            own['stored_sizes'] = {**own.get('stored_sizes', {}), k: now}
+            own['stored_sizes'] = {**own.get('stored_sizes', {}), k: own[k]}
             own[k] = type(now)(v)
 
 # %% ../../nbs/730_prune.thinned_files.ipynb #01933fzz

@@ -173,11 +173,17 @@ def _use_new(self:Found):
 
 # %% ../../nbs/458_sparse.found.ipynb #1fa9338d
 @patch
+def _is_unpruned(self:Found, t):
+    "Return whether `t` has no mask, or shares its mask with other groups of the layer, and none of its own are pruned"
+    if t.name not in self.masks: return True
+    return sum(o.name == t.name for o in self.targets) > 1 and bool(self.group_mask(t).all())
+
+@patch
 def adopt(self:Found, pools: list[list[int]], most: list[int]|None = None) -> int:
     "Mark all-zero groups as pruned in each of the `pools` with at most `most` of them; return their number"
     found, adopted = [], 0
     for i,pool in enumerate(pools):
-        alive = [(t, self.alive(t)) for t in (self.targets[j] for j in pool) if t.name not in self.masks]
+        alive = [(t, self.alive(t)) for t in (self.targets[j] for j in pool) if self._is_unpruned(t)]
         zeros = self.place.total([t.parts[0] for t,_ in alive], [m.numel() - int(m.count_nonzero()) for _,m in alive])
         some  = [(pair, n) for pair,n in zip(alive, zeros) if 0 < n < pair[0].groups.n]
         n     = sum(n for _,n in some)

@@ -24,12 +24,15 @@ def _reduced_axes(call):
     n    = call.args[0].ndim
     return {d % n for d in ([dims] if isinstance(dims, int) else dims)} or set(range(n))
 
-def _reduced(trace, v, dims, name):
+def _is_norm(call): return 'norm' in call.name and not call.arg(1, 2) < 0
+
+def _reduced(trace, v, dims, call):
     "Return the labels of `v` after a reduction over `dims`, and what stays `Unless` its result is not used"
-    kept, over = [], []
+    kept, over, name = [], [], call.name
     for l in v.layers:
         across, why = varies(l) & dims, v.nonzero or f'{trace.where} takes its `{name}`'
-        harmless = name == 'sum' and not v.nonzero
+        harmless = not v.nonzero and (name == 'sum' or _is_norm(call) and not v.param)
+        if across and harmless and v.param: trace.sums.append((l, why))
         if not across: kept.append(l)
         elif across == varies(l):
             mean  = name == 'mean' and not v.param and not v.nonzero and len(v.layers) == 1
@@ -47,7 +50,7 @@ def reduce(trace, call):
     "Follow a reduction over axes"
     x, name, v = call.args[0], call.name, trace.get(call.args[0])
     dims = _reduced_axes(call)
-    kept, over = _reduced(trace, v, dims, name)
+    kept, over = _reduced(trace, v, dims, call)
     if call.outs[0].ndim < x.ndim: kept = [l.reshape([n for i,n in enumerate(l.shape) if i not in dims]) for l in kept]
     changes = f'{trace.where} does not keep zero at zero with `{name}`' if name in ('prod', 'logsumexp') else None
     why = v.nonzero or changes

@@ -40,6 +40,9 @@ def met(trace, shape, tensors):
     for k,t in enumerate(tensors):
         if trace.in_attention or trace.get(t).noise: continue  # masks are cut with heads; noise has the others' shape
         sizes = (1,)*(len(shape) - t.ndim) + tuple(t.shape)
+        for axis,of in trace.get(t).spread:
+            d, sizes = axis % len(shape), (*sizes[:axis], 1, *sizes[len(sizes) + axis + 1:])
+            trace.followed += [(l, d, of, why) for l,_ in found if d in varies(l)]
         for i,(l,where) in enumerate(found):
             own  = [padded(o, len(shape)) for o in trace.get(t).layers] if k in where else []
             wide = {d for d in varies(l) if sizes[d] > 1} - set().union(*map(varies, own))

@@ -53,9 +53,9 @@ def _remembered(model):
 def run_traced(trace, args, kwargs):
     "Run the model of `trace`, and fix its outputs and stored tensors"
     model, trace.inside = trace.model, []
-    with names_running(model, trace.inside, 'Tracing'), stored_numbers(model), trace, WholeFunctions(trace):
-        out = model(*args, **kwargs)
-    outs = outputs_in(out)
+    with names_running(model, trace.inside, 'Tracing'), stored_numbers(model, trace.uses), trace, WholeFunctions(trace):
+        out  = model(*args, **kwargs)
+        outs = outputs_in(out)  # also runs generators
     if not outs:
         raise ValueError(f'{type(model).__name__} returns {type(out).__name__}, which contains no tensor: '
                          'expected tensors, or tuples, lists or dicts of them')
@@ -109,8 +109,10 @@ def settle_stored(trace) -> dict:
         fixed = {sets.find(i) for i in sets.why}
         lost  = {home: [_lost(sets, ms, fixed) for ms,_ in found] for home,found in uses.items()}
         wrong = [home for home,each in lost.items() if None in each or any(c != each[0] for c in each)]
-        if not wrong: return {home: each[0] for home,each in lost.items() if each[0]}
-        for l,why in [(l, why) for home in wrong for ms,why in uses[home] for l in ms]: sets.fix(l, why)
+        used  = [home for home,each in lost.items() if home in trace.uses.homes and any(each)]
+        if not (wrong or used): return {home: each[0] for home,each in lost.items() if each[0]}
+        for home,ms,why in [(home, ms, why) for home in wrong + used for ms,why in uses[home]]:
+            for l in ms: sets.fix(l, trace.uses.homes.get(home, why))
 
 # %% ../../../nbs/290_model.channels.follow.ipynb #b09b1a0a
 def settle(trace):
@@ -130,6 +132,9 @@ def settle(trace):
         if trace.fits(l, axis, of): continue
         sets.keep(l, {axis}, why)
         for t,_ in of: sets.fix(t, why)
+    for l,why in trace.sums:  # a channel adds nothing to it if its weights are zero
+        for k in sets.owners(l):
+            if sets.role.get(k) not in HELD: sets.fix(l, why)
     trace.scales = settle_means(trace)
     trace.lost   = settle_stored(trace)
 

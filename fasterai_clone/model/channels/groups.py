@@ -51,11 +51,12 @@ class _StoredSize(NamedTuple):
     each: torch.Tensor    # what it loses with each channel
 
 class _Scaled(NamedTuple):
-    "A parameter or number that a mean over channels scales: it is multiplied by (C/n)**power if n of C remain"
+    "A parameter or number that a mean over channels scales: it and `plus` are multiplied by (C/n)**power for n of C"
     place: str|Home       # name of the parameter, or the place of a number in a module
     each: torch.Tensor    # for each channel of the group, how many of the C it counts as
     n: int                # C
-    power: int
+    power: float
+    plus: float = 0.      # what the model adds to the parameter before it uses it
 
 # %% ../../../nbs/300_model.channels.groups.ipynb #dc8e15a7
 @dataclass(frozen=True, eq=False)
@@ -134,9 +135,9 @@ def _stored(trace, channels):
 def _scales(trace, channels):
     "Return what is scaled if some of the `channels`, sets of numbers, are removed"
     roots, found = [trace.labels.find(s[0]) for s in channels], []
-    for place,(label,power) in trace.scales.items():
+    for place,(label,*how) in trace.scales.items():
         lost = Counter(trace.labels.roots(label).flatten().tolist())
-        found.append(_Scaled(place, torch.tensor([lost[r] for r in roots]), label.numel(), power))
+        found.append(_Scaled(place, torch.tensor([lost[r] for r in roots]), label.numel(), *how))
     return tuple(s for s in found if s.each.any())
 
 def groups_of(trace):

@@ -48,11 +48,12 @@ class _StoredSize(NamedTuple):
     each: torch.Tensor
 
 class _Scaled(NamedTuple):
-    """A parameter or number that a mean over channels scales: it is multiplied by (C/n)**power if n of C remain"""
+    """A parameter or number that a mean over channels scales: it and `plus` are multiplied by (C/n)**power for n of C"""
     place: str | Home
     each: torch.Tensor
     n: int
-    power: int
+    power: float
+    plus: float
 
 @dataclass(frozen=True, eq=False)
 class CoupledGroup:

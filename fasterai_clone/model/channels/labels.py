@@ -42,7 +42,7 @@ class Unless(NamedTuple):
     label: torch.Tensor
     why: str
     mean: object = None  # the `Mean` over its channels of which the value is a power, or None
-    power: int = 0       # exponent of this mean in the value
+    power: float = 0     # exponent of this mean in the value
 
 def along(layers, axis):
     "Return those of the labels `layers` that vary along `axis`, as matrices with that axis first"

@@ -29,7 +29,7 @@ class Unless(NamedTuple):
     label: torch.Tensor
     why: str
     mean: object
-    power: int
+    power: float
 
 def along(layers, axis):
     """Return those of the labels `layers` that vary along `axis`, as matrices with that axis first"""

@@ -7,21 +7,32 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.channels.means.html.
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0002
 from __future__ import annotations
 from collections import defaultdict
+from dataclasses import replace
+from typing import NamedTuple
+import torch, torch.nn as nn
 from torch import Tensor
 from .elementwise import pointwise
-from .labels import Unless
-from .sizes import StoredFloat
-from .trace import Trace, nothing, rule
+from .labels import Unless, along, varies
+from .norms import layer_norm
+from .recurrent import whole_rule
+from .sizes import Home, Stored, StoredFloat
+from .trace import Call, Trace, Value, nothing, rule
 
 # %% auto #0
 __all__ = ['absorbed']
 
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0005
+class Scale(NamedTuple):
+    "What must be scaled when channels under a mean are removed"
+    place: str|Home   # the name of a parameter, or the place of a number
+    power: float      # of C/n, to multiply it by
+    plus: float = 0.  # what the model adds to the parameter before it uses it
+
 class Mean:
     "Record a mean over channels with this `label`, and what must be scaled when some are removed"
     def __init__(self, label):
         self.label  = label
-        self.scaled = []  # (name of a parameter, or `Home` of a number; the power of C/n to multiply it by)
+        self.scaled = []  # a `Scale` each
 
 def _pending(v):
     "Return the mean of which the value `v` is a power, and the power; None: of no mean; False: it cannot be followed"
@@ -33,16 +44,18 @@ def _pending(v):
 def absorbed(
     trace: Trace,           # of the run
     factors: list[Tensor],  # that are multiplied
-    powers: list[int],      # of the mean, one for each factor
+    powers: list[float],    # of the mean, one for each factor
     mean: Mean              # over channels
-) -> int:                   # the power that is left
+) -> float:                 # the power that is left
     "Let the first parameter among the `factors` absorb the power of the mean in their product"
     total = sum(powers)
     for t in factors:
         v = trace.get(t)
         names = {trace.labels.axes[k].name for l in v.layers for k in trace.labels.owners(l)}
-        if not total or not v.param or v.leaves is not None or len(names) != 1: continue
-        mean.scaled.append((names.pop(), -total))
+        plain = v.param and (v.leaves is None or v.plus is not None)
+        if not total or not plain or len(names) != 1: continue
+        trace.uses.taken |= names
+        mean.scaled.append(Scale(names.pop(), -total, v.plus or 0.))
         return 0
     return total
 
@@ -52,24 +65,37 @@ def _sum_power(trace, call, powers, mean):
     if call.name not in ('add', 'sub') or call.kwargs.get('alpha', 1) != 1: return None
     if len(powers) > 1: return powers[0] if powers[0] == powers[1] else None
     number = trace.asked
-    if call.name == 'add' and isinstance(number, StoredFloat) and float(number) == call.args[1]:
-        mean.scaled.append((number.home, powers[0]))
+    if call.name == 'add' and isinstance(number, StoredFloat) and number == call.args[1]:
+        mean.scaled.append(Scale(number.home, powers[0]))
+        trace.uses.added = None
         return powers[0]
     why = f'{trace.where} adds a number to their mean that is not an attribute like `self.eps`'
     trace.labels.fix(mean.label, why)
     return None
+
+_POWERS = dict(reciprocal=-1, sqrt=0.5, rsqrt=-0.5, neg=1)
+
+def _note_plus(trace, call, values):
+    "Record the number that `call` adds to a parameter"
+    if call.name != 'add' or len(values) != 1 or not values[0].param or values[0].leaves is not None: return
+    names = {trace.labels.axes[k].name for l in values[0].layers for k in trace.labels.owners(l)}
+    if not isinstance(call.args[1], (int, float)) or call.kwargs or len(names) != 1: return
+    trace.put(call.out, replace(trace.get(call.out), plus=float(call.args[1])))
+    trace.uses.taken |= names
+    trace.uses.give(names.pop(), call.outs)
 
 def _power(trace, call, powers, mean):
     "Return the power of the mean in the result of `call`; None: it has none"
     name, given = call.name, call.given
     if name == 'mul': return absorbed(trace, given, powers, mean)
     if name == 'div' and not call.kwargs: return powers[0] - sum(powers[1:])
-    if name == 'reciprocal': return -powers[0]
+    if name in _POWERS: return powers[0] * _POWERS[name]
+    if name == 'pow': return powers[0] * call.args[1] if isinstance(call.args[1], (int, float)) else None
     if name != 'addcmul' or call.kwargs.get('value', 1) != 1: return _sum_power(trace, call, powers, mean)
     return powers[0] if powers[0] == absorbed(trace, given[1:], powers[1:], mean) else None
 
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0009
-@rule('add sub mul div addcmul reciprocal', uses=None)
+@rule('add sub mul div addcmul pow', *_POWERS, uses=None)
 def arithmetic(trace, call):
     "Follow sums, products and quotients, also of means over channels"
     values  = [trace.get(t) for t in call.given]
@@ -82,18 +108,49 @@ def arithmetic(trace, call):
     why = next((u.why for v in values for u in v.unless), None)
     if any(v.layers for v in values): pointwise(trace, call)
     else: nothing(trace, call)
+    _note_plus(trace, call, values)
     if power: trace.get(call.out).unless = (Unless(mean.label, why, mean, power),)
     if mean and mean not in trace.means: trace.means.append(mean)
 
+# %% ../../../nbs/275_model.channels.means.ipynb #meanrms1
+def _place_of(trace, eps):
+    "Return the place of the number `eps` of a norm that runs, or None"
+    if isinstance(eps, StoredFloat): return eps.home
+    default = eps is None and isinstance(trace.module, nn.RMSNorm) and trace.module.eps is None
+    return Home(trace.inside[-1], 'eps', None) if default and trace.inside else None
+
+@whole_rule('rms_norm', nn.functional.rms_norm)
+def rms_norm(trace, args, out):
+    "Follow a norm by the root of the mean square of all channels"
+    x, shape, weight, eps = (*args, None, None)[:4]
+    v, last, place = trace.get(x), x.ndim - 1, _place_of(trace, eps)
+    w   = trace.get(weight) if isinstance(weight, torch.Tensor) else Value([])
+    own = [l for l in v.layers if last in varies(l)]
+    one = len(shape) == len(own) == len(w.layers) == 1 and varies(own[0]) == {last}
+    if not one or place is None or v.nonzero or not w.param or w.leaves is not None:
+        if isinstance(eps, StoredFloat): trace.uses.note(eps)
+        return layer_norm(trace, Call('rms_norm', None, (x, shape, weight), {}, out))
+    sets, mean, (label,), n = trace.labels, Mean(own[0]), w.layers, shape[0]
+    why = f'{trace.where} sets its size explicitly with `rms_norm`'
+    if isinstance(n, Stored): trace.stored.append((n.home, along(own, last), why))
+    elif getattr(n, 'of', None) is not None: trace.followed.append((own[0], last, n.of, why))
+    elif not isinstance(trace.module, nn.RMSNorm): sets.fix(own[0], why)
+    sets.mark(label, 'scale')
+    sets.join(*along([own[0]], last), *along([label], 0))
+    mean.scaled += [Scale(place, 1), Scale(sets.axes[sets.owner[int(label[0])]].name, 0.5)]
+    trace.means.append(mean)
+    trace.put(out, Value(v.layers))
+
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0012
 def settle_means(trace):
-    "Fix channels if what is scaled with their mean is scaled otherwise elsewhere; return place → (label, power)"
+    "Fix channels if what their mean scales is scaled otherwise elsewhere; return place → (label, power, plus)"
     sets, uses = trace.labels, defaultdict(list)
     for mean in trace.means:
-        for place,power in mean.scaled: uses[place].append((mean.label, power))
+        for place,*how in mean.scaled: uses[place].append((mean.label, *how))
     def lost(label): return sorted(sets.roots(label).flatten().tolist())
-    for found in uses.values():
-        label, power = found[0]
-        if all(p == power and lost(l) == lost(label) for l,p in found): continue
-        for l,_ in found: sets.fix(l, 'a number or weight that would be scaled with their mean has other uses')
+    for place,found in uses.items():
+        label, *how = found[0]
+        why = trace.uses.homes.get(place, 'a number or weight that would be scaled with their mean has other uses')
+        if place not in trace.uses.homes and all(h == how and lost(l) == lost(label) for l,*h in found): continue
+        for l,*_ in found: sets.fix(l, why)
     return {place: found[0] for place,found in uses.items()}

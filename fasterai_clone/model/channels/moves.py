@@ -7,16 +7,45 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.channels.moves.html.
 # %% ../../../nbs/230_model.channels.moves.ipynb #45d81f4a
 from __future__ import annotations
 import math
+from collections import Counter
 from dataclasses import replace
 import torch
+from fastcore.basics import patch
 from torch.utils._pytree import tree_map_only
-from .labels import squeezed, varies
+from .labels import along, squeezed, varies
 from .sizes import Size, Stored
 from .trace import Call, Trace, Unforeseen, rule
 from ..run import tensors_in
 
 # %% auto #0
 __all__ = ['move']
+
+# %% ../../../nbs/230_model.channels.moves.ipynb #59faf003
+@patch
+def follow_view(self:Trace, out, sizes, name):
+    "Record which channels the `sizes` count that the model gives for the view `out`: both must lose the same"
+    if self.in_attention: return
+    with torch._C.DisableTorchFunction(): layers, strides, spread = self.get(out).layers, out.stride(), []
+    why = f'{self.where} sets its size explicitly with `{name}`'
+    for i,size in enumerate(sizes):
+        if isinstance(size, Stored): self.stored.append((size.home, along(layers, i), why))
+        if getattr(size, 'of', None) is None: continue
+        own = [l for l in layers if i < l.ndim and l.shape[i] > 1]
+        if len(own) == 1: self.followed.append((own[0], i, size.of, why))
+        if own: continue
+        if strides[i] == 0: spread.append((i - out.ndim, size.of))  # as `expand` makes it: one number, repeated
+        else:
+            for t,_ in size.of: self.labels.fix(t, f'{self.where} uses its size for other values with `{name}`')
+    if spread:
+        with torch._C.DisableTorchFunction(): self.put(out, replace(self.get(out), spread=tuple(spread)))
+
+@patch
+def fits(self:Trace, l, axis, of):
+    "Return whether an axis of the label `l` loses as much as the number that counts `of`, whatever is removed"
+    fixed, left = {self.labels.find(i) for i in self.labels.why}, Counter()
+    for t,share in [*of, (l.movedim(axis, 0).reshape(l.shape[axis], -1)[:, 0], -1)]:
+        for r in self.labels.roots(t).tolist(): left[r] += share
+    return all(abs(n) < 1e-6 for r,n in left.items() if r >= 0 and r not in fixed)
 
 # %% ../../../nbs/230_model.channels.moves.ipynb #54abcfce
 _VIEWS = set('view _unsafe_view reshape _reshape_alias'.split())
@@ -31,6 +60,12 @@ def _moved(call, label, rest):
     if call.name in _VIEWS: return [full.reshape(o.shape) for o in call.outs]
     try: return tensors_in(call.func(full, *rest, **call.kwargs))
     except (RuntimeError, IndexError) as e: raise Unforeseen(f'`{call.name}` does not take whole numbers') from e
+
+def _in_groups(l, groups):
+    "Return the label `l` of channels, split into `groups`, and the first group: all must lose the same"
+    each = l.movedim(1, 0)
+    each = each.reshape(groups, -1, *each.shape[1:]) if 1 in varies(l) else each
+    return each, each[:1]
 
 @rule(*_VIEWS, *_CUTS, *_TURNS, *_AXES, _REST, uses=False)
 def move(
@@ -47,9 +82,10 @@ def move(
         if name in _CUTS: cut(trace, l, call)
         elif name in _VIEWS: split(trace, l, after, name)
         elif name == 'expand': sized(trace, after, name)
+        elif name == 'channel_shuffle': trace.labels.join(*_in_groups(l, call.args[1]))
         elif name in _TURNS and not torch.equal(after, l):
             trace.labels.fix(l, f'{trace.where} reorders it with `{name}`')
-    for o,m in zip(outs, moved): trace.put(o, replace(v, layers=[l for l in m if l.numel() > 1], unless=()))
+    for o,m in zip(outs, moved): trace.put(o, replace(v, layers=[l for l in m if l.numel() > 1], unless=(), spread=()))
 
 # %% ../../../nbs/230_model.channels.moves.ipynb #a2c32ce2
 def sized(trace, l, name):

@@ -7,7 +7,8 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.channels.recurrent.h
 # %% ../../../nbs/270_model.channels.recurrent.ipynb #4c4693b4
 from __future__ import annotations
 from collections.abc import Callable
-from types import BuiltinFunctionType
+from inspect import signature
+from types import BuiltinFunctionType, FunctionType
 import torch, torch.nn as nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -23,13 +24,19 @@ __all__ = ['WHOLE', 'whole_rule']
 WHOLE = {}  # function of torch → the rule for it as a whole: a function of (trace, args, out)
 
 def whole_rule(
-    *names: str  # of functions in `torch._VF`
+    *names: str|Callable  # names of functions in `torch._VF`, or functions
 ) -> Callable:
-    "Register a rule for the functions of torch with these `names`"
+    "Register a rule for these functions of torch"
     def register(f):
-        WHOLE.update({getattr(torch._VF, k): f for k in names})
+        WHOLE.update({getattr(torch._VF, k) if isinstance(k, str) else k: f for k in names})
         return f
     return register
+
+def _in_order(func, args, kwargs):
+    "Return the arguments of a call of the Python function `func` in the order of its parameters"
+    bound = signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return tuple(bound.arguments.values())
 
 # %% ../../../nbs/270_model.channels.recurrent.ipynb #76bfd94a
 def _units(trace, gates, size, sets):
@@ -150,7 +157,9 @@ class WholeFunctions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, trace = kwargs or {}, self.trace
-        f = WHOLE.get(func) if isinstance(func, BuiltinFunctionType) and not kwargs else None
+        known = isinstance(func, FunctionType) or isinstance(func, BuiltinFunctionType) and not kwargs
+        f = WHOLE.get(func) if known else None
+        if f and kwargs: args = _in_order(func, args, kwargs)
         if f is None:
             out = func(*args, **kwargs)
             name, plain = getattr(func, '__name__', ''), isinstance(out, torch.Tensor)

@@ -114,11 +114,13 @@ def rescale(model, groups, dead):
         known[s.place] = s
     for place,s in known.items():
         factor = (s.n / (s.n - lost[place]))**s.power
-        if isinstance(place, str): tensors[place].mul_(factor)
+        if isinstance(place, str): tensors[place].mul_(factor).add_((factor - 1)*s.plus)
         elif lost[place]:
-            own = vars(model.get_submodule(place.module))
+            m = model.get_submodule(place.module)
+            own, number = vars(m), getattr(m, place.name)
+            if number is None: number = torch.finfo(m.weight.dtype).eps  # as `nn.RMSNorm` does
             own['stored_sizes'] = {place.name: own[place.name], **own.get('stored_sizes', {})}
-            own[place.name] *= factor
+            own[place.name] = number * factor
 
 # %% ../../../nbs/330_model.channels.removal.ipynb #41510c7a
 def scaled_tensors(model, groups):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 import torch, torch.nn as nn
+from fastcore.basics import patch
+from ..run import memory_of
 
 # %% auto #0
 __all__ = ['requested']
@@ -18,23 +20,29 @@ __all__ = ['requested']
 # %% ../../../nbs/210_model.channels.sizes.ipynb #3ab95dbf
 class Size(int):
     "A number that follows channels: it gets smaller if some are removed"
-    def __new__(cls, n, of=None):
+    def __new__(cls, n, of=None, seen=(), uses=None):
         self = super().__new__(cls, n)
         self.of = of  # (numbers of positions, how many each of them counts for), …; None: this is not known
+        self.seen = seen  # (label, axis) of the values whose sizes it is computed from
+        self.uses = uses  # `Uses` to note it in if the model calculates with it; None: not noted
         return self
 
-    def __add__(self, other):       return _result(int.__add__(self, other), _sum_of(self, other))
-    def __radd__(self, other):      return _result(int.__radd__(self, other), _sum_of(other, self))
-    def __sub__(self, other):       return _result(int.__sub__(self, other), _sum_of(self, other, -1))
-    def __rsub__(self, other):      return _result(int.__rsub__(self, other), _sum_of(other, self, -1))
-    def __mul__(self, other):       return _result(int.__mul__(self, other), _product_of(self, other))
-    def __rmul__(self, other):      return _result(int.__rmul__(self, other), _product_of(other, self))
-    def __floordiv__(self, other):  return _result(int.__floordiv__(self, other), _quotient_of(self, other))
-    def __rfloordiv__(self, other): return _result(int.__rfloordiv__(self, other), _quotient_of(other, self))
+    def __add__(self, other):       return _result(int.__add__(self, other), _sum_of(self, other), self, other)
+    def __radd__(self, other):      return _result(int.__radd__(self, other), _sum_of(other, self), self, other)
+    def __sub__(self, other):       return _result(int.__sub__(self, other), _sum_of(self, other, -1), self, other)
+    def __rsub__(self, other):      return _result(int.__rsub__(self, other), _sum_of(other, self, -1), self, other)
+    def __mul__(self, other):       return _result(int.__mul__(self, other), _product_of(self, other), self, other)
+    def __rmul__(self, other):      return _result(int.__rmul__(self, other), _product_of(other, self), self, other)
+    def __floordiv__(self, other):
+        return _result(int.__floordiv__(self, other), _quotient_of(self, other), self, other)
+    def __rfloordiv__(self, other):
+        return _result(int.__rfloordiv__(self, other), _quotient_of(other, self), self, other)
 
-def _result(n, of):
-    "Return the integer `n` as a `Size` that counts `of`; return anything else unchanged"
-    return Size(n, of) if type(n) is int else n
+def _result(n, of, *given):
+    "Return the integer `n` as a `Size` that counts `of`, computed from those `given`; return anything else unchanged"
+    if type(n) is not int: return n
+    sizes = [s for s in given if isinstance(s, Size)]
+    return Size(n, of, sum((s.seen for s in sizes), ()), next((s.uses for s in sizes if s.uses), None))
 
 def _scaled(size, factor):
     return None if getattr(size, 'of', None) is None else [(t, r*factor) for t,r in size.of]
@@ -69,34 +77,116 @@ class Home(NamedTuple):
 
 class Stored(int):
     "A number that a module stores, so that it can be changed with the channels it counts"
-    def __new__(cls, n, home):
+    def __new__(cls, n, home, uses=None):
         self = super().__new__(cls, n)
-        self.home = home
+        self.home, self.uses = home, uses
         return self
+    def __reduce_ex__(self, protocol): return int, (int.__int__(self),)  # a copy is a number of its own
 
 class StoredFloat(float):
     "A number that a module stores, and where: if it is added to a mean, it is scaled like the mean"
-    def __new__(cls, x, home):
+    def __new__(cls, x, home, uses=None):
         self = super().__new__(cls, x)
-        self.home = home
+        self.home, self.uses = home, uses
         return self
+    def __reduce_ex__(self, protocol): return float, (float.__pos__(self),)
+
+# %% ../../../nbs/210_model.channels.sizes.ipynb #uses0002
+class Uses:
+    "Note the numbers with which the model of `trace` calculates, so that they must not change"
+    def __init__(self, trace):
+        self.trace = trace
+        self.homes = {}    # parameter, or place of a number that a module stores → why it must not change
+        places = {k: memory_of(p) for k,p in trace.model.named_parameters()}
+        self.owner = {m[0]: k for k,m in places.items() if isinstance(m, tuple)}  # memory → parameter
+        self.taken = set() # parameters with which the running operator multiplies a mean
+        self.added = None  # a number that is being added, and that no mean has taken
+
+    def note(self, number):
+        "Record that the model calculates with `number`"
+        trace = self.trace
+        if trace.in_attention: return
+        if not isinstance(number, Size):
+            return self.homes.setdefault(number.home, f'{trace.where} also calculates with `{number.home.name}`')
+        for l,axis in number.seen: trace.labels.keep(l, {axis}, f'{trace.where} calculates with its size')
+
+# %% ../../../nbs/210_model.channels.sizes.ipynb #uses0006
+_CALCULATES = set('''add sub mul div truediv true_divide floordiv floor_divide pow float_power fmod remainder clamp
+    clamp_min clamp_max maximum minimum fill full full_like masked_fill addcmul addcdiv tensor as_tensor
+    scalar_tensor'''.split())
+_T = torch.Tensor
+_ADDED   = {_T.add, torch.add, _T.add_, _T.__add__, _T.__radd__, _T.__iadd__}
+_EXPORTS = {_T.numpy, _T.tolist, _T.__array__}
+
+@patch
+def note_call(self:Uses, func, args, kwargs):
+    "Record the numbers that a call of `func` calculates with, and the channels that it exports"
+    name, self.added = getattr(func, '__name__', '').strip('_'), None
+    for v in map(self.trace.get, args[:1]) if func in _EXPORTS else ():
+        self.trace.use(v)
+        for l in v.layers: self.trace.labels.fix(l, f'{self.trace.where} exports it with `{name}`')
+    calculates = name in _CALCULATES or name[:1] in ('r', 'i') and name[1:] in _CALCULATES
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, StoredFloat) and func in _ADDED: self.added = a
+        elif isinstance(a, StoredFloat) and name != 'rms_norm': self.note(a)  # it has a rule
+        elif calculates and isinstance(a, (Size, Stored)): self.note(a)
+
+@patch
+def note_added(self:Uses):
+    "Record the number that was added, unless it was added to a mean"
+    if self.added is not None: self.note(self.added)
+    self.added = None
+
+# %% ../../../nbs/210_model.channels.sizes.ipynb #uses0007
+@patch
+def give(self:Uses, name, outs):
+    "Record that `outs` contain the parameter `name`"
+    self.owner.update((m[0], name) for m in map(memory_of, outs) if isinstance(m, tuple))
+
+@patch
+def note_tensors(self:Uses, given, outs, passes):
+    "Record the parameters that an operator uses, except those it has `taken`; it may only pass them on to `outs`"
+    for t in given:
+        place = memory_of(t)
+        name  = self.owner.get(place if isinstance(place, int) else place[0])
+        if name is None: continue
+        if passes: self.give(name, outs)
+        elif name not in self.taken:
+            self.homes.setdefault(name, f'{self.trace.where} also uses `{name}` without their mean')
+    self.taken = set()
+
+# %% ../../../nbs/210_model.channels.sizes.ipynb #uses0004
+def _noting(kind, name):
+    "Return the method `name` of the numbers of `kind`, which notes that the model calculates with the number"
+    def method(self, *args):
+        out = getattr(kind, name)(self, *args)
+        done = out is not NotImplemented or isinstance(args[0], float)  # which calculates then; not so a tensor
+        if done and self.uses is not None: self.uses.note(self)
+        return out
+    return method
+
+for _name in '__truediv__ __rtruediv__ __pow__ __rpow__ __float__'.split():
+    for _kind in (Size, Stored): setattr(_kind, _name, _noting(int, _name))
+for _name in '''__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ __neg__
+    __lt__ __le__ __gt__ __ge__ __bool__ __float__'''.split(): setattr(StoredFloat, _name, _noting(float, _name))
+
 
 # %% ../../../nbs/210_model.channels.sizes.ipynb #c8024c15
-def _as_stored(v, *place):
+def _as_stored(v, uses, *place):
     "Return whole numbers above 1 as `Stored`, also those in a list, and others as `StoredFloat`; else None"
-    if type(v) is int: return Stored(v, Home(*place, None)) if v > 1 else None
-    if type(v) is float: return StoredFloat(v, Home(*place, None))
+    if type(v) is int: return Stored(v, Home(*place, None), uses) if v > 1 else None
+    if type(v) is float: return StoredFloat(v, Home(*place, None), uses)
     if type(v) not in (list, tuple) or not v or not all(type(i) is int and i > 1 for i in v): return None
-    return type(v)(Stored(i, Home(*place, k)) for k,i in enumerate(v))
+    return type(v)(Stored(i, Home(*place, k), uses) for k,i in enumerate(v))
 
 @contextmanager
-def stored_numbers(model: nn.Module) -> Iterator[None]:
+def stored_numbers(model: nn.Module, uses: Uses|None = None) -> Iterator[None]:
     "Within the block, record with the numbers that the modules of `model` store where they are stored"
     before = []
     for path,m in model.named_modules():
-        if type(m).__module__.startswith('torch.'): continue
+        if type(m).__module__.startswith('torch.') and not isinstance(m, nn.RMSNorm): continue
         for k,v in [*vars(m).items()]:
-            new = None if k.startswith('_') else _as_stored(v, path, k)
+            new = None if k.startswith('_') else _as_stored(v, uses, path, k)
             if new is None or 'weight' in m._parameters and type(v) is not float: continue  # its weight has the sizes
             before.append((m, k, v))
             vars(m)[k] = new
@@ -105,13 +195,11 @@ def stored_numbers(model: nn.Module) -> Iterator[None]:
         for m,k,v in before: vars(m)[k] = v
 
 # %% ../../../nbs/210_model.channels.sizes.ipynb #05dc6ed4
-_T = torch.Tensor
 _SIZED   = {_T.view, _T.reshape, torch.reshape, _T.expand, _T.broadcast_to, torch.broadcast_to}
 _MERGED  = {_T.flatten, torch.flatten, _T.ravel, torch.ravel}
 _LIKE    = {_T.view_as, _T.reshape_as, _T.expand_as}
 _COUNTED = {_T.chunk, torch.chunk, _T.tensor_split, torch.tensor_split}
 _PARTED  = {_T.split, torch.split, _T.split_with_sizes, torch.split_with_sizes, _T.__getitem__}
-_ADDED   = {_T.add, torch.add, _T.add_, _T.__add__, _T.__radd__, _T.__iadd__}
 
 def _ints(o):
     "Return the whole numbers in nested tuples, lists and slices"

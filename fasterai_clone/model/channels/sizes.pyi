@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 import torch, torch.nn as nn
+from fastcore.basics import patch
+from ..run import memory_of
 from typing import Any
 
 __all__ = ['requested']
@@ -12,8 +14,10 @@ __all__ = ['requested']
 class Size(int):
     """A number that follows channels: it gets smaller if some are removed"""
     of: Any
+    seen: Any
+    uses: Any
 
-    def __new__(cls, n, of=None): ...
+    def __new__(cls, n, of=None, seen=(), uses=None): ...
 
     def __add__(self, other): ...
 
@@ -49,17 +53,44 @@ class Home(NamedTuple):
 class Stored(int):
     """A number that a module stores, so that it can be changed with the channels it counts"""
     home: Any
+    uses: Any
 
-    def __new__(cls, n, home): ...
+    def __new__(cls, n, home, uses=None): ...
 
 class StoredFloat(float):
     """A number that a module stores, and where: if it is added to a mean, it is scaled like the mean"""
     home: Any
+    uses: Any
 
-    def __new__(cls, x, home): ...
+    def __new__(cls, x, home, uses=None): ...
+
+class Uses:
+    """Note the numbers with which the model of `trace` calculates, so that they must not change"""
+    trace: Any
+    homes: dict
+    owner: dict
+    taken: set
+    added: Any
+
+    def __init__(self, trace) -> None: ...
+
+    def note(self, number):
+        """Record that the model calculates with `number`"""
+
+    def note_call(self, func, args, kwargs):
+        """Record the numbers that a call of `func` calculates with, and the channels that it exports"""
+
+    def note_added(self):
+        """Record the number that was added, unless it was added to a mean"""
+
+    def give(self, name, outs):
+        """Record that `outs` contain the parameter `name`"""
+
+    def note_tensors(self, given, outs, passes):
+        """Record the parameters that an operator uses, except those it has `taken`; it may only pass them on to `outs`"""
 
 @contextmanager
-def stored_numbers(model: nn.Module) -> Iterator[None]:
+def stored_numbers(model: nn.Module, uses: Uses | None = None) -> Iterator[None]:
     """Within the block, record with the numbers that the modules of `model` store where they are stored"""
 
 class Bounds(set):

@@ -7,7 +7,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.channels.trace.html.
 # %% ../../../nbs/220_model.channels.trace.ipynb #b4892bed
 from __future__ import annotations
 import math, sys, time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from ...core.warn import warn
-from .labels import along, Labels, on_axis, varies
-from .sizes import Shape, Size, Stored, requested
+from .labels import Labels, on_axis, varies
+from .sizes import Shape, Size, Uses, requested
 from ..layers import size_axes
 from ..run import memory_of, overlap, tensors_in
 
@@ -56,6 +56,8 @@ class Value:
     zeros: frozenset|None = None   # which of the `leaves` must be zero for it to be; None: it never is
     noise: bool = False            # whether it consists of random numbers alone, as many as the model asked for
     number: bool = False           # whether it is a constant in the code of the model
+    plus: float|None = None        # if it is a parameter plus a number: that number
+    spread: tuple = ()             # (axis from the end, what its size counts): it repeats one number along that axis
 
 # %% ../../../nbs/220_model.channels.trace.ipynb #305d2677
 RULES = {}  # name of an operator → its rule
@@ -113,7 +115,8 @@ class Trace(TorchDispatchMode):
         self.places = defaultdict(set) # storage → keys of `values` that lie there
         self.seen   = set()            # keys of what was used
         self.cuts, self.grids, self.followed, self.stored = [], [], [], []  # for `settle`, after the run
-        self.means = []                # means over channels, and what follows their number
+        self.means, self.sums = [], []  # means over channels, and what follows their number; sums of parameters
+        self.uses   = Uses(self)       # numbers with which the model calculates
         self.grouped, self.within = {}, frozenset()  # convolutions → their groups; those that lose the same in each
         self.zeros  = {}               # id → tensor: zeros whose size is that of a recurrent layer
         self.asked  = None             # what the model requested of a view or a part
@@ -214,6 +217,7 @@ def follow(self:Trace, call):
              'the rule: please report it. The channels that the operator touches are kept', RuleFailed)
         unknown(self, call)
     for t in outs if uses is False else (): self.get(t).unless = tuple(u for v in used for u in v.unless)
+    self.uses.note_tensors(given, outs, uses is False)
     self.seen |= {memory_of(t) for t in given} - {memory_of(t) for t in outs}
 
 # %% ../../../nbs/220_model.channels.trace.ipynb #f56ab99e
@@ -246,7 +250,8 @@ def shape(self:Trace, t):
     def size(n, i, own):  # an axis along which only whole lines are removed keeps its size
         own = [l for l in own if len(varies(l)) == 1 or not self.labels.constant(l, {i})]
         if not own: return n
-        return Size(n, [(own[0].movedim(i, 0).reshape(n, -1)[:, 0], 1)] if len(own) == 1 else None)
+        of = [(own[0].movedim(i, 0).reshape(n, -1)[:, 0], 1)] if len(own) == 1 else None
+        return Size(n, of, tuple((l, i) for l in own), self.uses)
     return Shape(size(n, i, own) for i,(n,own) in enumerate(zip(sizes, found)))
 
 @patch
@@ -265,6 +270,10 @@ def follow_sizes(self:Trace):
     return before
 
 # %% ../../../nbs/220_model.channels.trace.ipynb #c2c486ce
+def _normalize(input, p=2., dim=1, eps=1e-12, out=None):
+    "Compute `torch.nn.functional.normalize` without an `expand`"
+    return torch.div(input, input.norm(p, dim, keepdim=True).clamp_min(eps), out=out)
+
 class _Requests(TorchFunctionMode):
     "Record the sizes that the model's own code requests, before PyTorch resolves -1"
     def __init__(self, trace):
@@ -281,9 +290,12 @@ class _Requests(TorchFunctionMode):
         caller  = sys._getframe(1).f_globals.get('__name__', '')
         strange = caller.startswith('einops')  # has computed all sizes, and remembers them
         trace.asked = asked = None if strange else requested(trace.shape, func, args, kwargs)
+        trace.uses.note_call(func, args, kwargs)
         scaled, trace.scaled = trace.scaled, trace.scaled or func is nn.functional.scaled_dot_product_attention
+        if func is nn.functional.normalize: func = _normalize
         try: out = func(*args, **kwargs)
         finally: trace.asked, trace.scaled = before, scaled
+        trace.uses.note_added()
         if isinstance(asked, list): trace.follow_view(out, asked, func.__name__)
         return out
 
@@ -298,26 +310,3 @@ def __exit__(self:Trace, *error):
     TorchDispatchMode.__exit__(self, *error)
     self.requests.__exit__(*error)
     for m,k,n in self.before: vars(m)[k] = n
-
-# %% ../../../nbs/220_model.channels.trace.ipynb #59faf003
-@patch
-def follow_view(self:Trace, out, sizes, name):
-    "Record which channels the `sizes` count that the model gives for the view `out`: both must lose the same"
-    if self.in_attention: return
-    with torch._C.DisableTorchFunction(): layers = self.get(out).layers
-    why = f'{self.where} sets its size explicitly with `{name}`'
-    for i,size in enumerate(sizes):
-        if isinstance(size, Stored): self.stored.append((size.home, along(layers, i), why))
-        if getattr(size, 'of', None) is None: continue
-        own = [l for l in layers if i < l.ndim and l.shape[i] > 1]
-        if len(own) == 1: self.followed.append((own[0], i, size.of, why))
-        if own: continue
-        for t,_ in size.of: self.labels.fix(t, f'{self.where} uses its size for other values with `{name}`')
-
-@patch
-def fits(self:Trace, l, axis, of):
-    "Return whether an axis of the label `l` loses as much as the number that counts `of`, whatever is removed"
-    fixed, left = {self.labels.find(i) for i in self.labels.why}, Counter()
-    for t,share in [*of, (l.movedim(axis, 0).reshape(l.shape[axis], -1)[:, 0], -1)]:
-        for r in self.labels.roots(t).tolist(): left[r] += share
-    return all(abs(n) < 1e-6 for r,n in left.items() if r >= 0 and r not in fixed)
