@@ -40,7 +40,7 @@ class Repeated:
 class LazyScores:
     "Scores `f(*tensors)` that are computed piece by piece while they are ranked"
     def __init__(self,
-        f: Callable,  # elementwise and deterministic: flat fp32 or fp64 pieces (it must not change them) → their scores
+        f: Callable,  # elementwise and deterministic: fp32 or fp64 pieces (it must not change them) → their scores
         *tensors: Tensor  # of one shape, or of 1 in place of its first axis; half precision is converted to fp32 first
     ):
         shapes = [tuple(t.shape) for t in tensors]
@@ -65,10 +65,18 @@ class LazyScores:
 
     def __getitem__(self, where):
         "Return the scores at `where`, of scores in one dimension"
-        pieces = [t[where] for t in self.tensors]
+        return self._of([t[where] for t in self.tensors])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        "Return the scores at these indices of the first axis"
+        n = len(self.tensors[0][start:stop])
+        return self._of([t.detach()[start:stop] if len(t) == len(self) else t.detach().expand(n, *t.shape[1:])
+                         for t in self.tensors])
+
+    def _of(self, pieces):
         scores = self.f(*[p if p.dtype in (torch.float32, torch.float64) else p.float() for p in pieces])
         if scores.shape != pieces[0].shape:
-            raise ValueError(f'Expected {len(pieces[0])} scores, got the shape {tuple(scores.shape)}')
+            raise ValueError(f'Expected {pieces[0].numel()} scores, got the shape {tuple(scores.shape)}')
         if not all_finite(scores): raise ValueError('NaN or infinite numbers among the scores')
         return scores
 
