@@ -93,7 +93,8 @@ def whole_patterns(self:Chooser, pool: list[int], k: float, old: list) -> list|N
     if k * m != total * (m - n): return None
     masks = []
     for t,was in zip(self.targets(pool), old):
-        mask = pattern_mask(t, self.scorer.scores(t), plan.nm, was)
+        scores = self.scorer.lazy_scores(t) if self.scorer.is_lazy(t) else self.scorer.scores(t)
+        with self.scorer.named(t): mask = pattern_mask(t, scores, plan.nm, was)
         if mask is None: return None
         masks.append(mask.contiguous())
     return masks
