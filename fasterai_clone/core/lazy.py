@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .tensors import all_finite
 
@@ -65,21 +66,27 @@ class LazyScores:
 
     def __getitem__(self, where):
         "Return the scores at `where`, of scores in one dimension"
-        return self._of([t[where] for t in self.tensors])
+        return self.of([t[where] for t in self.tensors])
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        "Return the scores at these indices of the first axis"
-        n = len(self.tensors[0][start:stop])
-        return self._of([t.detach()[start:stop] if len(t) == len(self) else t.detach().expand(n, *t.shape[1:])
-                         for t in self.tensors])
-
-    def _of(self, pieces):
+    def of(self, pieces: list[Tensor]) -> Tensor:
+        "Return the scores of `pieces` of the tensors; raise `ValueError` unless all are finite"
         scores = self.f(*[p if p.dtype in (torch.float32, torch.float64) else p.float() for p in pieces])
         if scores.shape != pieces[0].shape:
             raise ValueError(f'Expected {pieces[0].numel()} scores, got the shape {tuple(scores.shape)}')
         if not all_finite(scores): raise ValueError('NaN or infinite numbers among the scores')
         return scores
 
+
+# %% ../../nbs/036_core.lazy.ipynb #lazyrow1
+@patch
+def rows(self:LazyScores,
+    start: int,
+    stop: int   # or more than there are
+) -> Tensor:
+    "Return the scores at these indices of the first axis"
+    n = len(self.tensors[0][start:stop])
+    return self.of([t.detach()[start:stop] if len(t) == len(self) else t.detach().expand(n, *t.shape[1:])
+                    for t in self.tensors])
 
 # %% ../../nbs/036_core.lazy.ipynb #decae26c
 def flat_scores(

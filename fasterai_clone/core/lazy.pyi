@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import copy
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .tensors import all_finite
 from typing import Any
@@ -53,8 +54,15 @@ class LazyScores:
     def __getitem__(self, where):
         """Return the scores at `where`, of scores in one dimension"""
 
+    def of(self, pieces: list[Tensor]) -> Tensor:
+        """Return the scores of `pieces` of the tensors; raise `ValueError` unless all are finite"""
+
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return the scores at these indices of the first axis"""
+        """Return the scores at these indices of the first axis
+
+        Args:
+            stop: or more than there are
+        """
 
 def flat_scores(tensor: Tensor | LazyScores) -> Tensor:
     """Return the flat elements; compute lazy scores, on a CPU piece by piece"""

@@ -65,6 +65,7 @@ def best_in_blocks(blocks: Tensor, axis: int, nm: tuple) -> Tensor:
             ranks[j] -= ahead
     return torch.stack([r >= m - n for r in ranks], axis + 1).flatten(axis, axis + 1)
 
+# %% ../../nbs/462_sparse.plan.ipynb #isbest03
 def _best_of_lazy(scores, nm, mask):
     "Return the same for scores that are computed some rows at a time"
     best = torch.empty(scores.shape, dtype=torch.bool)
