@@ -117,10 +117,10 @@ def test_one_number_for_each_output_in_every_precision(dtype):
         sp.sparsify_model(s)
         old = sorted_rows((was.abs() if old is None else (was*old).abs()).double(), 1200*s//100, old)
         assert torch.equal(sp.masks['weight'], old)
+    sp = Sparsifier(nn.Sequential(net), context='output', layer_type=nn.Linear)
     was[0, 0] = torch.nan
     net.weight.data = was
-    sp = Sparsifier(nn.Sequential(net), context="output", layer_type=nn.Linear)
-    with pytest.raises(ValueError, match="0.weight"): sp.sparsify_model(9)
+    with pytest.raises(ValueError, match='0.weight'): sp.sparsify_model(9)
 
 def test_blocks_of_formulas_and_earlier_masks():
     "Some rows at a time, with weights that were dropped before: the best of the others stay"

@@ -83,10 +83,8 @@ def rows(self:LazyScores,
     start: int,
     stop: int   # or more than there are
 ) -> Tensor:
-    "Return the scores at these indices of the first axis"
-    n = len(self.tensors[0][start:stop])
-    return self.of([t.detach()[start:stop] if len(t) == len(self) else t.detach().expand(n, *t.shape[1:])
-                    for t in self.tensors])
+    "Return the scores at these indices of the first axis; a tensor of 1 row is passed to `f` as it is"
+    return self.of([t.detach()[start:stop] if len(t) == len(self) else t.detach() for t in self.tensors])
 
 # %% ../../nbs/036_core.lazy.ipynb #decae26c
 def flat_scores(

@@ -58,7 +58,7 @@ class LazyScores:
         """Return the scores of `pieces` of the tensors; raise `ValueError` unless all are finite"""
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return the scores at these indices of the first axis
+        """Return the scores at these indices of the first axis; a tensor of 1 row is passed to `f` as it is
 
         Args:
             stop: or more than there are

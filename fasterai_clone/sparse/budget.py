@@ -255,7 +255,7 @@ def affordable(
     return n
 
 # %% ../../nbs/410_sparse.budget.ipynb #5ec998ca
-_PIECE = 1 << 17             # elements of the rows that are ranked together: they stay in L2
+_PIECE = 1 << 18             # elements of the rows that are ranked together
 _WIDE, _MANY = 1 << 10, 1 << 16  # from this width and number of elements on, counts take less time than a partition
 
 def _lowest_sorted(rows, n_drop, old):
