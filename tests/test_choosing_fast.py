@@ -73,3 +73,59 @@ def test_references_that_repeat():
     lazy, want = LazyScores(torch.mul, w, ref).flat(), (w*ref).flatten()
     for where in (slice(None), slice(100, 5000), slice(7, None, 301*3 + 1), torch.tensor([5, 3, 200_000])):
         assert torch.equal(lazy[where], want[where])
+
+def sorted_rows(scores, n, old):
+    "The mask from a stable sort of each row, what was dropped before first"
+    order = scores.argsort(dim=1, stable=True)
+    if old is not None: order = order.gather(1, old.gather(1, order).byte().argsort(dim=1, stable=True))
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :n], False)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_wide_rows_against_a_sort_of_each(kind):
+    "Rows that are ranked by counts: signed scores, magnitudes, formulas, earlier masks with more and with fewer zeros"
+    w, ref = values(50*1400, kind, 4).reshape(50, 1400), torch.rand(1, 1400) + .5
+    g = torch.Generator().manual_seed(5)
+    for n,share in product((0, 1, 700, 1399, 1400), (None, .2, .9)):
+        old = None if share is None else torch.rand(50, 1400, generator=g) > share
+        assert torch.equal(row_mask(w, n, old), sorted_rows(w.float(), n, old))
+        assert torch.equal(row_mask(w, n, old, magnitude=True), sorted_rows(w.float().abs(), n, old))
+        lazy = LazyScores(torch.mul, w, ref)
+        assert torch.equal(row_mask(lazy, n, old), sorted_rows(w.float()*ref, n, old))
+
+def test_rows_with_zeros_of_both_signs_and_infinite_ends():
+    "−0 and 0 are equal, so the first goes; nothing is below −inf, not even what was dropped before and stays"
+    row = torch.linspace(1, 2, 1400).repeat(50, 1)
+    row[:, [3, 5, 7, 9]] = torch.tensor([0., -0., -torch.inf, torch.inf])
+    assert (~row_mask(row, 2)).nonzero()[:2].tolist() == [[0, 3], [0, 7]]
+    assert (~row_mask(row, 3)).nonzero()[:3].tolist() == [[0, 3], [0, 5], [0, 7]]
+    old = torch.ones_like(row, dtype=torch.bool)
+    old[:, 9] = False
+    assert (~row_mask(row, 2, old)).nonzero()[:2].tolist() == [[0, 7], [0, 9]]
+    for bad in (torch.nan, torch.inf):
+        row[1, 1] = bad
+        with pytest.raises(ValueError, match='NaN or infinite'): row_mask(row, 2, magnitude=True)
+    row[1, 1] = torch.nan
+    with pytest.raises(ValueError, match='NaN'): row_mask(row, 2)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_number_for_each_output_in_every_precision(dtype):
+    "The public call, twice, against a sort of each row"
+    torch.manual_seed(0)
+    net = nn.Linear(1200, 60, bias=False).to(dtype)
+    sp, was, old = Sparsifier(net, context='output', layer_type=nn.Linear), net.weight.detach().clone(), None
+    for s in (50, 90):
+        sp.sparsify_model(s)
+        old = sorted_rows((was.abs() if old is None else (was*old).abs()).double(), 1200*s//100, old)
+        assert torch.equal(sp.masks['weight'], old)
+    sp = Sparsifier(nn.Sequential(net), context='output', layer_type=nn.Linear)
+    was[0, 0] = torch.nan
+    net.weight.data = was
+    with pytest.raises(ValueError, match='0.weight'): sp.sparsify_model(9)
+
+def test_blocks_of_formulas_and_earlier_masks():
+    "Some rows at a time, with weights that were dropped before: the best of the others stay"
+    w, ref = values(600*800, 'half', 6).reshape(600, 800), torch.rand(1, 800)
+    old = torch.rand(600, 800) > .2
+    for mask in (None, old):
+        s = w.float()*ref if mask is None else (w.float()*ref).masked_fill(~mask, -torch.inf)
+        assert torch.equal(is_best(LazyScores(torch.mul, w, ref), 1, (2, 4), mask), is_best(s, 1, (2, 4)))

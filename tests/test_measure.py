@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from fasterai_clone.methods.recalibrate import recalibrate
 from fasterai_clone.model.preserve import restored
 from fasterai_clone.model.run import opened_attention
+from fasterai_clone.core.selection import keep_masks
+from fasterai_clone.sparse.all import Sparsifier
 from fasterai_clone.sparse.batches import *
 from fasterai_clone.sparse.activations import *
 from fasterai_clone.sparse.channel_scores import *
@@ -349,6 +351,35 @@ def test_frozen_models_no_grad_and_half_precision(f):
     assert same(got, want) and not any(p.requires_grad for p in net.parameters())
     got = f(net.bfloat16(), named(net), (data[0].bfloat16(), data[1]), F.cross_entropy)
     assert all(s.dtype == torch.float32 for s in got.values())
+
+@pytest.mark.parametrize('f, kind', [(loss_gradients, 'snip'), (flow_gradients, 'grasp')])
+def test_gradients_of_one_batch_stay_in_the_dtype_of_the_weights(f, kind):
+    "2 bytes per weight in bf16; sums of several batches are fp32, and one batch twice has twice the gradient"
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).bfloat16()
+    x, y = torch.randn(8, 6).bfloat16(), torch.arange(8) % 3
+    def loss(out, y): return F.cross_entropy(out.float(), y)
+    runs = []
+    hook = net.register_forward_hook(lambda *a: runs.append(1))
+    one  = f(net, named(net), (x, y), loss)
+    assert {g.dtype for g in one.values()} == {torch.bfloat16} and len(runs) == 1
+    two = f(net, named(net), [(x, y)]*2, loss)
+    hook.remove()
+    assert {g.dtype for g in two.values()} == {torch.float32} and len(runs) == (3 if kind == 'snip' else 5)
+    times = 2 if kind == 'snip' else 4  # ‖2g‖²
+    assert all(close(two[k], times*one[k].float(), 2e-2) for k in one) and any(g.any() for g in one.values())
+    sp = Sparsifier(net, context='global', criteria=kind, data=(x, y), loss_func=loss, layer_type=nn.Linear)
+    w  = {k: p.detach().float().clone() for k,p in named(net, 'weight').items()}
+    sp.sparsify_model(50)
+    scores = [w[k]*one[k].float() for k in w]
+    keep = keep_masks([s.abs() for s in scores] if kind == 'snip' else scores, sum(map(torch.numel, scores))//2)
+    assert all(torch.equal(sp.masks[k], m) for k,m in zip(w, keep)) and sp.refs == {}
+
+def test_gradients_that_share_memory_are_not_added_to():
+    "Both weights of a sum have one tensor as their gradient: 1 for each batch, so 3 in all"
+    def both(m, x): return (x + m.a.weight + m.b.weight).sum()
+    net = Calls(both, a=nn.Linear(2, 2, bias=False), b=nn.Linear(2, 2, bias=False))
+    data = [(torch.zeros(2, 2), torch.zeros(1))]*3
+    assert all((g == 3).all() for g in loss_gradients(net, named(net), data, lambda out, y: out).values())
 
 @pytest.mark.parametrize('f', [snip_scores, grasp_scores])
 def test_what_the_loss_does_not_depend_on_is_worth_nothing(f):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .tensors import all_finite
 
@@ -40,7 +41,7 @@ class Repeated:
 class LazyScores:
     "Scores `f(*tensors)` that are computed piece by piece while they are ranked"
     def __init__(self,
-        f: Callable,  # elementwise and deterministic: flat fp32 or fp64 pieces (it must not change them) → their scores
+        f: Callable,  # elementwise and deterministic: fp32 or fp64 pieces (it must not change them) → their scores
         *tensors: Tensor  # of one shape, or of 1 in place of its first axis; half precision is converted to fp32 first
     ):
         shapes = [tuple(t.shape) for t in tensors]
@@ -65,13 +66,25 @@ class LazyScores:
 
     def __getitem__(self, where):
         "Return the scores at `where`, of scores in one dimension"
-        pieces = [t[where] for t in self.tensors]
+        return self.of([t[where] for t in self.tensors])
+
+    def of(self, pieces: list[Tensor]) -> Tensor:
+        "Return the scores of `pieces` of the tensors; raise `ValueError` unless all are finite"
         scores = self.f(*[p if p.dtype in (torch.float32, torch.float64) else p.float() for p in pieces])
         if scores.shape != pieces[0].shape:
-            raise ValueError(f'Expected {len(pieces[0])} scores, got the shape {tuple(scores.shape)}')
+            raise ValueError(f'Expected {pieces[0].numel()} scores, got the shape {tuple(scores.shape)}')
         if not all_finite(scores): raise ValueError('NaN or infinite numbers among the scores')
         return scores
 
+
+# %% ../../nbs/036_core.lazy.ipynb #lazyrow1
+@patch
+def rows(self:LazyScores,
+    start: int,
+    stop: int   # or more than there are
+) -> Tensor:
+    "Return the scores at these indices of the first axis; a tensor of 1 row is passed to `f` as it is"
+    return self.of([t.detach()[start:stop] if len(t) == len(self) else t.detach() for t in self.tensors])
 
 # %% ../../nbs/036_core.lazy.ipynb #decae26c
 def flat_scores(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import copy
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .tensors import all_finite
 from typing import Any
@@ -30,7 +31,7 @@ class LazyScores:
     """Scores `f(*tensors)` that are computed piece by piece while they are ranked
 
     Args:
-        f: elementwise and deterministic: flat fp32 or fp64 pieces (it must not change them) → their scores
+        f: elementwise and deterministic: fp32 or fp64 pieces (it must not change them) → their scores
         *tensors: of one shape, or of 1 in place of its first axis; half precision is converted to fp32 first
     """
     f: Callable
@@ -52,6 +53,16 @@ class LazyScores:
 
     def __getitem__(self, where):
         """Return the scores at `where`, of scores in one dimension"""
+
+    def of(self, pieces: list[Tensor]) -> Tensor:
+        """Return the scores of `pieces` of the tensors; raise `ValueError` unless all are finite"""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the scores at these indices of the first axis; a tensor of 1 row is passed to `f` as it is
+
+        Args:
+            stop: or more than there are
+        """
 
 def flat_scores(tensor: Tensor | LazyScores) -> Tensor:
     """Return the flat elements; compute lazy scores, on a CPU piece by piece"""

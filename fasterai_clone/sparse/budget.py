@@ -13,6 +13,8 @@ from fractions import Fraction
 import numpy as np, torch
 from torch import Tensor
 from ..core.arguments import check_sparsity, is_number, unknown_name
+from ..core.lazy import LazyScores, flat_scores
+from ..core.rows import keep_in_rows
 from ..core.selection import keep_mask, n_dropped
 from ..core.tensors import all_finite
 
@@ -253,7 +255,8 @@ def affordable(
     return n
 
 # %% ../../nbs/410_sparse.budget.ipynb #5ec998ca
-_PIECE = 1 << 18  # elements of the rows that are ranked together
+_PIECE = 1 << 18             # elements of the rows that are ranked together
+_WIDE, _MANY = 1 << 10, 1 << 16  # from this width and number of elements on, counts take less time than a partition
 
 def _lowest_sorted(rows, n_drop, old):
     "Return the mask of 2-d `rows` by sorting them; `old`: an earlier mask, or None"
@@ -275,38 +278,48 @@ def _lowest_by_threshold(key, n_drop):
         keep[some[row[last]], column[last]] = True
     return keep
 
-def _lowest_of_rows(rows, n_drop, old):
+def _lowest_of_rows(rows, n_drop, old, magnitude):
     "Return the mask of some 2-d `rows` on a CPU"
+    if rows.dtype != torch.float64 and rows.shape[1] >= _WIDE and rows.numel() >= _MANY:
+        return keep_in_rows(rows, n_drop, magnitude, old)
     key = rows.float() if rows.dtype.itemsize < 4 else rows
+    if magnitude: key = key.abs()
+    if magnitude and not all_finite(key): raise ValueError('NaN or infinite numbers among the weights')
     if old is not None:
         kept = old.sum(1)
-        if (rows.shape[1] - kept > n_drop).any() or (key == -math.inf).any(): return _lowest_sorted(rows, n_drop, old)
+        if (rows.shape[1] - kept > n_drop).any() or (key == -math.inf).any(): return _lowest_sorted(key, n_drop, old)
         key = key.masked_fill(~old, -math.inf)
     return torch.from_numpy(_lowest_by_threshold(key.numpy(), n_drop))
 
 # %% ../../nbs/410_sparse.budget.ipynb #rowmask1
 def row_mask(
-    scores: Tensor,            # higher is more important
+    scores: Tensor,            # higher is more important, also `LazyScores`; or weights, with `magnitude`
     n_drop: int,               # number of elements of each row to drop
     pruned: Tensor|None=None,  # an earlier mask (True = kept): elements it dropped are dropped first
     # the axis of the outputs: a row is everything at one index along it; 1 in transposed convolutions
-    out_axis: int = 0
+    out_axis: int = 0,
+    magnitude: bool = False    # rank by |w| instead of by the value
 ) -> Tensor:                   # bool of the shape of `scores`, True = kept
     "Return a mask with exactly `n_drop` elements of each row False: the lowest, ties by index"
-    _check_scores([scores], finite=False)
-    _check_masks([scores], [pruned])
-    rows, n_drop = scores.detach().movedim(out_axis, 0), operator.index(n_drop)
-    shape, width = rows.shape, math.prod(rows.shape[1:])
+    lazy = isinstance(scores, LazyScores) and scores.is_cpu and out_axis == 0
+    if not lazy:
+        if isinstance(scores, LazyScores): scores = flat_scores(scores).reshape(scores.shape)
+        if not magnitude: _check_scores([scores], finite=False)
+        scores = scores.detach().movedim(out_axis, 0)
+    n_drop, shape, width = operator.index(n_drop), scores.shape, math.prod(scores.shape[1:])
+    old = None if pruned is None else pruned.movedim(out_axis, 0)
+    _check_masks([scores], [old])
     if not 0 <= n_drop <= width:
         raise ValueError(f'`n_drop` must be from 0 to {width}, the elements of a row; got {n_drop}')
-    old = None if pruned is None else pruned.movedim(out_axis, 0)
-    if not rows.is_cpu:
-        flat = None if old is None else old.reshape(len(rows), width)
-        keep = _lowest_sorted(rows.reshape(len(rows), width), n_drop, flat)
+    if not scores.is_cpu:
+        _check_scores([scores], finite=magnitude)
+        flat = (scores.abs() if magnitude else scores).reshape(len(scores), width)
+        keep = _lowest_sorted(flat, n_drop, None if old is None else old.reshape(len(scores), width))
         return keep.reshape(shape).movedim(0, out_axis).contiguous()
-    keep = torch.empty(len(rows), width, dtype=torch.bool)
+    keep = torch.empty(len(scores), width, dtype=torch.bool)
     each = max(1, _PIECE // max(width, 1))
-    for i in range(0, len(rows) if width else 0, each):
-        some = rows[i:i + each].reshape(-1, width)
-        keep[i:i + each] = _lowest_of_rows(some, n_drop, None if old is None else old[i:i + each].reshape(-1, width))
+    for i in range(0, len(scores) if width else 0, each):
+        some = (scores.rows(i, i + each) if lazy else scores[i:i + each]).reshape(-1, width)
+        was  = None if old is None else old[i:i + each].reshape(-1, width)
+        keep[i:i + each] = _lowest_of_rows(some, n_drop, was, magnitude)
     return keep.reshape(shape).movedim(0, out_axis).contiguous()

@@ -7,6 +7,8 @@ from fractions import Fraction
 import numpy as np, torch
 from torch import Tensor
 from ..core.arguments import check_sparsity, is_number, unknown_name
+from ..core.lazy import LazyScores, flat_scores
+from ..core.rows import keep_in_rows
 from ..core.selection import keep_mask, n_dropped
 from ..core.tensors import all_finite
 
@@ -106,14 +108,16 @@ def row_mask(
     n_drop: int,
     pruned: Tensor | None = None,
     out_axis: int = 0,
+    magnitude: bool = False,
 ) -> Tensor:
     """Return a mask with exactly `n_drop` elements of each row False: the lowest, ties by index
 
     Args:
-        scores: higher is more important
+        scores: higher is more important, also `LazyScores`; or weights, with `magnitude`
         n_drop: number of elements of each row to drop
         pruned: an earlier mask (True = kept): elements it dropped are dropped first
         out_axis: the axis of the outputs: a row is everything at one index along it; 1 in transposed convolutions
+        magnitude: rank by |w| instead of by the value
 
     Returns:
         bool of the shape of `scores`, True = kept

@@ -29,7 +29,9 @@ __all__ = []
 # %% ../../nbs/475_sparse.choose.ipynb #2611b614
 def is_each_for_itself(criteria: Criteria, plan: Plan, targets: list[Target]) -> bool:
     "Return whether scores of single weights need no changes in memory: no pattern, limits or budget"
-    changed = plan.context.compare and not plan.context.split or plan.context.keep or criteria.normalizer
+    context = plan.context
+    changed = context.compare and not context.split or context.keep not in (None, keep_in_outputs)
+    changed = changed or criteria.normalizer
     return not (changed or plan.nm or plan.limits or plan.costs or any(t.groups.dims for t in targets))
 
 class Chooser:
@@ -91,7 +93,8 @@ def whole_patterns(self:Chooser, pool: list[int], k: float, old: list) -> list|N
     if k * m != total * (m - n): return None
     masks = []
     for t,was in zip(self.targets(pool), old):
-        mask = pattern_mask(t, self.scorer.scores(t), plan.nm, was)
+        scores = self.scorer.lazy_scores(t) if self.scorer.is_lazy(t) else self.scorer.scores(t)
+        with self.scorer.named(t): mask = pattern_mask(t, scores, plan.nm, was)
         if mask is None: return None
         masks.append(mask.contiguous())
     return masks
@@ -138,7 +141,8 @@ def choose(self:Chooser, pool: list[int], k: float, journal: list|None = None, r
 def _kept(self:Chooser, pool, scores, k, old):
     "Return the masks that the context itself chooses"
     context = self.plan.context
-    keep = context.keep(scores, k, old, [self.plan.layers[i] for i in pool])
+    layers, own = [self.plan.layers[i] for i in pool], context.keep is keep_in_outputs
+    keep = context.keep(scores, k, old, layers, *([self.plain] if own else []))
     fits = len(keep) == len(scores) and all(m.dtype == torch.bool and m.shape == s.shape for m,s in zip(keep, scores))
     gone = sum(m.numel() - int(m.count_nonzero()) for m in keep) if fits else None
     if gone == k: return keep

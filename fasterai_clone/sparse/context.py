@@ -112,14 +112,15 @@ class Context:
 
 # %% ../../nbs/411_sparse.context.ipynb #10c47588
 def keep_in_outputs(
-    scores: list[Tensor],  # scores of the only layer of a pool
+    scores: list,          # scores of the only layer of a pool, also `LazyScores`; or its weight, with `magnitude`
     n: int,                # number of groups to drop
     pruned: list,          # its earlier mask, or None
-    pool: list[Layer]
+    pool: list[Layer],
+    magnitude: bool = False  # compare |w|
 ) -> list[Tensor]:         # its mask, True = kept
     "Drop the same number of lowest scores from each output"
     layer, = pool
-    return [row_mask(scores[0], n // layer.shape[layer.output_axis], pruned[0], layer.output_axis)]
+    return [row_mask(scores[0], n // layer.shape[layer.output_axis], pruned[0], layer.output_axis, magnitude)]
 
 def split_by_lamp(
     scores: list,     # scores of a pool, one tensor or `LazyScores` per layer; or weights, with `magnitude`

@@ -107,13 +107,20 @@ class Context:
 
     def __str__(self): ...
 
-def keep_in_outputs(scores: list[Tensor], n: int, pruned: list, pool: list[Layer]) -> list[Tensor]:
+def keep_in_outputs(
+    scores: list,
+    n: int,
+    pruned: list,
+    pool: list[Layer],
+    magnitude: bool = False,
+) -> list[Tensor]:
     """Drop the same number of lowest scores from each output
 
     Args:
-        scores: scores of the only layer of a pool
+        scores: scores of the only layer of a pool, also `LazyScores`; or its weight, with `magnitude`
         n: number of groups to drop
         pruned: its earlier mask, or None
+        magnitude: compare |w|
 
     Returns:
         its mask, True = kept

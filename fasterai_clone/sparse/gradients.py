@@ -12,13 +12,14 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from ..core.criteria import scaled, taylor
 from ..model.preserve import restored
 from .batches import Labels, by_name, call_with, keywords
 from .measuring import (
     batches_for, checked_scores, gradients, layers_of, recurrent_in_eval, running, upcast)
 
 # %% auto #0
-__all__ = ['taken', 'accumulated', 'snip_scores', 'grasp_scores']
+__all__ = ['taken', 'accumulated', 'loss_gradients', 'snip_scores', 'flow_gradients', 'grasp_scores']
 
 # %% ../../nbs/403_sparse.gradients.ipynb #9a884ef0
 def _labels(inputs):
@@ -54,13 +55,43 @@ def _loss(what, model, loss_func, inputs, target, temperature=1.):
     if temperature != 1: out = _cooled(what, out, temperature)
     return loss_func(out, *target) if isinstance(target, Labels) else loss_func(out, target)
 
+# %% ../../nbs/403_sparse.gradients.ipynb #sums0001
+class Sums:
+    "Sums of terms for each of `params`, in fp32 or fp64"
+    def __init__(self, params: dict[str, Tensor]): self.params, self.found = params, {}
+
+    def add(self, k: str, v: Tensor) -> None:
+        "Add the term `v` for the parameter `k`"
+        if k not in self.found: self.found[k] = torch.zeros_like(upcast(self.params[k]))
+        self.found[k] += v.detach() if type(v) is Tensor and not v.is_sparse else upcast(v)
+
+    def all(self) -> dict[str, Tensor]:
+        "Return the sum for each parameter, zero where there was no term"
+        return {k: self.found[k] if k in self.found else torch.zeros_like(upcast(p)) for k,p in self.params.items()}
+
+class OwnSums(Sums):
+    "Sums of gradients, where a single one is kept as it is, in the dtype of its weight"
+    def __init__(self, params: dict[str, Tensor]):
+        super().__init__(params)
+        self.writable = set()  # a gradient may share its memory with others
+
+    def add(self, k: str, v: Tensor) -> None:
+        v = v.detach() if type(v) is Tensor and not v.is_sparse else upcast(v)
+        if k not in self.found: self.found[k] = v
+        elif k in self.writable: self.found[k] += v
+        else:
+            self.found[k] = upcast(self.found[k]) + v
+            self.writable.add(k)
+
 # %% ../../nbs/403_sparse.gradients.ipynb #ba7c4e61
-def _summed(what, model, params, data, loss_func, step, temperature=1., training=False):
-    "Return Σ `step(loss)` over the batches `data`, where a step returns a tensor or None for each of `params`"
+def _summed(what, model, params, data, loss_func, step, temperature=1., training=False,
+            total=None):
+    """Return Σ `step(loss)` over the batches `data`, where a step returns a tensor or None for each of `params`; the
+    sums are kept in `total`"""
     if not (loss_func is None or callable(loss_func)):
         raise ValueError(f'{what} needs a loss: pass `loss_func(outputs, labels)`, got {loss_func!r}')
     layers_of(model, params)
-    total = {}
+    if total is None: total = Sums(params)
     with running(model, training), recurrent_in_eval(model, training), torch.enable_grad():
         for p in params.values(): p.requires_grad_()
         for x,y in data:
@@ -68,17 +99,18 @@ def _summed(what, model, params, data, loss_func, step, temperature=1., training
             terms = step(loss)
             with torch.no_grad():
                 for k,v in zip(params, terms):
-                    if v is None: continue
-                    if k not in total: total[k] = torch.zeros_like(upcast(params[k]))
-                    total[k] += v.detach() if type(v) is Tensor and not v.is_sparse else upcast(v)
+                    if v is not None: total.add(k, v)
                     del v  # a gradient is freed before the next sum is allocated
-    return {k: total[k] if k in total else torch.zeros_like(upcast(p)) for k,p in params.items()}
+    return total.all()
 
 # %% ../../nbs/403_sparse.gradients.ipynb #17db0e2d
 def taken(
-    items: Iterable  # tensors, or None
+    items: Iterable  # tensors, or None; a dict is emptied
 ) -> Iterator:
-    "Yield each of `items`, without keeping those before"
+    "Yield each of `items`, or the pairs of a dict, without keeping those before"
+    if isinstance(items, dict):
+        for k in [*items]: yield k, items.pop(k)
+        return
     items = [*items][::-1]
     while items: yield items.pop()
 
@@ -102,7 +134,19 @@ def accumulated(
                                         training=training))
 
 # %% ../../nbs/403_sparse.gradients.ipynb #5a6e7362
-def _gradient(w, g): return g
+def loss_gradients(
+    model: nn.Module,
+    params: dict[str, Tensor],       # the parameters to differentiate by, by name
+    data: object = None,             # batches with labels, see `batches`
+    loss_func: Callable|None = None, # `(outputs, labels)` → loss; None: the model computes it, see `accumulated`
+    *,
+    training: bool = False           # in train mode, see `accumulated`
+) -> dict[str, Tensor]:              # of one batch in the dtype of the weights, of several in fp32 or fp64
+    "Return the sum of the gradients of the loss over the batches of `data`"
+    def step(loss): return taken(gradients(loss, list(params.values())))
+    found = _summed('snip', model, params, batches_for('snip', model, data), loss_func, step, training=training,
+                    total=OwnSums(params))
+    return checked_scores('snip', found, keep_dtype=True)
 
 def snip_scores(
     model: nn.Module,
@@ -113,9 +157,8 @@ def snip_scores(
     training: bool = False           # in train mode, see `accumulated`
 ) -> dict[str, Tensor]:
     "Return |w·∂L/∂w|: how strongly the loss reacts to a switch on the weight (SNIP)"
-    grads = accumulated(model, params, data, loss_func, _gradient, 'snip', training=training)
-    for k,p in params.items(): grads[k].mul_(upcast(p)).abs_()
-    return checked_scores('snip', grads)
+    grads = loss_gradients(model, params, data, loss_func, training=training)
+    return checked_scores('snip', {k: taylor(upcast(params[k]), upcast(g)) for k,g in taken(grads)})
 
 # %% ../../nbs/403_sparse.gradients.ipynb #ba7c4e62
 def _bag(input, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, mode='mean', sparse=False,
@@ -140,6 +183,36 @@ class _TwiceDifferentiable(TorchFunctionMode):
         return _bag(**given) if func is F.embedding_bag and given.get('mode') != 'max' else func(**given)
 
 # %% ../../nbs/403_sparse.gradients.ipynb #b271c125
+def flow_gradients(
+    model: nn.Module,
+    params: dict[str, Tensor],        # the parameters to differentiate by, by name
+    data: object = None,              # batches with labels, see `batches`; they are kept in memory
+    loss_func: Callable|None = None,  # `(outputs, labels)` → loss; None: the model computes it, see `accumulated`
+    *,
+    temperature: float = 200.,        # divisor of the outputs; 1 for losses other than cross-entropy
+    training: bool = False            # in train mode, see `accumulated`
+) -> dict[str, Tensor]:               # of one batch in the dtype of the weights, of several in fp32 or fp64
+    "Return Hg: half of the gradient of the gradient flow ‖g‖²"
+    if not temperature > 0: raise ValueError(f'`temperature` must be positive, got {temperature!r}')
+    ws = list(params.values())
+    with restored(model): kept = list(batches_for('grasp', model, data))
+    def summed(step):
+        return _summed('grasp', model, params, kept, loss_func, step, temperature, training, OwnSums(params))
+    def first(loss): return taken(gradients(loss, ws))
+    def second(loss):  # of a single batch, `total` would be the same gradients once more
+        flow = 0
+        for k,g in zip(params, taken(gradients(loss, ws, create_graph=True))):
+            if g is not None: flow = flow + (g * (g.detach() if total is None else total[k].to(g.dtype))).sum()
+            del g  # only the graph keeps what it needs
+        return taken(gradients(flow, ws)) if isinstance(flow, Tensor) else [None] * len(ws)
+    total = None if len(kept) == 1 else {k: t.to(params[k].dtype) for k,t in taken(summed(first))}
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _TwiceDifferentiable():
+        try: return checked_scores('grasp', summed(second), keep_dtype=True)
+        except NotImplementedError as e:
+            raise ValueError(f'grasp needs second derivatives, and the model has an operation without: {e}. '
+                             f'Choose another criterion, such as "snip"') from e
+
+# %% ../../nbs/403_sparse.gradients.ipynb #grasp002
 def grasp_scores(
     model: nn.Module,
     params: dict[str, Tensor],        # the parameters to score, by name
@@ -150,20 +223,5 @@ def grasp_scores(
     training: bool = False            # in train mode, see `accumulated`
 ) -> dict[str, Tensor]:
     "Return w·Hg: half of the decrease of the gradient flow ‖g‖² without the weight (GraSP)"
-    if not temperature > 0: raise ValueError(f'`temperature` must be positive, got {temperature!r}')
-    ws = list(params.values())
-    with restored(model): kept = list(batches_for('grasp', model, data))
-    def summed(step): return _summed('grasp', model, params, kept, loss_func, step, temperature, training)
-    def first(loss): return taken(gradients(loss, ws))
-    def second(loss):
-        grads = zip(gradients(loss, ws, create_graph=True), total.values())
-        flow  = sum((g * t.to(g.dtype)).sum() for g,t in grads if g is not None)
-        return taken(gradients(flow, ws)) if isinstance(flow, Tensor) else [None] * len(ws)
-    total = {k: t.to(params[k].dtype) for k,t in taken(summed(first).items())}
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _TwiceDifferentiable():
-        try: curved = summed(second)
-        except NotImplementedError as e:
-            raise ValueError(f'grasp needs second derivatives, and the model has an operation without: {e}. '
-                             f'Choose another criterion, such as "snip"') from e
-    for k,p in params.items(): curved[k].mul_(upcast(p))
-    return checked_scores('grasp', curved)
+    curved = flow_gradients(model, params, data, loss_func, temperature=temperature, training=training)
+    return checked_scores('grasp', {k: scaled(upcast(params[k]), upcast(g)) for k,g in taken(curved)})

@@ -6,17 +6,39 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from ..core.criteria import scaled, taylor
 from ..model.preserve import restored
 from .batches import Labels, by_name, call_with, keywords
 from .measuring import batches_for, checked_scores, gradients, layers_of, recurrent_in_eval, running, upcast
 
-__all__ = ['taken', 'accumulated', 'snip_scores', 'grasp_scores']
+__all__ = ['taken', 'accumulated', 'loss_gradients', 'snip_scores', 'flow_gradients', 'grasp_scores']
+
+class Sums:
+    """Sums of terms for each of `params`, in fp32 or fp64"""
+    params: dict[str, Tensor]
+    found: dict
+
+    def __init__(self, params: dict[str, Tensor]) -> None: ...
+
+    def add(self, k: str, v: Tensor) -> None:
+        """Add the term `v` for the parameter `k`"""
+
+    def all(self) -> dict[str, Tensor]:
+        """Return the sum for each parameter, zero where there was no term"""
+
+class OwnSums(Sums):
+    """Sums of gradients, where a single one is kept as it is, in the dtype of its weight"""
+    writable: set
+
+    def __init__(self, params: dict[str, Tensor]) -> None: ...
+
+    def add(self, k: str, v: Tensor) -> None: ...
 
 def taken(items: Iterable) -> Iterator:
-    """Yield each of `items`, without keeping those before
+    """Yield each of `items`, or the pairs of a dict, without keeping those before
 
     Args:
-        items: tensors, or None
+        items: tensors, or None; a dict is emptied
     """
 
 def accumulated(
@@ -40,6 +62,26 @@ def accumulated(
         training: in train mode: norms use the statistics of the batch, and dropout is on
     """
 
+def loss_gradients(
+    model: nn.Module,
+    params: dict[str, Tensor],
+    data: object = None,
+    loss_func: Callable | None = None,
+    *,
+    training: bool = False,
+) -> dict[str, Tensor]:
+    """Return the sum of the gradients of the loss over the batches of `data`
+
+    Args:
+        params: the parameters to differentiate by, by name
+        data: batches with labels, see `batches`
+        loss_func: `(outputs, labels)` → loss; None: the model computes it, see `accumulated`
+        training: in train mode, see `accumulated`
+
+    Returns:
+        of one batch in the dtype of the weights, of several in fp32 or fp64
+    """
+
 def snip_scores(
     model: nn.Module,
     params: dict[str, Tensor],
@@ -59,6 +101,28 @@ def snip_scores(
 
 class _TwiceDifferentiable(TorchFunctionMode):
     """Give embeddings second derivatives while it is on"""
+
+def flow_gradients(
+    model: nn.Module,
+    params: dict[str, Tensor],
+    data: object = None,
+    loss_func: Callable | None = None,
+    *,
+    temperature: float = 200.0,
+    training: bool = False,
+) -> dict[str, Tensor]:
+    """Return Hg: half of the gradient of the gradient flow ‖g‖²
+
+    Args:
+        params: the parameters to differentiate by, by name
+        data: batches with labels, see `batches`; they are kept in memory
+        loss_func: `(outputs, labels)` → loss; None: the model computes it, see `accumulated`
+        temperature: divisor of the outputs; 1 for losses other than cross-entropy
+        training: in train mode, see `accumulated`
+
+    Returns:
+        of one batch in the dtype of the weights, of several in fp32 or fp64
+    """
 
 def grasp_scores(
     model: nn.Module,

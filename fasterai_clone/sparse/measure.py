@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from ..core.arguments import unknown_name
-from ..core.criteria import Criteria, Reducer, identity, magnitude, scaled
+from ..core.criteria import Criteria, Reducer, identity, magnitude, scaled, taylor
 from ..core.names import name_criteria, named_criteria
 from .activations import input_norms
 from .channel_scores import channel_means, channel_zeros, norm_scales
-from .gradients import grasp_scores, snip_scores
+from .gradients import flow_gradients, loss_gradients
 from .synflow import synflow_scores
 
 # %% auto #0
@@ -23,8 +23,8 @@ __all__ = ['wanda', 'snip', 'grasp', 'synflow', 'apoz', 'mean_activation', 'bn_s
 
 # %% ../../nbs/408_sparse.measure.ipynb #7c7e3ef0
 wanda           = Criteria(magnitude, measure=input_norms,    output_fn=scaled)
-snip            = Criteria(identity,  measure=snip_scores,    return_init=True)
-grasp           = Criteria(identity,  measure=grasp_scores,   return_init=True, signed=True)
+snip            = Criteria(identity,  measure=loss_gradients, output_fn=taylor)
+grasp           = Criteria(identity,  measure=flow_gradients, output_fn=scaled, signed=True)
 synflow         = Criteria(identity,  measure=synflow_scores, return_init=True, rate=0.05, reducer=Reducer.sum)
 apoz            = Criteria(identity,  measure=channel_zeros,  return_init=True, channels=True)
 mean_activation = Criteria(identity,  measure=channel_means,  return_init=True, channels=True)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from ..core.arguments import unknown_name
-from ..core.criteria import Criteria, Reducer, identity, magnitude, scaled
+from ..core.criteria import Criteria, Reducer, identity, magnitude, scaled, taylor
 from ..core.names import name_criteria, named_criteria
 from .activations import input_norms
 from .channel_scores import channel_means, channel_zeros, norm_scales
-from .gradients import grasp_scores, snip_scores
+from .gradients import flow_gradients, loss_gradients
 from .synflow import synflow_scores
 
 __all__ = ['wanda', 'snip', 'grasp', 'synflow', 'apoz', 'mean_activation', 'bn_scale', 'available_criterias', 'as_criteria']

@@ -44,10 +44,11 @@ def layers_of(
 # %% ../../nbs/402_sparse.measuring.ipynb #d4760eb1
 def checked_scores(
     what: str,                 # name of the measure, for the message
-    scores: dict[str, Tensor]  # by name of the parameter
+    scores: dict[str, Tensor], # by name of the parameter
+    keep_dtype: bool = False   # leave them in their dtypes
 ) -> dict[str, Tensor]:
-    "Return `scores` in float32 or float64; raise `ValueError` for NaN or infinity"
-    scores = {k: upcast(v) for k,v in scores.items()}
+    "Return `scores`, in float32 or float64 by default; raise `ValueError` for NaN or infinity"
+    if not keep_dtype: scores = {k: upcast(v) for k,v in scores.items()}
     bad = [k for k,v in scores.items() if not all_finite(v)]
     if bad:
         raise ValueError(f'The {what} scores of {", ".join(bad)} hold NaN or infinite numbers. Are there such '

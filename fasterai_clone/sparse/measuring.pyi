@@ -27,12 +27,17 @@ def layers_of(model: nn.Module, params: dict[str, Tensor]) -> dict[str, nn.Modul
         params: parameters of `model`, by name
     """
 
-def checked_scores(what: str, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `scores` in float32 or float64; raise `ValueError` for NaN or infinity
+def checked_scores(
+    what: str,
+    scores: dict[str, Tensor],
+    keep_dtype: bool = False,
+) -> dict[str, Tensor]:
+    """Return `scores`, in float32 or float64 by default; raise `ValueError` for NaN or infinity
 
     Args:
         what: name of the measure, for the message
         scores: by name of the parameter
+        keep_dtype: leave them in their dtypes
     """
 
 def batches_for(what: str, model: nn.Module, data) -> Iterator[tuple]:

@@ -12,6 +12,7 @@ import torch, torch.nn as nn
 from fastcore.basics import patch
 from torch import Tensor
 from ..core.granularity import Granularities
+from ..core.lazy import LazyScores, flat_scores
 from ..core.selection import n_dropped
 from ..model.flops import multiply_adds
 from ..model.wrappers import without_compile
@@ -64,9 +65,24 @@ def best_in_blocks(blocks: Tensor, axis: int, nm: tuple) -> Tensor:
             ranks[j] -= ahead
     return torch.stack([r >= m - n for r in ranks], axis + 1).flatten(axis, axis + 1)
 
-def is_best(scores: Tensor, axis: int, nm: tuple) -> Tensor:
-    "Return which scores are among the best n of each m along `axis`"
+# %% ../../nbs/462_sparse.plan.ipynb #isbest03
+def _best_of_lazy(scores, nm, mask):
+    "Return the same for scores that are computed some rows at a time"
+    best = torch.empty(scores.shape, dtype=torch.bool)
+    each = max(1, _PIECE * len(scores) // max(scores.numel(), 1))
+    for i in range(0, len(scores), each):
+        some = scores.rows(i, i + each)
+        if mask is not None: some = some.masked_fill(~mask[i:i + each], -math.inf)
+        best[i:i + each] = best_in_blocks(some, 1, nm)
+    return best
+
+def is_best(scores: Tensor|LazyScores, axis: int, nm: tuple, mask: Tensor|None = None) -> Tensor:
+    "Return which scores are among the best n of each m along `axis`; those that `mask` dropped are the lowest"
     n, m = nm
+    if isinstance(scores, LazyScores):
+        if axis == 1 and scores.is_cpu and m <= _PAIRS: return _best_of_lazy(scores, nm, mask)
+        scores = flat_scores(scores).reshape(scores.shape)
+    if mask is not None: scores = scores.masked_fill(~mask, -math.inf)
     if m > _PAIRS or scores.is_cuda:
         blocks = scores.movedim(axis, -1).unflatten(-1, (-1, m))
         best   = blocks.sort(dim=-1, stable=True).indices[..., m-n:]
@@ -88,11 +104,10 @@ def pattern_scores(t: Target, scores: Tensor, nm: tuple, mask: Tensor|None) -> T
     if mask is not None: s = s.masked_fill(~mask, -math.inf)
     return best_infinite(s, input_axis(t.parts[0]), nm).reshape(scores.shape)
 
-def pattern_mask(t: Target, scores: Tensor, nm: tuple, mask: Tensor|None) -> Tensor|None:
+def pattern_mask(t: Target, scores: Tensor|LazyScores, nm: tuple, mask: Tensor|None) -> Tensor|None:
     "Return the mask of the whole n:m pattern; None if `mask` has dropped weights that would come back"
-    s = scores.reshape(t.weight.shape)
-    if mask is not None: s = s.masked_fill(~mask, -math.inf)
-    best = is_best(s, input_axis(t.parts[0]), nm)
+    if isinstance(scores, Tensor): scores = scores.reshape(t.weight.shape)
+    best = is_best(scores, input_axis(t.parts[0]), nm, mask)
     return None if mask is not None and (best & ~mask).any() else best
 
 # %% ../../nbs/462_sparse.plan.ipynb #8dce40e1

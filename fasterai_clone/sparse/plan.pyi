@@ -6,6 +6,7 @@ import torch, torch.nn as nn
 from fastcore.basics import patch
 from torch import Tensor
 from ..core.granularity import Granularities
+from ..core.lazy import LazyScores, flat_scores
 from ..core.selection import n_dropped
 from ..model.flops import multiply_adds
 from ..model.wrappers import without_compile
@@ -29,8 +30,13 @@ def why_no_pattern(t: Target, nm: tuple | None) -> str | None:
 def best_in_blocks(blocks: Tensor, axis: int, nm: tuple) -> Tensor:
     """Return which scores are among the best n of each m along `axis`, by comparing all pairs"""
 
-def is_best(scores: Tensor, axis: int, nm: tuple) -> Tensor:
-    """Return which scores are among the best n of each m along `axis`"""
+def is_best(
+    scores: Tensor | LazyScores,
+    axis: int,
+    nm: tuple,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return which scores are among the best n of each m along `axis`; those that `mask` dropped are the lowest"""
 
 def best_infinite(scores: Tensor, axis: int, nm: tuple) -> Tensor:
     """Return `scores`, infinite for the best n of each m along `axis`"""
@@ -38,7 +44,12 @@ def best_infinite(scores: Tensor, axis: int, nm: tuple) -> Tensor:
 def pattern_scores(t: Target, scores: Tensor, nm: tuple, mask: Tensor | None) -> Tensor:
     """Return `scores`, infinite where the n:m pattern keeps the weight; weights that `mask` dropped are kept last"""
 
-def pattern_mask(t: Target, scores: Tensor, nm: tuple, mask: Tensor | None) -> Tensor | None:
+def pattern_mask(
+    t: Target,
+    scores: Tensor | LazyScores,
+    nm: tuple,
+    mask: Tensor | None,
+) -> Tensor | None:
     """Return the mask of the whole n:m pattern; None if `mask` has dropped weights that would come back"""
 
 def output_axis(t: Target, context: Context, granularity) -> int:

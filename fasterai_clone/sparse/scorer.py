@@ -146,9 +146,14 @@ def by_weight(self:Scorer, t: Target) -> bool:
     return not self.ready and self.criteria.elementwise and not t.groups.dims and len(t.parts) == 1
 
 @patch
+def is_lazy(self:Scorer, t: Target) -> bool:
+    "Return whether the scores of `t` can be computed piece by piece"
+    return self.by_weight(t) and not self.criteria.normalizer
+
+@patch
 def scores(self:Scorer, t: Target) -> Tensor:
     "Return one finite score for each group of target `t`"
-    if self.by_weight(t) and not self.criteria.normalizer:
+    if self.is_lazy(t):
         scores = self.lazy_scores(t)
         if isinstance(scores, LazyScores): return self.written(t, scores)
     return self.all_at_once(t)
@@ -156,11 +161,17 @@ def scores(self:Scorer, t: Target) -> Tensor:
 
 # %% ../../nbs/466_sparse.scorer.ipynb #written1
 @patch
+@contextmanager
+def named(self:Scorer, t: Target) -> Iterator[None]:
+    "Raise the error of a score in the block that is not finite with the name of the target `t`"
+    try: yield
+    except ValueError as e: raise ValueError(f'The scores of {t.name} hold NaN or infinite numbers') from e
+
+@patch
 @torch.no_grad()
 def written(self:Scorer, t: Target, scores: LazyScores) -> Tensor:
     "Return `scores` of the target `t` as a tensor, computed piece by piece"
-    try: return flat_scores(scores).reshape(t.groups.score_shape)
-    except ValueError as e: raise ValueError(f'The scores of {t.name} hold NaN or infinite numbers') from e
+    with self.named(t): return flat_scores(scores).reshape(t.groups.score_shape)
 
 @patch
 def all_at_once(self:Scorer, t: Target) -> Tensor:

@@ -63,8 +63,15 @@ class Scorer:
     def by_weight(self, t: Target) -> bool:
         """Return whether the score of each weight of `t` depends only on that weight and its reference"""
 
+    def is_lazy(self, t: Target) -> bool:
+        """Return whether the scores of `t` can be computed piece by piece"""
+
     def scores(self, t: Target) -> Tensor:
         """Return one finite score for each group of target `t`"""
+
+    @contextmanager
+    def named(self, t: Target) -> Iterator[None]:
+        """Raise the error of a score in the block that is not finite with the name of the target `t`"""
 
     def written(self, t: Target, scores: LazyScores) -> Tensor:
         """Return `scores` of the target `t` as a tensor, computed piece by piece"""

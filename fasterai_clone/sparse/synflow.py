@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from ..core.tensors import all_finite
 from .batches import arguments
-from .measuring import batches_for, checked_scores, gradients, layers_of, running, upcast
+from .measuring import batches_for, checked_scores, layers_of, running, upcast
 
 # %% auto #0
 __all__ = ['synflow_scores']
@@ -59,7 +59,7 @@ def _positive(name, t, is_param):
     if not t.is_floating_point(): return t
     if 'bias' in last or last == 'running_mean': return torch.zeros_like(t, dtype=torch.float64)
     if not (is_param or last == 'weight'): return t.double()
-    return t.abs() if t.dtype == torch.float64 else t.double().abs_()
+    return t.abs().double()
 
 def _ones(x, scale):
     "Return one example of ones like those of `x`; integers are indices and stay"
@@ -68,11 +68,24 @@ def _ones(x, scale):
 
 
 # %% ../../nbs/404_sparse.synflow.ipynb #d8e5b2b2
+_PIECE = 1 << 17  # weights whose shares are computed at a time, on a CPU
+
+def _share(p, g, R):
+    "Return |p·g| / R in the precision of the weight `p`, computed in fp64 piece by piece"
+    p   = upcast(p)
+    out = torch.zeros_like(p, memory_format=torch.contiguous_format)
+    if g is None or not R: return out
+    each = _PIECE if p.is_cpu else max(p.numel(), 1)
+    flat, p, g = out.view(-1), p.reshape(-1), g.detach().reshape(-1)
+    for i in range(0, len(p), each):
+        flat[i:i + each] = p[i:i + each].to(torch.float64, copy=True).mul_(g[i:i + each]).div_(R).abs_()
+    return out
+
 def _shares(model, params, inputs, scale):
     "Return |w·∂R/∂w| / R for each parameter, with input and output scaled by `scale`"
     state = {k: _positive(k, p, True) for k,p in model.named_parameters()}
     state.update({k: _positive(k, b, False) for k,b in model.named_buffers()})
-    ws = [state[k].requires_grad_() for k in params]
+    ws = {k: state[k].requires_grad_() for k in params}
     args, kwargs = inputs
     with _Linearized():
         out = functional_call(model, state, tuple(_ones(x, scale) for x in args),
@@ -80,16 +93,16 @@ def _shares(model, params, inputs, scale):
     R = sum(t.sum() for t in _tensors(out)) * scale
     if not isinstance(R, Tensor):
         raise ValueError(f'synflow needs a tensor among the outputs, got {type(out).__name__}')
-    grads, R = list(gradients(R, ws)), R.detach()
+    shares, total = {}, R.detach()
+    def take(k):  # one layer's gradient at a time is in memory
+        def f(w):
+            shares[k] = _share(params[k], w.grad, total)
+            w.grad    = None
+        return f
+    for k,w in ws.items(): w.register_post_accumulate_grad_hook(take(k))
     del state, out
-    def share(p, w, g):
-        if g is None or not R: return torch.zeros_like(w)
-        return upcast(p).to(torch.float64, copy=True).mul_(g.detach()).div_(R).abs_()
-    shares = {}
-    for k,p in params.items():
-        shares[k] = share(p, ws[0], grads[0])
-        del ws[0], grads[0]  # one layer's at a time, so that not all of them are in memory together
-    return shares
+    if R.requires_grad: R.backward(inputs=list(ws.values()))
+    return {k: shares[k] if k in shares else _share(p, None, total) for k,p in params.items()}
 
 # %% ../../nbs/404_sparse.synflow.ipynb #8a5574ea
 def first_arguments(
@@ -117,8 +130,5 @@ def synflow_scores(
         inputs = first_arguments('synflow', model, data)
         for scale in (1., 1e-150):
             shares = _shares(model, params, inputs, scale)
-            if all(map(all_finite, shares.values())): break
-    shares = checked_scores('synflow', shares)
-    for k,p in params.items():
-        if p.dtype != torch.float64: shares[k] = shares[k].float()
-    return shares
+            if all(map(all_finite, shares.values())): return shares
+    return checked_scores('synflow', shares)

@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from ..core.tensors import all_finite
 from .batches import arguments
-from .measuring import batches_for, checked_scores, gradients, layers_of, running, upcast
+from .measuring import batches_for, checked_scores, layers_of, running, upcast
 
 __all__ = ['synflow_scores']
 IDENTITIES: set
