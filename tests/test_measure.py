@@ -14,7 +14,6 @@ from fasterai_clone.methods.recalibrate import recalibrate
 from fasterai_clone.model.preserve import restored
 from fasterai_clone.model.run import opened_attention
 from fasterai_clone.core.selection import keep_masks
-from fasterai_clone.sparse.all import Sparsifier
 from fasterai_clone.sparse.batches import *
 from fasterai_clone.sparse.activations import *
 from fasterai_clone.sparse.channel_scores import *
