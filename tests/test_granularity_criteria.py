@@ -189,8 +189,10 @@ by_hand = dict(
     fisher        = [-1.5, 2, 9, -64],  # ½w² times the sum of squared gradients
     sanh_movement = [-3, 1, 2, -8],     # the reference itself: the sum of −w·∂L/∂w
     wanda    = [3, 2, 6, 32],   # |w| times the norm of what it is multiplied with
+    snip     = [3, 2, 6, 32],   # |w| times the gradient
+    grasp    = [-3, -2, 6, 32], # w times Hessian · gradient
     # what was measured: test_measure
-    **{k: [-3, 1, 2, -8] for k in ('snip', 'grasp', 'synflow', 'apoz', 'mean_activation', 'bn_scale')})
+    **{k: [-3, 1, 2, -8] for k in ('synflow', 'apoz', 'mean_activation', 'bn_scale')})
 
 def test_every_criterion_is_among_these(): assert set(by_hand) | {'random', 'fpgm'} == set(available_criterias())
 
