@@ -231,6 +231,7 @@ def without_zeros(self:Chooser, masks: dict, pools: list[list[int]], round_to: i
     ranked = [some for pool in map(self.targets, pools) for some in ([[t] for t in pool] if alone else [pool])]
     return {t.name for pool in ranked if all(map(is_first, pool)) and any(map(drops_more, pool)) for t in pool}
 
+# %% ../../nbs/475_sparse.choose.ipynb #once0001
 @patch
 def once(self:Chooser, counts: list[float], pools: list[list[int]], round_to: int|None) -> set[str]:
     "Choose once, apply the masks, and return the names `without_zeros`"
