@@ -133,12 +133,13 @@ def test_criteria_choose_the_mode():
                         loss_func=F.cross_entropy)
         sp.scorer.measure(net, sp.parts)
         g = [used_gradient(net, x, y, t) for t in (False, True)]
-        return sp.refs['0.weight'], [(net[0].weight * k).detach().abs() for k in g], [k.square() for k in g]
+        ref = sp.refs['0.weight']
+        return ref, sp.criteria(net[0].weight.detach(), ref), [(net[0].weight * k).detach().abs() for k in g], [k.square() for k in g]
     for i,t in enumerate((False, True)):
         for criterion in (snip, 'snip', gradient):
-            got, taylor, _ = scores(partial(as_criteria(criterion), training=t))
+            _, got, taylor, _ = scores(partial(as_criteria(criterion), training=t))
             assert close(got, taylor[i])
-        got, _, squares = scores(partial(fisher, training=t))
+        got, *_, squares = scores(partial(fisher, training=t))
         assert close(got, squares[i])
     assert close(scores('gradient')[0], scores(partial(gradient, training=False))[0])
     for wrong in (large_final, movement):
