@@ -95,6 +95,7 @@ def anatomy(learn):
 def check_untouched(learn, before, where):
     assert anatomy(learn) == before, f'{where}: something is left behind'
     assert torch.is_grad_enabled(), where
+    assert (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting())[1] == 0, f'{where}: autocast'
     params = list(learn.model.parameters())
     known = [id(p) for p,*_ in learn.opt.all_params()]
     assert known == list(map(id, params)), f'{where}: the optimizer has other parameters'

@@ -295,11 +295,11 @@ def test_stacked_branches():
     assert (small.a.out_channels, small.b.out_channels, small.up.out_channels, small.down.out_channels) == (3, 3, 6, 2)
 
 def test_a_norm_over_an_axis():
-    "`norm(p=2, dim=1)` gets the power before the axis"
-    net = Net(lambda m, x: m.b(m.a(x) / (m.a(x).norm(p=2, dim=1, keepdim=True) + 1)), a=conv(3, 4), b=conv(4, 2))
-    fixed(net, image(), 'a', 'takes its `linalg_vector_norm`')
-    net = Net(lambda m, x: m.b(m.a(x) / (m.a(x).norm(p=2, dim=(2, 3), keepdim=True) + 1)), a=conv(3, 4), b=conv(4, 2))
-    assert shrunk(net, image()).a.out_channels == 2
+    "`norm(p=2, dim=1)` gets the power before the axis; a channel of zeros adds nothing to it, but is the least"
+    def net(p, dim):
+        return Net(lambda m, x: m.b(m.a(x) / (m.a(x).norm(p=p, dim=dim, keepdim=True) + 1)), a=conv(3, 4), b=conv(4, 2))
+    for p,dim in ((2, 1), (1, 1), (2, (2, 3))): assert shrunk(net(p, dim), image()).a.out_channels == 2
+    for p in (-1, -torch.inf): fixed(net(p, 1), image(), 'a', 'takes its `linalg_vector_norm`')
 
 
 # -- scales and shifts -----------------------------------------------------------------------------

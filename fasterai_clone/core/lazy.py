@@ -80,8 +80,8 @@ class LazyScores:
 # %% ../../nbs/036_core.lazy.ipynb #lazyrow1
 @patch
 def rows(self:LazyScores,
-    start: int,
-    stop: int   # or more than there are
+    start: int, # the first index
+    stop: int   # the index after the last one, or more than there are
 ) -> Tensor:
     "Return the scores at these indices of the first axis; a tensor of 1 row is passed to `f` as it is"
     return self.of([t.detach()[start:stop] if len(t) == len(self) else t.detach() for t in self.tensors])

@@ -61,7 +61,8 @@ class LazyScores:
         """Return the scores at these indices of the first axis; a tensor of 1 row is passed to `f` as it is
 
         Args:
-            stop: or more than there are
+            start: the first index
+            stop: the index after the last one, or more than there are
         """
 
 def flat_scores(tensor: Tensor | LazyScores) -> Tensor:

@@ -8,6 +8,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/fit.guards.html.md"""
 from __future__ import annotations
 import sys
 from functools import wraps
+from operator import call
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch_to
@@ -18,8 +19,8 @@ __all__ = []
 # %% ../../nbs/370_fit.guards.ipynb #3dc4071f
 def _autocast_state():
     "Return how deep autocast is nested, and its settings"
-    depth = torch.autocast_increment_nesting() - 1
-    torch.autocast_decrement_nesting()
+    # in C, where no Ctrl-C comes between the two
+    _, depth = map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
     devices = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ('cpu', 'cuda')}
     return depth, devices, torch.is_autocast_cache_enabled()
 
