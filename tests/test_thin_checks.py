@@ -228,7 +228,7 @@ def test_random_numbers_hide_no_error():
     "A network that draws numbers in eval mode too: those of the same shape are the same in both runs"
     noisy = lambda m, x: m.b(m.a(x + torch.randn_like(x)).relu())
     assert half(lively(Net(noisy, a=nn.Linear(5, 16), b=nn.Linear(16, 8))), torch.randn(3, 5)).a.out_features == 8
-    wrong = lively(Net(lambda m, x: noisy(m, x) * m.a.out_features, a=nn.Linear(5, 16), b=nn.Linear(16, 8)))
+    wrong = lively(Net(lambda m, x: noisy(m, x) * len(m.a.weight), a=nn.Linear(5, 16), b=nn.Linear(16, 8)))
     with pytest.raises(ValueError, match='without the zero channels of `a`'): half(wrong, torch.randn(3, 5))
 
 @pytest.mark.parametrize('draw', [lambda y: F.dropout(y, 0.2),
