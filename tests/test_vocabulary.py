@@ -179,7 +179,7 @@ def refused_when_built(m, granularity, criterion, biases):
 
 def refused_when_measured(m, criterion, biases):
     "Wanda has to see what a weight is multiplied with"
-    seen = not biases and (is_conv(m) or isinstance(m, (nn.Linear, nn.Embedding)))
+    seen = not biases and (is_conv(m) or isinstance(m, (nn.Linear, nn.Embedding, nn.MultiheadAttention)))
     if criterion == 'wanda' and not seen: return 'multiplied with cannot be seen'
 
 def build(net, name, granularity, criterion, biases=False, **kwargs):
