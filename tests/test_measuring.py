@@ -134,7 +134,8 @@ def test_criteria_choose_the_mode():
         sp.scorer.measure(net, sp.parts)
         g = [used_gradient(net, x, y, t) for t in (False, True)]
         ref = sp.refs['0.weight']
-        return ref, sp.criteria(net[0].weight.detach(), ref), [(net[0].weight * k).detach().abs() for k in g], [k.square() for k in g]
+        w   = net[0].weight.detach()
+        return ref, sp.criteria(w, ref), [(w * k).abs() for k in g], [k.square() for k in g]
     for i,t in enumerate((False, True)):
         for criterion in (snip, 'snip', gradient):
             _, got, taylor, _ = scores(partial(as_criteria(criterion), training=t))

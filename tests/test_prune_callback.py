@@ -595,7 +595,8 @@ class Alone(nn.Module):
     def forward(self, x): return self.a(x.flatten(1))
 
 @pytest.mark.parametrize('model, x, message', [
-    (Wild, (1, 6, 6), 'no channel can be removed. a: the model exports it with `numpy`; b: it is the output'), (Alone, (1, 6, 6), 'no channel can be removed. a: it is the output of the model'),
+    (Wild, (1, 6, 6), 'no channel can be removed. a: the model exports it with `numpy`; b: it is the output'),
+    (Alone, (1, 6, 6), 'no channel can be removed. a: it is the output of the model'),
     (net, (3, 6, 6), r'does not run on `example_inputs`, in `stem` \(Conv2d\)')])
 def test_models_that_cannot_be_pruned(model, x, message):
     items = [(torch.randn(*x), torch.tensor(i % 10)) for i in range(8)]
