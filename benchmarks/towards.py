@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 import torch, torch.nn as nn
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, accuracy, set_seed
 import fastai.callback.schedule  # noqa: F401, gives a learner `fit_one_cycle`
 from fasterai_clone.digits import digits_dls, digits_net
 from fasterai_clone.methods.all import ADMMCallback, DistillCallback, ProximalCallback, Regrow
@@ -106,8 +106,15 @@ def rows(setting, seed, weights=WEIGHTS, filters=FILTERS):
 
 # What each costs
 
+class Clock(Callback):
+    "Note the processor time at the end of each epoch"
+    order = 100
+    def before_fit(self): self.ends = []
+    def after_epoch(self): self.ends.append(time.process_time())
+
 def overheads(rounds=15, n=1024, epochs=10):
-    "Return the time of some epochs with each method, relative to that without: medians in turns"
+    """Return the time of some epochs with each method, relative to that without: medians in turns, of the whole fit and
+    of what follows the first epoch"""
     ways = {'no callback': lambda l: [], 'RigL, between moves': lambda l: [_between()],
             'RigL, moves every 100 steps': lambda l: [_between(100)], 'ADMM, every 10 steps': lambda l: [
                 ADMMCallback(90, heal=0, verbose=False)], 'distillation': lambda l: [DistillCallback(verbose=False)]}
@@ -115,11 +122,12 @@ def overheads(rounds=15, n=1024, epochs=10):
     for _ in range(rounds):
         for k,make in ways.items():
             learn = Learner(digits_dls(64, n=n), digits_net(32), loss_func=CrossEntropyLossFlat())
-            cbs = make(learn)
+            cbs, clock = make(learn), Clock()
             start = time.process_time()
-            with learn.no_bar(), learn.no_logging(): learn.fit(epochs, LR, cbs=cbs)
-            times[k].append(time.process_time() - start)
-    return {k: round(median(a/b for a,b in zip(v, times['no callback'])), 3) for k,v in times.items()}
+            with learn.no_bar(), learn.no_logging(): learn.fit(epochs, LR, cbs=[*cbs, clock])
+            times[k].append((time.process_time() - start, clock.ends[-1] - clock.ends[0]))
+    def ratio(k, i): return round(median(a[i]/b[i] for a,b in zip(times[k], times['no callback'])), 3)
+    return {k: (ratio(k, 0), ratio(k, 1)) for k in ways}
 
 def _between(every=10**6):
     return SparsifyCallback(90, 'weight', 'erk', schedule='constant', rule=Regrow(every=every), verbose=False)
@@ -169,8 +177,9 @@ def main(args=None):
     if args.overheads:
         found = overheads(1 if args.quick else args.rounds)
         out = args.out or Path('benchmarks/results/towards_overheads.csv')
-        table = [dict(method=k, ratio=v) for k,v in found.items()]
-        return write(out, about | dict(rounds=args.rounds), ('method', 'ratio'), table)
+        fields = 'method', 'whole fit', 'after the first epoch'
+        table  = [dict(zip(fields, (k, *v))) for k,v in found.items()]
+        return write(out, about | dict(rounds=args.rounds), fields, table)
     epochs, seeds, more = args.epochs, args.seeds, dict(weights=args.weights, filters=args.filters)
     if args.quick: epochs, seeds, more = 1, 1, dict(weights=(90,), filters=(50,))
     if args.data or args.mnist:
