@@ -345,7 +345,8 @@ def test_l1_unstructured(name, share):
 def test_ln_structured(name, dim, norm):
     for n in range(1, layers[name]().weight.shape[dim]):
         theirs, ours = both(name)
-        prune.ln_structured(theirs, 'weight', amount=n, n=norm, dim=dim)
+        known = 2 if norm == 'fro' and ours.weight.ndim > 3 else norm  # torch 2.7 has 'fro' for matrices only
+        prune.ln_structured(theirs, 'weight', amount=n, n=known, dim=dim)
         assert torch.equal(sparsified(ours, n, of_dim(ours, dim), criteria=ln_norm(norm)),
                            Masks.from_torch_prune(theirs)['weight'])
 
