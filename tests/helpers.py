@@ -65,3 +65,13 @@ def column(learn, name='sparsity'):
     return [v[list(learn.recorder.metric_names[1:]).index(name)] for v in learn.recorder.values]
 def lines(out):
     return [(int(e), float(s)) for e,s in re.findall(r'^Sparsity at the end of epoch (\d+): \[([\d.]+)\]%', out, re.M)]
+
+class Parts(nn.Module):
+    "Four and eight of twelve channels have different readers"
+    def __init__(self):
+        super().__init__()
+        self.a, self.n = nn.Conv2d(3, 12, 1), [4, 8]
+        self.b, self.c, self.o = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(10, 2, 1)
+    def forward(self, x):
+        p, q = self.a(x).relu().split(self.n, 1)
+        return self.o(torch.cat([self.b(p), self.c(q)], 1))

@@ -10,6 +10,7 @@ from fasterai_clone.model.flops import multiply_adds
 from fasterai_clone.model.run import outputs_in
 from fasterai_clone.prune.all import *
 from fasterai_clone.sparse.all import Sparsifier
+from helpers import Parts
 from test_thin import lively
 
 
@@ -331,14 +332,6 @@ def test_what_a_config_computes_is_said():
 
 def test_the_second_group_of_a_layer_is_adopted_after_the_first():
     "Both groups of `a` share one mask; that of the first does not hide the zeros of the second"
-    class Parts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.n = nn.Conv2d(3, 12, 1), [4, 8]
-            self.b, self.c, self.o = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(10, 2, 1)
-        def forward(self, x):
-            p, q = self.a(x).relu().split(self.n, 1)
-            return self.o(torch.cat([self.b(p), self.c(q)], 1))
     torch.manual_seed(0)
     net = Parts()
     sp  = Sparsifier(net, 'filter', coupled=True, example_inputs=torch.randn(2, 3, 4, 4))

@@ -9,6 +9,7 @@ from fasterai_clone.analyze.all import judge_by, score_curves, sensitivity
 from fasterai_clone.core.masks import Masks
 from fasterai_clone.prune.all import *
 from fasterai_clone.sparse.all import Sparsifier
+from helpers import Parts
 from test_thin import lively
 
 
@@ -161,16 +162,6 @@ def test_whole_groups_where_they_are_independent():
     small = thin(net, group_masks(groups, [torch.arange(4) > 0, None]), x)
     assert (small[2].groups, small[2].in_channels, small[2].out_channels) == (3, 6, 9)
 
-
-class Parts(nn.Module):
-    "Four and eight of twelve channels have different readers"
-    def __init__(self):
-        super().__init__()
-        self.a, self.n = nn.Conv2d(3, 12, 1), [4, 8]
-        self.b, self.c, self.o = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(10, 2, 1)
-    def forward(self, x):
-        p, q = self.a(x).relu().split(self.n, 1)
-        return self.o(torch.cat([self.b(p), self.c(q)], 1))
 
 def test_filters_of_several_groups():
     "Half of each part of `a`, and what is left computes the same"

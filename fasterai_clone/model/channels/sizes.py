@@ -44,6 +44,7 @@ def _result(n, of, *given):
     sizes = [s for s in given if isinstance(s, Size)]
     return Size(n, of, sum((s.seen for s in sizes), ()), next((s.uses for s in sizes if s.uses), None))
 
+# %% ../../../nbs/210_model.channels.sizes.ipynb #scaled01
 def _scaled(size, factor):
     return None if getattr(size, 'of', None) is None else [(t, r*factor) for t,r in size.of]
 

@@ -299,6 +299,7 @@ class _Requests(TorchFunctionMode):
         if isinstance(asked, list): trace.follow_view(out, asked, func.__name__)
         return out
 
+# %% ../../../nbs/220_model.channels.trace.ipynb #enterx01
 @patch
 def __enter__(self:Trace):
     self.before, self.requests = self.follow_sizes(), _Requests(self)
