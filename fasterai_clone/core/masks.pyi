@@ -14,7 +14,7 @@ from .files import existing_file, naming_file, pack_bits, parse_json, unpack_bit
 from .style import colors, styled
 from .tensors import check_loaded, why_not_writable
 from .text import shortened
-from .threads import in_threads
+from .threads import in_threads, n_threads
 from matplotlib.axes import Axes
 from collections.abc import Callable
 from fasterai_clone.sparse.hold import Hold

@@ -41,7 +41,7 @@ def _elementwise(f):
     "Let `f(start, end, pos)` take an array as `pos`"
     @wraps(f)
     def each(start, end, pos, *args, **kwargs):
-        if not np.ndim(pos): return f(start, end, pos, *args, **kwargs)
+        if type(pos) is float or not np.ndim(pos): return f(start, end, pos, *args, **kwargs)
         return _over(lambda p: f(start, end, p, *args, **kwargs), pos)
     return each
 
@@ -75,7 +75,7 @@ def progress(self:Schedule,
     pct_train: float  # share of training that is done, 0–1; an array gives an array
 ) -> float:
     "Return the progress towards the target, 0–1"
-    if np.ndim(pct_train): return _over(self.progress, pct_train)
+    if type(pct_train) is not float and np.ndim(pct_train): return _over(self.progress, pct_train)
     if pct_train < self.start_pct: return 0.
     width = self.end_pct - self.start_pct
     pos = 1. if pct_train >= self.end_pct else (pct_train - self.start_pct) / width

@@ -80,6 +80,7 @@ def before_epoch(self:RewindingCallback) -> None:
 @patch
 def before_batch(self:RewindingCallback) -> None:
     "Save the state to rewind to, if it is the state of this batch"
-    if not self.training: return
-    if self.iter == 0: self.n_steps = self.n_iter  # `validate` in the middle of an epoch leaves another number
-    if self.active and self.rewinds and self.rewind.is_batch(self.epoch*self.n_steps + self.iter): self.remember()
+    learn = self.learn
+    if not learn.training: return
+    if learn.iter == 0: self.n_steps = learn.n_iter  # `validate` in the middle of an epoch leaves another number
+    if self.active and self.rewinds and self.rewind.is_batch(learn.epoch*self.n_steps + learn.iter): self.remember()

@@ -222,7 +222,7 @@ def _check_fit(cb, first, state):
 def before_step(self:SparsifyCallback) -> None:
     "Note that a step is about to be made"
     self.stepping = self.active
-    if self.active: self.follow()
+    if self.active and self.compaction: self.follow()
 
 @patch
 def after_cancel_step(self:SparsifyCallback) -> None:
@@ -234,12 +234,13 @@ def after_cancel_step(self:SparsifyCallback) -> None:
 def after_step(self:SparsifyCallback) -> None:
     "Follow the schedule, or just apply the masks, after a step that was made"
     if not self.stepping: return
-    self.stepping, step = False, self.iter + 1
+    learn, n_steps, self.stepping = self.learn, self.n_steps, False
+    step, epoch = learn.iter + 1, learn.epoch
     self.epochs.step()
     self.compaction.exit()
     self.follow()
-    if (self.epoch*self.n_steps + step) % self.every and step < self.n_steps: return self.keep()
-    self.move_to(self.epochs.share(self.epoch, step, self.n_steps), made=True)
+    if (epoch*n_steps + step) % self.every and step < n_steps: return self.keep()
+    self.move_to(self.epochs.share(epoch, step, n_steps), made=True)
 
 @patch
 def after_train(self:SparsifyCallback) -> None:

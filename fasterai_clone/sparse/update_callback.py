@@ -25,16 +25,20 @@ class UpdatingCallback(SavedCallback):
 
     def is_due(self, share: float, counts: list[int], made: bool) -> bool:
         "Return whether an update is due when `share` of this fit is done"
-        sp, n = self.sparsifier, self.n_epoch * (self.n_steps or self.n_iter)
-        step, applied = round(share * n), self.course.applied
+        step, applied, rule = round(share * self.n_total), self.course.applied, self.sparsifier.rule
         if counts == applied and step == self.updated_at: return False
-        sp.rule.at(step, n, made)
-        return sp.rule.due(step, counts, applied)
+        rule.at(step, self.n_total, made)
+        return rule.due(step, counts, applied)
+
+    @property
+    def n_total(self) -> int:
+        "Return the number of training steps of the fit"
+        return self.epochs.n_epoch * (self.n_steps or self.learn.n_iter)
 
     def before_batch(self) -> None:
         "Save the state to rewind to if it is due, and prune before the first batch if the schedule asks"
         RewindingCallback.before_batch(self)
-        if not self.at_start or not self.active or not self.training: return
+        if not self.at_start or not self.active or not self.learn.training: return
         self.at_start = False
         self.move_to(self.epochs.share_done)
 
@@ -58,14 +62,14 @@ def move_to(self:UpdatingCallback,
         warn_of_others(sp.found, sp.granularity)
         self.checked = True
     self.course.apply(counts)
-    self.updated_at = round(share * self.n_epoch * (self.n_steps or self.n_iter))
+    self.updated_at = round(share * self.n_total)
     self.compaction.due = self.compact
     self.after_pruning()
 
 @patch
 def keep(self:UpdatingCallback, share: float|None = None) -> None:
     "Apply the masks again, unless steps are compact; make them compact if the masks stay when `share` is done"
-    if not self.compaction: self.sparsifier.apply_masks()
+    if not self.compaction: self.sparsifier.found.apply()
     if not self.compaction.due or share is None: return
     self.compaction.due = False
     sp = self.sparsifier

@@ -23,6 +23,10 @@ class UpdatingCallback(SavedCallback):
     def is_due(self, share: float, counts: list[int], made: bool) -> bool:
         """Return whether an update is due when `share` of this fit is done"""
 
+    @property
+    def n_total(self) -> int:
+        """Return the number of training steps of the fit"""
+
     def before_batch(self) -> None:
         """Save the state to rewind to if it is due, and prune before the first batch if the schedule asks"""
 
