@@ -124,7 +124,8 @@ def _multiply_in_threads(pairs):
     "Do the same for pairs that do not overlap, with several threads for large ones"
     size = sum(len(flags) for _,flags in pairs)
     if n_threads(size) < 2: return _multiply(pairs)
-    in_threads(_multiply, [[(b[i:i + _CHUNK], f[i:i + _CHUNK])] for b,f in pairs for i in range(0, len(f), _CHUNK)], size)
+    def part(t, i): return t[i:i + _CHUNK]
+    in_threads(_multiply, [[(part(b, i), part(f, i))] for b,f in pairs for i in range(0, len(f), _CHUNK)], size)
 
 def _zero_all(pairs):
     "Apply `zero_dropped` to pairs of a tensor and its mask"
