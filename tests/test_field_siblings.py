@@ -2,10 +2,14 @@
 use, outputs in any container; each in fp64 against the masked network, also without the check"""
 import copy, math
 from collections import deque
+from types import SimpleNamespace
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 
+from fasterai_clone.analyze.all import compare, evaluate, layer_times, sensitivity
 from fasterai_clone.core.masks import Masks
+from fasterai_clone.export.all import export_onnx, save_sparse, sparse_layers
+from fasterai_clone.methods.all import prune_trained, recalibrate, reconstruct
 from fasterai_clone.model.flops import multiply_adds
 from fasterai_clone.model.run import outputs_in
 from fasterai_clone.prune.all import *
@@ -83,7 +87,56 @@ class Twice(RMS):
     "Two means that scale the same weight and the same number"
     def forward(self, x): return super().forward(super().forward(x))
 
+class Early(RMS):
+    "Multiplied by the weight too early: the layers that read it absorb the power"
+    def forward(self, x): return (self.weight * x) / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+class Unweighted(RMS):
+    def __init__(self, n):
+        super().__init__(n)
+        del self.weight
+    def forward(self, x): return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+class NoNumber(Unweighted):
+    def forward(self, x): return x / x.square().mean(-1, keepdim=True).sqrt()
+
+class Summed(RMS):
+    def forward(self, x): return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + self.eps) * self.weight
+
+class Products(RMS):
+    def forward(self, x):
+        squares = torch.einsum('bsc,bsc->bs', x, x) / x.size(-1)
+        return x / (squares.unsqueeze(-1) + self.eps)**0.5 * self.weight
+
+class Sized(RMS):
+    def forward(self, x): return x / (x.norm(dim=-1, keepdim=True) * x.shape[-1]**-0.5 + self.eps) * self.weight
+
+class Dim(RMS):
+    "A number that stays"
+    def __init__(self, n):
+        super().__init__(n)
+        self.dim = n
+    def forward(self, x): return x / (x.norm(2, -1, True) * self.dim**-0.5 + self.eps) * self.weight
+
+class Rooted(RMS):
+    def forward(self, x): return F.normalize(x, dim=-1) * x.shape[-1]**0.5 * self.weight
+
+class Bounded(RMS):
+    def forward(self, x): return x * x.pow(2).mean(-1, True).clamp(min=self.eps).rsqrt() * self.weight
+
+class Buffer(RMS):
+    "Its `eps` is a tensor"
+    def __init__(self, n):
+        super().__init__(n)
+        del self.eps
+        self.register_buffer('eps', torch.tensor(1e-2))
+    def forward(self, x): return x * torch.rsqrt(self.eps + x.pow(2).mean(-1, True)) * self.weight
+
+class CalledAlone(RMS):
+    def forward(self, x): return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
 def torchs(n): return nn.RMSNorm(n, eps=1e-2)
+def alone(n): return nn.RMSNorm(n, elementwise_affine=False)
 
 class Stream(nn.Module):
     "A residual stream with norms on the way"
@@ -96,7 +149,8 @@ class Stream(nn.Module):
         return self.head(self.n2(x + self.down(F.silu(self.up(self.n1(x))))))
 
 X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).double()
-FOLLOWED = [RMS, Divided, Power, OnePlus, Called, Absolute, Unit, Length, Largest, Twice, torchs, nn.RMSNorm]
+FOLLOWED = [RMS, Divided, Power, OnePlus, Called, Absolute, Unit, Length, Largest, Twice, torchs, nn.RMSNorm, Early,
+            Unweighted, NoNumber, Summed, Products, Sized, Dim, Rooted, Bounded, Buffer, CalledAlone, alone]
 
 @torch.no_grad()
 def test_by_hand():
@@ -134,6 +188,57 @@ def test_the_default_eps_of_torch():
     small = halved(net, X.float(), 'emb')[1]
     assert small.n1.eps == 2**-22 and net.n1.eps is None and small.n1.normalized_shape == (6,)
 
+@torch.no_grad()
+def test_a_reader_absorbs_the_power_by_hand():
+    "x = 3, 4, 0, 0 without a weight: the next layer is multiplied by the root of 2/4, its bias by nothing"
+    net = nn.Sequential(nn.Linear(1, 4, bias=False), Unweighted(4), nn.Linear(4, 1)).double()
+    net[0].weight[:, 0], net[1].eps = torch.tensor([3., 4., 0., 0.]), 0.25
+    net[2].weight[:], net[2].bias[:] = 1, 5
+    x = torch.ones(1, 1, 1).double()
+    small = thin(net, example_inputs=x)
+    assert small[1].eps == 0.5 and small[2].bias.tolist() == [5]
+    assert small[2].weight.tolist() == [pytest.approx([2**0.5]*2)]
+    assert small(x).item() == pytest.approx(7/6.5**0.5 + 5) and net(x).item() == pytest.approx(7/6.5**0.5 + 5)
+
+class Read(nn.Module):
+    "A norm without a weight, and what reads it"
+    def __init__(self, f, n=12):
+        super().__init__()
+        self.emb, self.norm, self.f = nn.Linear(6, n), Unweighted(n), f
+        self.a, self.b, self.w = nn.Linear(n, n), nn.Linear(n, n, bias=False), nn.Parameter(torch.randn(n))
+        self.conv, self.lstm, self.out = nn.Conv1d(n, 5, 3, padding=1), nn.LSTM(n, 4), nn.Linear(n, 3)
+    def forward(self, x): return self.f(self, self.emb(x))
+
+def two(m, x): return m.out(m.a(m.norm(x)) * m.b(m.norm(x)))
+def gated(m, x): return m.out(m.norm(x) * F.silu(x))
+def twice(m, x): return m.out(m.norm(x) * m.norm(x))
+def convolved(m, x): return m.conv(m.norm(x).transpose(1, 2))
+def vector(m, x): return m.norm(x) @ m.w
+def dotted(m, x): return F.scaled_dot_product_attention(m.a(m.norm(x)), m.b(m.norm(x)), m.b(m.norm(x)))
+def other_size(m, x): return m.out(x * m.a(x).shape[-1]**-0.5)
+def both(m, x): return m.a(m.norm(x)) + m.a(x)
+def output(m, x): return m.norm(x), m.out(m.norm(x))
+def stream(m, x): return m.out(m.norm(x) + x)
+def recurrent(m, x): return m.lstm(m.norm(x))[0]
+def rectified(m, x): return m.out(m.norm(x).relu())
+def scores(m, x): return (m.norm(x) @ m.norm(x).mT).softmax(-1)
+def joined(m, x): return F.linear(torch.cat([m.norm(x), x], -1), torch.cat([m.out.weight]*2, 1))
+def shared(m, x): return F.linear(m.norm(x), m.w * m.out.weight)
+def no_channels(m, x): return m.out(x), x.square().mean(-1) @ torch.ones(5, 2, dtype=x.dtype)
+
+@pytest.mark.parametrize('f', [two, gated, twice, convolved, vector, dotted, other_size])
+def test_readers_that_absorb_the_power(f):
+    net = made(Read(f))
+    assert 'emb' in free(net, X)
+    assert assert_equal(net, X).emb.out_features == 6
+
+@pytest.mark.parametrize('f', [both, output, stream, recurrent, rectified, scores, joined, shared,
+                               no_channels])
+def test_readers_that_do_not(f):
+    net = made(Read(f))
+    assert 'emb' not in free(net, X)
+    assert_equal(net, X)
+
 class Reused(RMS):
     def forward(self, x): return super().forward(x) * (1 + x.sum(-1, True).clamp(min=self.eps))
 class Computed(RMS):
@@ -150,18 +255,61 @@ class OneAndAnother(RMS):
         return x * torch.rsqrt(x.pow(2).mean(-1, True) + self.eps) * w + x * w
 class Literal(RMS):
     def forward(self, x): return x * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-6) * self.weight
-class Sized(RMS):
-    def forward(self, x): return x / (x.norm(dim=-1, keepdim=True) * x.shape[-1]**-0.5 + self.eps) * self.weight
+class Config(RMS):
+    def __init__(self, n):
+        super().__init__(n)
+        self.config = SimpleNamespace(eps=1e-2)
+    def forward(self, x): return x * torch.rsqrt(x.pow(2).mean(-1, True) + self.config.eps) * self.weight
+class LiteralBound(RMS):
+    def forward(self, x): return x * x.pow(2).mean(-1, True).clamp(min=1e-6).rsqrt() * self.weight
+class LiteralCall(RMS):
+    def forward(self, x): return F.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
+class DefaultCall(RMS):
+    def forward(self, x): return F.rms_norm(x, x.shape[-1:], self.weight)
+class LayerNorm(RMS):
+    "Zero channels are not zero without the mean, and they count in the variance"
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+class Variance(RMS):
+    def forward(self, x):
+        var, mean = torch.var_mean(x, -1, keepdim=True, correction=0)
+        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight
+class EarlyShifted(Early):
+    def __init__(self, n):
+        super().__init__(n)
+        self.bias = nn.Parameter(torch.randn(n))
+    def forward(self, x): return super().forward(x) + self.bias
+class Rectified(Unweighted):
+    def forward(self, x): return super().forward(x).sigmoid() * x
+class Root(RMS):
+    def forward(self, x): return F.normalize(x, dim=-1) * math.sqrt(x.shape[-1]) * self.weight
+class Exponential(RMS):
+    def forward(self, x): return F.normalize(x, dim=-1) * math.exp(x.shape[-1]**-0.5) * self.weight
+class WeightBuffer(RMS):
+    "A weight that is a buffer has another use"
+    def __init__(self, n):
+        super().__init__(n)
+        del self.weight
+        self.register_buffer('weight', torch.rand(n) + 0.5)
+    def forward(self, x): return super().forward(x) + x * self.weight
 class Smallest(RMS):
     def forward(self, x): return x * x.norm(p=-math.inf, dim=-1, keepdim=True) * self.weight
-def plain(n): return nn.RMSNorm(n, elementwise_affine=False)
 
 @pytest.mark.parametrize('norm,why', [
     (Reused, 'also calculates with `eps`'), (Computed, 'also calculates with `eps`'),
     (Elsewhere, 'also calculates with `eps`'), (AddedTwice, 'also calculates with `eps`'),
     (OtherWeight, 'also uses `n1.weight` without their mean'), (OneAndAnother, 'also uses `n1.weight`'),
-    (Literal, 'not an attribute'), (Sized, 'calculates with its size'), (Smallest, 'takes its `linalg_vector_norm`'),
-    (plain, 'normalises over all channels'), (Width, 'sets its size explicitly with `rms_norm`')])
+    (Literal, 'adds a number to their mean that is not an attribute like `self.eps`'),
+    (Config, 'adds a number to their mean that is not an attribute like `self.eps`'),
+    (LiteralBound, 'bounds their mean by a number that is not an attribute like `self.eps`'),
+    (LiteralCall, 'with an `eps` that is not an attribute like `self.eps`'),
+    (DefaultCall, 'without an `eps` that is an attribute like `self.eps`'),
+    (LayerNorm, 'adds other values to what it computed from their mean'), (Variance, 'takes its `var_mean`'),
+    (EarlyShifted, 'adds other values to what it computed from their mean'), (Rectified, 'takes its `mean`'),
+    (Root, 'calculates with its size'), (Exponential, 'calculates with its size'),
+    (WeightBuffer, 'also uses `n1.weight` without their mean'), (Smallest, 'takes its `linalg_vector_norm`'),
+    (Width, 'sets its size explicitly with `rms_norm`')])
 def test_a_stream_that_stays(norm, why):
     "The trace sees it: no trial is needed"
     net = made(Stream(norm))
@@ -341,3 +489,44 @@ def test_the_second_group_of_a_layer_is_adopted_after_the_first():
     with torch.no_grad(): net.a.weight[4:7], net.a.bias[4:7] = 0, 0
     assert sp.found.adopt([[first], [second]]) == 3 and sp.found.n_pruned(sp.targets)[:2] == [2, 3]
     assert int((~sp.masks['a.weight'].flatten(1).any(1)).sum()) == 5
+
+
+# -- multiply-adds ----------------------------------------------------------------------------------
+
+class Experts(nn.Module):
+    "One of two experts for each item"
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+    def forward(self, x):
+        first, out = x[:, 0] > 0, torch.empty_like(x)
+        out[first], out[~first] = self.a(x[first]), self.b(x[~first])
+        return out
+
+def test_the_total_of_experts_is_rounded_once():
+    "16 and 32 multiply-adds for three items: 5.3 and 10.7 for one, and 16 in all"
+    n = multiply_adds(Experts(), torch.rand(3, 4) - torch.tensor([[0.], [2.], [2.]]))
+    assert dict(n) == dict(a=5, b=10) and n.total == 16 and n.items == 3
+
+
+# -- weights on the device "meta" -------------------------------------------------------------------
+
+IMAGES = torch.randn(2, 3, 6, 6)
+def accuracy(out, y): return (out.argmax(1) == y).float().mean()
+def small(**kwargs): return nn.Sequential(nn.Conv2d(3, 4, 3, **kwargs), nn.Flatten(), nn.Linear(64, 2, **kwargs))
+DATA = [(IMAGES, torch.tensor([0, 1]))]
+
+@pytest.mark.parametrize('f', [
+    lambda m, path: coupled_groups(m, IMAGES), lambda m, path: multiply_adds(m, IMAGES),
+    lambda m, path: multiply_adds(m, IMAGES.to('meta')), lambda m, path: thin(m, example_inputs=IMAGES),
+    lambda m, path: unremovable(m, coupled_groups(small(), IMAGES), IMAGES), lambda m, path: compare(m, m, IMAGES),
+    lambda m, path: compare(small(), m, IMAGES), lambda m, path: sensitivity(m, DATA, accuracy),
+    lambda m, path: evaluate(m, DATA, accuracy), lambda m, path: layer_times(m, IMAGES),
+    lambda m, path: recalibrate(m, DATA), lambda m, path: prune_trained(m, DATA, 50),
+    lambda m, path: reconstruct(m, Masks.of(small()), DATA), lambda m, path: save_thinned(m, path/'small'),
+    lambda m, path: save_sparse(m, path/'sparse'), lambda m, path: sparse_layers(m, IMAGES),
+    lambda m, path: export_onnx(m, IMAGES, path/'net.onnx')])
+def test_weights_without_numbers_are_refused_alike(f, tmp_path):
+    with pytest.raises(ValueError, match='is on the device "meta" and has no numbers. Load the weights first'):
+        f(small(device='meta'), tmp_path)
+    assert not [*tmp_path.iterdir()]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.arguments import check_sparsity
 from ..core.selection import n_dropped
 from ..model.preserve import undisturbed
-from ..model.run import call_arguments
+from ..model.run import call_arguments, check_ready
 from ..sparse.batches import device_of, to_device
 
 # %% auto #0
@@ -70,6 +70,7 @@ def layer_times(
     clock: Callable = once                             # `(layer, input)` → milliseconds
 ) -> dict[str, dict[float, float]]:                    # layer → sparsity, and 0 → median
     "Measure the milliseconds of each convolution and linear layer with fewer outputs, in turns"
+    check_ready(model)
     levels = sorted({0., *(check_sparsity(s) for s in sparsities)})
     layers, jobs = dict(model.named_modules()), []
     for k,x in seen_inputs(model, example_inputs).items():

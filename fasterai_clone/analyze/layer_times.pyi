@@ -7,7 +7,7 @@ from torch import Tensor
 from ..core.arguments import check_sparsity
 from ..core.selection import n_dropped
 from ..model.preserve import undisturbed
-from ..model.run import call_arguments
+from ..model.run import call_arguments, check_ready
 from ..sparse.batches import device_of, to_device
 
 __all__ = ['layer_times']

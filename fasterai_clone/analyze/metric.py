@@ -10,6 +10,7 @@ import inspect, math
 from collections.abc import Callable
 import torch, torch.nn as nn, torch.nn.functional as F
 from ..model.preserve import undisturbed
+from ..model.run import check_ready
 from ..model.wrappers import unwrapped
 from ..sparse.batches import batches, by_name, call_with, device_of, keywords
 
@@ -44,6 +45,7 @@ def evaluate(
     metric: Callable  # `(outputs, targets)` → a number, averaged over items; or `(model, data)` → a number
 ) -> float:
     "Return the `metric` of `model` over `data`"
+    if isinstance(model, nn.Module): check_ready(model)
     if _takes_model(metric): return float(metric(model, data))
     model, total, n = unwrapped(model), 0., 0
     with undisturbed(model):

@@ -4,6 +4,7 @@ import inspect, math
 from collections.abc import Callable
 import torch, torch.nn as nn, torch.nn.functional as F
 from ..model.preserve import undisturbed
+from ..model.run import check_ready
 from ..model.wrappers import unwrapped
 from ..sparse.batches import batches, by_name, call_with, device_of, keywords
 

@@ -23,7 +23,7 @@ from .onnx_inputs import export_inputs, other_inputs
 from .sparse_modules import SparseLayer
 from ..model.channels.follow import own_copy
 from ..model.preserve import undisturbed
-from ..model.run import check_model, first_line, memory_of, outputs_in
+from ..model.run import check_ready, first_line, memory_of, outputs_in
 
 # %% auto #0
 __all__ = ['Exported', 'export_onnx']
@@ -154,7 +154,7 @@ def _check_size(model):
 
 def _own_model(model):
     "Return a dense copy of `model` on the CPU"
-    check_model(model)
+    check_ready(model)
     _check_size(model)
     if any(isinstance(m, SparseLayer) for m in model.modules()):
         raise ValueError('`model` has layers in sparse layouts, which ONNX does not have: export `to_dense(model)`')

@@ -17,7 +17,7 @@ from .onnx_inputs import export_inputs, other_inputs
 from .sparse_modules import SparseLayer
 from ..model.channels.follow import own_copy
 from ..model.preserve import undisturbed
-from ..model.run import check_model, first_line, memory_of, outputs_in
+from ..model.run import check_ready, first_line, memory_of, outputs_in
 
 __all__ = ['Exported', 'export_onnx']
 

@@ -19,7 +19,7 @@ from .sparse_modules import SparseLayer, as_sparse
 from ..model.channels.follow import own_copy
 from ..model.patterns import as_patterns, matches
 from ..model.preserve import copied, undisturbed
-from ..model.run import call_arguments, check_model, first_line, memory_of, outputs_in
+from ..model.run import call_arguments, check_ready, first_line, memory_of, outputs_in
 from ..model.wrappers import unwrapped
 from ..sparse.batches import device_of, to_device
 
@@ -215,7 +215,7 @@ def sparse_layers(
     measure: Callable = timed_in_turns  # times the jobs; another function can decide by other costs
 ) -> tuple[nn.Module, LayerTable]:
     "Return a copy of `model` for inference, with weights in sparse layouts where that is faster, and the measurements"
-    check_model(model)
+    check_ready(model)
     tolerance, mine = _checked_tolerance(model, runs, speedup, tolerance), own_copy(model)
     args, kwargs = call_arguments(to_device(example_inputs, device_of(mine)), mine)
     try: _outputs(mine, args, kwargs)
@@ -233,7 +233,7 @@ def to_dense(
     model: nn.Module  # from `sparse_layers`; unchanged
 ) -> nn.Module:
     "Return a copy of `model` in which all weights are dense again, bit for bit"
-    check_model(model)
+    check_ready(model)
     holder = nn.ModuleList([copied(model)])
     for m in [*holder.modules()]:
         if isinstance(m, SparseLayer): _swap(holder, m, m.to_dense())

@@ -13,7 +13,7 @@ from .sparse_modules import SparseLayer, as_sparse
 from ..model.channels.follow import own_copy
 from ..model.patterns import as_patterns, matches
 from ..model.preserve import copied, undisturbed
-from ..model.run import call_arguments, check_model, first_line, memory_of, outputs_in
+from ..model.run import call_arguments, check_ready, first_line, memory_of, outputs_in
 from ..model.wrappers import unwrapped
 from ..sparse.batches import device_of, to_device
 import pandas as pd

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from .passes import CalibrationData, calibrating, call_order, free_memory, run_batch
 from .remember import Remembered
 from ..model.preserve import all_or_nothing
-from ..model.run import check_model
+from ..model.run import check_ready
 from ..model.wrappers import unwrapped
 
 # %% auto #0
@@ -189,7 +189,7 @@ def recalibrate(
     shrinkage: float=.1          # with `dense`: how far ratios are pulled to the average over the channels, 0 to 1
 ) -> dict[str, Moved]:           # norm → how far its statistics were off; norms that did not run are missing
     "Replace the running statistics of the batch norms in `model` by the exact mean and variance over `data`"
-    check_model(model)
+    check_ready(model)
     if not 0 <= shrinkage <= 1: raise ValueError(f'`shrinkage` must be from 0 to 1, got {shrinkage!r}')
     model  = unwrapped(model)
     norms  = _some_norms(model)

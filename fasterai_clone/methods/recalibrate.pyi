@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from .passes import CalibrationData, calibrating, call_order, free_memory, run_batch
 from .remember import Remembered
 from ..model.preserve import all_or_nothing
-from ..model.run import check_model
+from ..model.run import check_ready
 from ..model.wrappers import unwrapped
 from typing import Any
 

@@ -23,7 +23,7 @@ from .passes import CalibrationData, calibrating, free_memory
 from .remember import Remembered
 from .stages import Collecting, samples_to_keep, stages_of, walk
 from ..model.preserve import all_or_nothing, copied
-from ..model.run import check_model
+from ..model.run import check_ready
 from ..model.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def reconstruct(
     steps: int=100                      # with 'block': steps of Adam for each
 ) -> Reconstruction:
     "Apply `masks`, and fit the remaining weights and the biases, so that layers reproduce their dense outputs"
-    check_model(model)
+    check_ready(model)
     model   = unwrapped(model)
     by_block, solver = method == 'block', None if method == 'block' else as_method(method)
     with calibrating(model):

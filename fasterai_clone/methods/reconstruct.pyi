@@ -17,7 +17,7 @@ from .passes import CalibrationData, calibrating, free_memory
 from .remember import Remembered
 from .stages import Collecting, samples_to_keep, stages_of, walk
 from ..model.preserve import all_or_nothing, copied
-from ..model.run import check_model
+from ..model.run import check_ready
 from ..model.wrappers import unwrapped
 from fasterai_clone.sparse.sparsifier import Sparsifier
 import pandas as pd

@@ -27,7 +27,7 @@ from .sparsegpt_rule import check_sweep
 from .saved_walk import SavedWalk, masks_in, restore_layer, save_layer
 from .stages import Collecting, path_of, stages_of, walk
 from ..model.preserve import all_or_nothing, copied
-from ..model.run import check_model
+from ..model.run import check_ready
 from ..model.wrappers import unwrapped
 from ..sparse.batches import rereadable
 from ..sparse.context import Context
@@ -311,7 +311,7 @@ def prune_trained(
     **which: object                 # other arguments of `Sparsifier`, such as `exclude`, `budget` or `loss_func`
 ) -> PrunedReport:
     "Prune a trained `model` and repair it, without training"
-    check_model(model)
+    check_ready(model)
     model, solver, start = unwrapped(model), as_method(method), time.perf_counter()
     if target not in ('dense', 'layer'): raise ValueError(f"`target` must be 'dense' or 'layer', got {target!r}")
     check_damping(damping)

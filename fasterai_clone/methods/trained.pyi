@@ -20,7 +20,7 @@ from .sparsegpt_rule import check_sweep
 from .saved_walk import SavedWalk, masks_in, restore_layer, save_layer
 from .stages import Collecting, path_of, stages_of, walk
 from ..model.preserve import all_or_nothing, copied
-from ..model.run import check_model
+from ..model.run import check_ready
 from ..model.wrappers import unwrapped
 from ..sparse.batches import rereadable
 from ..sparse.context import Context

@@ -8,6 +8,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.batches.html.md"""
 from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import PackedSequence
@@ -123,4 +124,4 @@ def cost_of_one(
     "Return the multiply-adds for one item of `n`, from those for `n` and for 2·`n`; None if they are inconsistent"
     names = once.keys() | twice.keys()
     if any(not once[k] <= twice[k] <= 2*once[k] for k in names) or once == twice: return None
-    return {k: 2*once[k] - twice[k] + (twice[k] - once[k]) // n for k in names}
+    return {k: 2*once[k] - twice[k] + Fraction(twice[k] - once[k], n) for k in names}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
+from fractions import Fraction
 import torch, torch.nn as nn
 from torch._ops import HigherOrderOperator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from .batches import cost_of_one, independent, known_items, readings, rebuilt
 from .formulas import attention_cost, formulas, operator_cost, operator_name
 from .preserve import undisturbed
-from .run import call_arguments, check_model, outputs_in, plain_attention, tensors_in
+from .run import call_arguments, check_ready, outputs_in, plain_attention, tensors_in
 
 # %% auto #0
 __all__ = ['Counted', 'multiply_adds']
@@ -165,7 +166,7 @@ def _per_item(model, args, kwargs, ops, out, drawn):
     "Return the number of items and the multiply-adds for one; None and those for all if it is unknown"
     n, ways = known_items(args, kwargs), readings(args, kwargs)
     if n is None and not ops.costs: n = ways[0].items
-    if n is not None: return n, {k: c//n for k,c in ops.costs.items()}
+    if n is not None: return n, {k: Fraction(c, n) for k,c in ops.costs.items()}
     for r in ways:
         one = _read_as(r, model, args, kwargs, ops, out, drawn)
         if one is not None: return r.items, one
@@ -177,7 +178,7 @@ def multiply_adds(
     example_inputs: object  # the inputs of the model: a tensor, a tuple of arguments, or a dict of them
 ) -> Counted:               # for modules that have parameters of their own
     "Count the multiply-adds of each layer in a forward pass in eval mode, for one item of the batch"
-    check_model(model)
+    check_ready(model)
     if not any(t.ndim for t in tensors_in(example_inputs)):
         raise ValueError('`example_inputs` must contain a batch, but there is no tensor in it')
     args, kwargs = call_arguments(example_inputs, model)
@@ -187,4 +188,4 @@ def multiply_adds(
     own = [n for n,m in model.named_modules()
            if costs.get(n) and isinstance(m, torch.jit.ScriptModule) or has_parameters(m)]
     uncounted = {k: tuple(names) for k,names in ops.uncounted.items()}
-    return Counted({n: costs.get(n, 0) for n in own}, sum(costs.values()), items, uncounted)
+    return Counted({n: int(costs.get(n, 0)) for n in own}, int(sum(costs.values())), items, uncounted)

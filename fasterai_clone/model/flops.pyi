@@ -3,6 +3,7 @@
 import sys
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
+from fractions import Fraction
 import torch, torch.nn as nn
 from torch._ops import HigherOrderOperator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from .batches import cost_of_one, independent, known_items, readings, rebuilt
 from .formulas import attention_cost, formulas, operator_cost, operator_name
 from .preserve import undisturbed
-from .run import call_arguments, check_model, outputs_in, plain_attention, tensors_in
+from .run import call_arguments, check_ready, outputs_in, plain_attention, tensors_in
 from typing import Any
 
 __all__ = ['Counted', 'multiply_adds']

@@ -15,6 +15,7 @@ from types import FunctionType, GeneratorType, MethodType, ModuleType
 import numpy as np, torch, torch.nn as nn
 from torch.nn.utils.rnn import PackedSequence
 from ..core.bars import Steps
+from ..core.tensors import check_loaded
 
 # %% auto #0
 __all__ = ['tensors_in', 'outputs_in', 'memory_of']
@@ -38,6 +39,11 @@ def call_arguments(example_inputs, model=None):
 def check_model(model):
     "Raise an error if `model` is not a model"
     if not isinstance(model, nn.Module): raise TypeError(f'`model` must be an `nn.Module`, got {type(model).__name__}')
+
+def check_ready(model):
+    "Raise an error if `model` is not a model that can run: weights on the device `meta` have no numbers"
+    check_model(model)
+    check_loaded((k, t) for k,t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta)
 
 def first_line(e):
     "Return the type and the first line of an error"

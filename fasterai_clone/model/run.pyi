@@ -9,6 +9,7 @@ from types import FunctionType, GeneratorType, MethodType, ModuleType
 import numpy as np, torch, torch.nn as nn
 from torch.nn.utils.rnn import PackedSequence
 from ..core.bars import Steps
+from ..core.tensors import check_loaded
 
 __all__ = ['tensors_in', 'outputs_in', 'memory_of']
 
@@ -17,6 +18,9 @@ def call_arguments(example_inputs, model=None):
 
 def check_model(model):
     """Raise an error if `model` is not a model"""
+
+def check_ready(model):
+    """Raise an error if `model` is not a model that can run: weights on the device `meta` have no numbers"""
 
 def first_line(e):
     """Return the type and the first line of an error"""

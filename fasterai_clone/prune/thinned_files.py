@@ -16,7 +16,7 @@ from ..core.text import one_line, shortened
 from ..model.attention import ThinAttention, make_thin
 from ..model.channels.removal import replace_tensors
 from ..model.preserve import all_or_nothing
-from ..model.run import memory_of
+from ..model.run import check_ready, memory_of
 from ..model.sizes import layer_sizes, layer_weight, shapes_of, update_sizes
 from .config import update_config
 
@@ -216,6 +216,7 @@ def save_thinned(
         kind = type(model).__name__
         raise TypeError(f'`model` must be an `nn.Module`, got {kind}. Write `save_thinned(model, file)`')
     check_path(file, 'save_thinned(model, file)')
+    check_ready(model)
     state = {}
     for k,t in model.state_dict().items(): state.setdefault(memory_of(t) if t.numel() else k, (k, t))
     return write_file(file, _FORMAT, dict(state.values()), sizes=json.dumps(sizes_of(model)))

@@ -10,7 +10,7 @@ from ..core.text import one_line, shortened
 from ..model.attention import ThinAttention, make_thin
 from ..model.channels.removal import replace_tensors
 from ..model.preserve import all_or_nothing
-from ..model.run import memory_of
+from ..model.run import check_ready, memory_of
 from ..model.sizes import layer_sizes, layer_weight, shapes_of, update_sizes
 from .config import update_config
 

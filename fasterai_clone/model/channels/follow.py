@@ -21,7 +21,7 @@ from .recurrent import WholeFunctions
 from .sizes import stored_numbers
 from .trace import RuleFailed, Trace
 from ..preserve import copied, undisturbed
-from ..run import (call_arguments, check_model, first_line, memory_of, names_running,
+from ..run import (call_arguments, check_ready, first_line, memory_of, names_running,
     outputs_in, plain_attention)
 from ..wrappers import unwrapped
 
@@ -31,7 +31,7 @@ __all__ = ['follow']
 # %% ../../../nbs/290_model.channels.follow.ipynb #dab841f1
 def own_copy(model):
     "Return a copy of `model`, or of the model inside `torch.compile` or `DataParallel`"
-    check_model(model)
+    check_ready(model)
     model = unwrapped(model)
     if any(is_lazy(p) for p in model.parameters()):
         raise ValueError('The model has parameters without a shape: run one batch through it first')
@@ -118,6 +118,7 @@ def settle_stored(trace) -> dict:
 def settle(trace):
     "Fix channels that would no longer fit the model's code, and channels to which a buffer is added"
     sets = trace.labels
+    trace.uses.note_powers()
     _settle_counts(trace)
     _settle_buffers(trace)
     for grid,why in trace.grids:  # it stays a grid only if whole lines are lost

@@ -15,7 +15,7 @@ from .recurrent import WholeFunctions
 from .sizes import stored_numbers
 from .trace import RuleFailed, Trace
 from ..preserve import copied, undisturbed
-from ..run import call_arguments, check_model, first_line, memory_of, names_running, outputs_in, plain_attention
+from ..run import call_arguments, check_ready, first_line, memory_of, names_running, outputs_in, plain_attention
 from ..wrappers import unwrapped
 
 __all__ = ['follow']

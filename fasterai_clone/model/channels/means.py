@@ -13,10 +13,12 @@ import torch, torch.nn as nn
 from torch import Tensor
 from .elementwise import pointwise
 from .labels import Unless, along, varies
+from .layers import convolution, matmul, matrix_vector
 from .norms import layer_norm
 from .recurrent import whole_rule
-from .sizes import Home, Stored, StoredFloat
+from .sizes import Home, Size, SizePower, Stored, StoredFloat
 from .trace import Call, Trace, Value, nothing, rule
+from ..run import memory_of
 
 # %% auto #0
 __all__ = ['absorbed']
@@ -40,6 +42,13 @@ def _pending(v):
     alone = len(v.unless) == 1 and v.unless[0].mean is not None
     return (v.unless[0].mean, v.unless[0].power) if alone else False
 
+def _one_mean(values):
+    "Return the mean of which the `values` are powers, and the power of each; None: there is none, or several"
+    pending = [_pending(v) for v in values]
+    means   = [p[0] for p in pending if p]
+    one     = means and False not in pending and all(torch.equal(m.label, means[0].label) for m in means)
+    return means[0] if one else None, [p[1] if p else 0 for p in pending]
+
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0abs
 def absorbed(
     trace: Trace,           # of the run
@@ -60,19 +69,37 @@ def absorbed(
     return total
 
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0007
+def _single(trace, t):
+    "Return the name of the parameter or buffer that `t` is, if it is a single number; else None"
+    v, place = trace.get(t), memory_of(t)
+    plain = t.numel() == 1 and v.param and v.leaves is None and isinstance(place, tuple)
+    return trace.uses.owner.get(place[0]) if plain else None
+
+def _added(trace, call, powers):
+    "Return the place and the power of the mean for a number that `call` adds to it, or compares it with; else None"
+    number, power = trace.asked, sum(powers)
+    if len(powers) == 1 and call.name != 'sub':
+        return (number.home, power) if isinstance(number, StoredFloat) and number == call.args[1] else None
+    names = [_single(trace, t) for t,p in zip(call.given, powers) if not p]
+    return (names[0], power) if call.name == 'add' and len(names) == 1 and names[0] else None
+
 def _sum_power(trace, call, powers, mean):
-    "Return the power of the mean in a sum; None: it has none"
-    if call.name not in ('add', 'sub') or call.kwargs.get('alpha', 1) != 1: return None
-    if len(powers) > 1: return powers[0] if powers[0] == powers[1] else None
-    number = trace.asked
-    if call.name == 'add' and isinstance(number, StoredFloat) and number == call.args[1]:
-        mean.scaled.append(Scale(number.home, powers[0]))
-        trace.uses.added = None
-        return powers[0]
-    why = f'{trace.where} adds a number to their mean that is not an attribute like `self.eps`'
-    trace.labels.fix(mean.label, why)
+    "Return the power of the mean in a sum or a lower bound; None: it has none"
+    if call.kwargs.get('alpha', 1) != 1 or call.arg(2) is not None: return None
+    if len(powers) > 1 and powers[0] == powers[1]: return powers[0] if call.name in ('add', 'sub') else None
+    if found := _added(trace, call, powers):
+        place, power = found
+        mean.scaled.append(Scale(place, power))
+        if isinstance(place, str): trace.uses.taken.add(place)
+        else: trace.uses.added = None
+        return power
+    does = 'adds a number to their mean' if call.name in ('add', 'sub') else 'bounds their mean by a number'
+    what = f'{does} that is not an attribute like `self.eps`'
+    if len(powers) > 1: what = 'adds other values to what it computed from their mean'
+    trace.labels.fix(mean.label, f'{trace.where} {what}')
     return None
 
+# %% ../../../nbs/275_model.channels.means.ipynb #8c64668e
 _POWERS = dict(reciprocal=-1, sqrt=0.5, rsqrt=-0.5, neg=1)
 
 def _note_plus(trace, call, values):
@@ -94,52 +121,109 @@ def _power(trace, call, powers, mean):
     if name != 'addcmul' or call.kwargs.get('value', 1) != 1: return _sum_power(trace, call, powers, mean)
     return powers[0] if powers[0] == absorbed(trace, given[1:], powers[1:], mean) else None
 
+def _factor(trace, call):
+    "Return a `Mean` for the size with which `call` multiplies or divides, and its power; None, 0: there is none"
+    number = trace.asked
+    if not isinstance(number, (Size, SizePower)) or call.name not in ('mul', 'div') or call.kwargs: return None, 0
+    size, power = (number.size, number.power) if isinstance(number, SizePower) else (number, 1)
+    if trace.in_attention or size.counted is None or number != call.args[1]: return None, 0
+    return Mean(size.counted), power if call.name == 'div' else -power
+
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0009
-@rule('add sub mul div addcmul pow', *_POWERS, uses=None)
+def _with_factor(trace, call, mean, powers):
+    "Let a size that is a factor in `call` count as a power of the mean; return mean and powers"
+    other, power = _factor(trace, call)
+    known = mean or other
+    if other is None or any(powers) and mean is None or not torch.equal(known.label, other.label): return mean, powers
+    trace.uses.added = None
+    if isinstance(trace.asked, SizePower): trace.asked.taken = True
+    return known, [powers[0] + power, *powers[1:]]
+
+@rule('add sub mul div addcmul pow clamp clamp_min', *_POWERS, uses=None)
 def arithmetic(trace, call):
     "Follow sums, products and quotients, also of means over channels"
-    values  = [trace.get(t) for t in call.given]
-    pending = [_pending(v) for v in values]
-    means   = {id(p[0]): p[0] for p in pending if p}
-    mean    = [*means.values()][0] if len(means) == 1 and False not in pending else None
-    power   = mean and _power(trace, call, [p[1] if p else 0 for p in pending], mean)
+    values = [trace.get(t) for t in call.given]
+    mean, powers = _with_factor(trace, call, *_one_mean(values))
+    power = mean and _power(trace, call, powers, mean)
     if power is None:
         for v in values: trace.use(v)
-    why = next((u.why for v in values for u in v.unless), None)
+    why = next((u.why for v in values for u in v.unless), f'{trace.where} calculates with its size')
     if any(v.layers for v in values): pointwise(trace, call)
     else: nothing(trace, call)
     _note_plus(trace, call, values)
     if power: trace.get(call.out).unless = (Unless(mean.label, why, mean, power),)
     if mean and mean not in trace.means: trace.means.append(mean)
 
-# %% ../../../nbs/275_model.channels.means.ipynb #meanrms1
+# %% ../../../nbs/275_model.channels.means.ipynb #ec6d2ffc
+_SUMS = ('addmm', 'baddbmm')
+
+@rule('mm bmm mv convolution', *_SUMS, uses=None)
+def product(trace, call):
+    "Follow a product with a weight, which absorbs the power of a mean in the other factor"
+    first = int(call.name in _SUMS)
+    factors, values = call.args[first:first + 2], [trace.get(t) for t in call.given]
+    mean, powers = _one_mean([trace.get(t) for t in factors])
+    bias = call.args[0] if first else call.arg(2) if call.name == 'convolution' else None
+    shifted = isinstance(bias, torch.Tensor)
+    if shifted and trace.get(bias).unless: mean = None
+    power = absorbed(trace, factors, powers, mean) if mean else None
+    labelled = any(v.layers for v in values)
+    if power is None or power and shifted or not labelled:
+        for v in values: trace.use(v)
+    if not labelled: return nothing(trace, call)
+    why = next((u.why for v in values for u in v.unless), None)
+    dict(mv=matrix_vector, convolution=convolution).get(call.name, matmul)(trace, call)
+    if power and not shifted: trace.get(call.out).unless = (Unless(mean.label, why, mean, power),)
+    if mean and mean not in trace.means: trace.means.append(mean)
+
+# %% ../../../nbs/275_model.channels.means.ipynb #b1915f46
 def _place_of(trace, eps):
     "Return the place of the number `eps` of a norm that runs, or None"
     if isinstance(eps, StoredFloat): return eps.home
-    default = eps is None and isinstance(trace.module, nn.RMSNorm) and trace.module.eps is None
-    return Home(trace.inside[-1], 'eps', None) if default and trace.inside else None
+    m = trace.module
+    if eps is not None or not isinstance(m, nn.RMSNorm) or m.eps is not None or not trace.inside: return None
+    known = m.weight is not None or len({p.dtype for p in trace.model.parameters()}) == 1  # whose precision it is
+    return Home(trace.inside[-1], 'eps', None) if known else None
 
+def _whole_norm(trace, x, shape, weight, eps, out):
+    "Keep the channels of a norm that is not followed as a mean"
+    given = 'without an `eps` that is' if eps is None else 'with an `eps` that is not'
+    why   = f'{trace.where} calls `rms_norm` {given} an attribute like `self.eps`'
+    if isinstance(eps, StoredFloat): trace.uses.note(eps)
+    for l in trace.get(x).layers if _place_of(trace, eps) is None else (): trace.labels.keep(l, {x.ndim - 1}, why)
+    layer_norm(trace, Call('rms_norm', None, (x, shape, weight), {}, out))
+
+def _sized_by(trace, l, axis, n):
+    "Record that a norm is given the size `n` for the axis of the label `l`"
+    why = f'{trace.where} sets its size explicitly with `rms_norm`'
+    if isinstance(n, Stored): trace.stored.append((n.home, along([l], axis), why))
+    elif getattr(n, 'of', None) is not None: trace.followed.append((l, axis, n.of, why))
+    elif not isinstance(trace.module, nn.RMSNorm): trace.labels.fix(l, why)
+
+# %% ../../../nbs/275_model.channels.means.ipynb #meanrms1
 @whole_rule('rms_norm', nn.functional.rms_norm)
 def rms_norm(trace, args, out):
     "Follow a norm by the root of the mean square of all channels"
     x, shape, weight, eps = (*args, None, None)[:4]
     v, last, place = trace.get(x), x.ndim - 1, _place_of(trace, eps)
-    w   = trace.get(weight) if isinstance(weight, torch.Tensor) else Value([])
+    w   = trace.get(weight) if isinstance(weight, torch.Tensor) else None
     own = [l for l in v.layers if last in varies(l)]
-    one = len(shape) == len(own) == len(w.layers) == 1 and varies(own[0]) == {last}
-    if not one or place is None or v.nonzero or not w.param or w.leaves is not None:
-        if isinstance(eps, StoredFloat): trace.uses.note(eps)
-        return layer_norm(trace, Call('rms_norm', None, (x, shape, weight), {}, out))
-    sets, mean, (label,), n = trace.labels, Mean(own[0]), w.layers, shape[0]
-    why = f'{trace.where} sets its size explicitly with `rms_norm`'
-    if isinstance(n, Stored): trace.stored.append((n.home, along(own, last), why))
-    elif getattr(n, 'of', None) is not None: trace.followed.append((own[0], last, n.of, why))
-    elif not isinstance(trace.module, nn.RMSNorm): sets.fix(own[0], why)
+    one = len(shape) == len(own) == 1 and varies(own[0]) == {last}
+    plain = w is None or w.param and w.leaves is None and len(w.layers) == 1
+    if not (one and plain) or place is None or v.nonzero: return _whole_norm(trace, x, shape, weight, eps, out)
+    sets, mean = trace.labels, Mean(own[0])
+    _sized_by(trace, own[0], last, shape[0])
+    mean.scaled.append(Scale(place, 1))
+    trace.means.append(mean)
+    why = f'{trace.where} takes its root mean square'
+    trace.put(out, Value(v.layers, unless=() if w else (Unless(own[0], why, mean, -0.5),)))
+    if w is None: return
+    label, = w.layers
+    name = sets.axes[sets.owner[int(label[0])]].name
     sets.mark(label, 'scale')
     sets.join(*along([own[0]], last), *along([label], 0))
-    mean.scaled += [Scale(place, 1), Scale(sets.axes[sets.owner[int(label[0])]].name, 0.5)]
-    trace.means.append(mean)
-    trace.put(out, Value(v.layers))
+    mean.scaled.append(Scale(name, 0.5))
+    trace.uses.taken.add(name)
 
 # %% ../../../nbs/275_model.channels.means.ipynb #mean0012
 def settle_means(trace):

@@ -7,10 +7,12 @@ import torch, torch.nn as nn
 from torch import Tensor
 from .elementwise import pointwise
 from .labels import Unless, along, varies
+from .layers import convolution, matmul, matrix_vector
 from .norms import layer_norm
 from .recurrent import whole_rule
-from .sizes import Home, Stored, StoredFloat
+from .sizes import Home, Size, SizePower, Stored, StoredFloat
 from .trace import Call, Trace, Value, nothing, rule
+from ..run import memory_of
 from typing import Any
 
 __all__ = ['absorbed']
@@ -43,6 +45,9 @@ def absorbed(trace: Trace, factors: list[Tensor], powers: list[float], mean: Mea
 
 def arithmetic(trace, call):
     """Follow sums, products and quotients, also of means over channels"""
+
+def product(trace, call):
+    """Follow a product with a weight, which absorbs the power of a mean in the other factor"""
 
 def rms_norm(trace, args, out):
     """Follow a norm by the root of the mean square of all channels"""

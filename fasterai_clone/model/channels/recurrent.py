@@ -170,6 +170,7 @@ class WholeFunctions(TorchFunctionMode):
             trace.seen.add(memory_of(t))
         with _disable_current_modes(): out = func(*args)
         with torch._C.DisableTorchFunction(): f(trace, args, out)  # its sizes are not those of the model
+        trace.uses.note_tensors(tensors_in(args), [], False)
         return out
 
     def is_start(self, name, args, kwargs, out):

@@ -118,7 +118,9 @@ def rescale(model, groups, dead):
         elif lost[place]:
             m = model.get_submodule(place.module)
             own, number = vars(m), getattr(m, place.name)
-            if number is None: number = torch.finfo(m.weight.dtype).eps  # as `nn.RMSNorm` does
+            if number is None:  # as `nn.RMSNorm` does
+                precise = m.weight if m.weight is not None else next(model.parameters())
+                number  = torch.finfo(precise.dtype).eps
             own['stored_sizes'] = {place.name: own[place.name], **own.get('stored_sizes', {})}
             own[place.name] = number * factor
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 import torch, torch.nn as nn
 from fastcore.basics import patch
+from .labels import varies
 from ..run import memory_of
 
 # %% auto #0
@@ -92,21 +93,40 @@ class StoredFloat(float):
         return self
     def __reduce_ex__(self, protocol): return float, (float.__pos__(self),)
 
+# %% ../../../nbs/210_model.channels.sizes.ipynb #235dc561
+class SizePower(float):
+    "A power of a size that follows channels, as in `x.shape[-1]**-0.5`"
+    def __new__(cls, x, size, power):
+        self = super().__new__(cls, x)
+        self.size, self.power, self.uses = size, power, size.uses
+        self.taken = False  # whether an operation with a tensor has taken it as a factor
+        return self
+    def __reduce_ex__(self, protocol): return float, (float.__pos__(self),)
+
+@patch(as_prop=True)
+def counted(self:Size):
+    "The numbers of the positions that it counts, if these are on one axis, each as often; else None"
+    if self.of is None or len(self.of) != 1 or any(len(varies(l)) != 1 for l,_ in self.seen): return None
+    (label, share), = self.of
+    return label if share*label.numel() == int(self) else None
+
 # %% ../../../nbs/210_model.channels.sizes.ipynb #uses0002
 class Uses:
     "Note the numbers with which the model of `trace` calculates, so that they must not change"
     def __init__(self, trace):
         self.trace = trace
         self.homes = {}    # parameter, or place of a number that a module stores → why it must not change
-        places = {k: memory_of(p) for k,p in trace.model.named_parameters()}
-        self.owner = {m[0]: k for k,m in places.items() if isinstance(m, tuple)}  # memory → parameter
+        places = {k: memory_of(p) for k,p in [*trace.model.named_parameters(), *trace.model.named_buffers()]}
+        self.owner = {m[0]: k for k,m in places.items() if isinstance(m, tuple)}  # memory → parameter or buffer
         self.taken = set() # parameters with which the running operator multiplies a mean
-        self.added = None  # a number that is being added, and that no mean has taken
+        self.added = None  # a number that is being added, or a size that is a factor, and that no mean has taken
+        self.powers = []   # a `SizePower` each, also those with which no operator calculates
 
     def note(self, number):
         "Record that the model calculates with `number`"
         trace = self.trace
         if trace.in_attention: return
+        number = getattr(number, 'size', number)  # of which it is a power
         if not isinstance(number, Size):
             return self.homes.setdefault(number.home, f'{trace.where} also calculates with `{number.home.name}`')
         for l,axis in number.seen: trace.labels.keep(l, {axis}, f'{trace.where} calculates with its size')
@@ -116,25 +136,34 @@ _CALCULATES = set('''add sub mul div truediv true_divide floordiv floor_divide p
     clamp_min clamp_max maximum minimum fill full full_like masked_fill addcmul addcdiv tensor as_tensor
     scalar_tensor'''.split())
 _T = torch.Tensor
-_ADDED   = {_T.add, torch.add, _T.add_, _T.__add__, _T.__radd__, _T.__iadd__}
+_ADDED   = {_T.add, torch.add, _T.add_, _T.__add__, _T.__radd__, _T.__iadd__,
+            _T.clamp, torch.clamp, _T.clamp_, _T.clamp_min, torch.clamp_min, _T.clamp_min_}
+_FACTORS = {_T.mul, torch.mul, _T.mul_, _T.__mul__, _T.__rmul__, _T.__imul__, _T.multiply, torch.multiply,
+            _T.div, torch.div, _T.div_, _T.__truediv__, _T.__rtruediv__, _T.__itruediv__, _T.divide, torch.divide,
+            _T.true_divide, torch.true_divide}
 _EXPORTS = {_T.numpy, _T.tolist, _T.__array__}
+
+def _term(func, args, kwargs):
+    "Return the number among the arguments that a mean may take: one that is added, or a size that is a factor"
+    kinds = StoredFloat if func in _ADDED else (Size, SizePower) if func in _FACTORS else ()
+    return next((a for a in (*args, *kwargs.values()) if isinstance(a, kinds)), None)
 
 @patch
 def note_call(self:Uses, func, args, kwargs):
     "Record the numbers that a call of `func` calculates with, and the channels that it exports"
-    name, self.added = getattr(func, '__name__', '').strip('_'), None
+    name, self.added = getattr(func, '__name__', '').strip('_'), _term(func, args, kwargs)
     for v in map(self.trace.get, args[:1]) if func in _EXPORTS else ():
         self.trace.use(v)
         for l in v.layers: self.trace.labels.fix(l, f'{self.trace.where} exports it with `{name}`')
     calculates = name in _CALCULATES or name[:1] in ('r', 'i') and name[1:] in _CALCULATES
     for a in (*args, *kwargs.values()):
-        if isinstance(a, StoredFloat) and func in _ADDED: self.added = a
-        elif isinstance(a, StoredFloat) and name != 'rms_norm': self.note(a)  # it has a rule
+        if a is self.added: continue
+        if isinstance(a, SizePower) or isinstance(a, StoredFloat) and name != 'rms_norm': self.note(a)  # it has a rule
         elif calculates and isinstance(a, (Size, Stored)): self.note(a)
 
 @patch
 def note_added(self:Uses):
-    "Record the number that was added, unless it was added to a mean"
+    "Record the number that was added or a factor, unless a mean has taken it"
     if self.added is not None: self.note(self.added)
     self.added = None
 
@@ -169,8 +198,28 @@ def _noting(kind, name):
 for _name in '__truediv__ __rtruediv__ __pow__ __rpow__ __float__'.split():
     for _kind in (Size, Stored): setattr(_kind, _name, _noting(int, _name))
 for _name in '''__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ __neg__
-    __lt__ __le__ __gt__ __ge__ __bool__ __float__'''.split(): setattr(StoredFloat, _name, _noting(float, _name))
+    __lt__ __le__ __gt__ __ge__ __bool__ __float__'''.split():
+    for _kind in (StoredFloat, SizePower): setattr(_kind, _name, _noting(float, _name))
 
+
+# %% ../../../nbs/210_model.channels.sizes.ipynb #2d505816
+_calculated = Size.__pow__
+
+def _raised(self, power):
+    "Return a power of a size: a `SizePower` if it is not a whole number; what else becomes of it is noted"
+    whole = type(power) not in (int, float) or type(power) is int and power >= 0
+    if whole or self.uses is None or self.counted is None or self.uses.trace.in_attention:
+        return _calculated(self, power)
+    self.uses.powers.append(SizePower(float(int.__int__(self)**power), self, power))
+    return self.uses.powers[-1]
+
+Size.__pow__ = _raised
+
+@patch
+def note_powers(self:Uses):
+    "Record the powers of sizes that no tensor has taken as a factor"
+    for p in self.powers:
+        if not p.taken: self.note(p)
 
 # %% ../../../nbs/210_model.channels.sizes.ipynb #c8024c15
 def _as_stored(v, uses, *place):
@@ -188,7 +237,8 @@ def stored_numbers(model: nn.Module, uses: Uses|None = None) -> Iterator[None]:
         if type(m).__module__.startswith('torch.') and not isinstance(m, nn.RMSNorm): continue
         for k,v in [*vars(m).items()]:
             new = None if k.startswith('_') else _as_stored(v, uses, path, k)
-            if new is None or 'weight' in m._parameters and type(v) is not float: continue  # its weight has the sizes
+            sized = m._parameters.get('weight') is not None  # which has the sizes
+            if new is None or sized and type(v) is not float: continue
             before.append((m, k, v))
             vars(m)[k] = new
     try: yield
@@ -222,9 +272,9 @@ def requested(
     args: tuple,      # its positional arguments
     kwargs: dict      # its keyword arguments
 ) -> object:
-    "Return the sizes of a view (-1: the rest), which bounds of a part follow channels, or what is added; None: unknown"
+    "Return the sizes of a view (-1: the rest), which bounds of a part follow channels, or a number; None: unknown"
     rest = [*args[1:], *kwargs.values()]
-    if func in _ADDED: return next((a for a in (*args, *rest) if isinstance(a, StoredFloat)), None)
+    if func in _ADDED or func in _FACTORS: return _term(func, args, kwargs)
     if func in _MERGED or func in _COUNTED: return True
     if func in _LIKE: return list(shape(rest[0]))
     if func in (_T.narrow, torch.narrow): return frozenset(Bounds(rest))  # as many as requested, not fewer

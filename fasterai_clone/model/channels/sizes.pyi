@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 import torch, torch.nn as nn
 from fastcore.basics import patch
+from .labels import varies
 from ..run import memory_of
 from typing import Any
 
@@ -34,6 +35,10 @@ class Size(int):
     def __floordiv__(self, other): ...
 
     def __rfloordiv__(self, other): ...
+
+    @property
+    def counted(self):
+        """The numbers of the positions that it counts, if these are on one axis, each as often; else None"""
 
 class Shape(tuple):
     """The shape of a value, with numbers that follow its channels"""
@@ -64,6 +69,15 @@ class StoredFloat(float):
 
     def __new__(cls, x, home, uses=None): ...
 
+class SizePower(float):
+    """A power of a size that follows channels, as in `x.shape[-1]**-0.5`"""
+    size: Any
+    power: Any
+    uses: Any
+    taken: bool
+
+    def __new__(cls, x, size, power): ...
+
 class Uses:
     """Note the numbers with which the model of `trace` calculates, so that they must not change"""
     trace: Any
@@ -71,6 +85,7 @@ class Uses:
     owner: dict
     taken: set
     added: Any
+    powers: list
 
     def __init__(self, trace) -> None: ...
 
@@ -81,13 +96,16 @@ class Uses:
         """Record the numbers that a call of `func` calculates with, and the channels that it exports"""
 
     def note_added(self):
-        """Record the number that was added, unless it was added to a mean"""
+        """Record the number that was added or a factor, unless a mean has taken it"""
 
     def give(self, name, outs):
         """Record that `outs` contain the parameter `name`"""
 
     def note_tensors(self, given, outs, passes):
         """Record the parameters that an operator uses, except those it has `taken`; it may only pass them on to `outs`"""
+
+    def note_powers(self):
+        """Record the powers of sizes that no tensor has taken as a factor"""
 
 @contextmanager
 def stored_numbers(model: nn.Module, uses: Uses | None = None) -> Iterator[None]:
@@ -100,7 +118,7 @@ class Bounds(set):
     def __init__(self, given) -> None: ...
 
 def requested(shape: Callable, func: Callable, args: tuple, kwargs: dict) -> object:
-    """Return the sizes of a view (-1: the rest), which bounds of a part follow channels, or what is added; None: unknown
+    """Return the sizes of a view (-1: the rest), which bounds of a part follow channels, or a number; None: unknown
 
     Args:
         shape: function that returns the shape of a tensor
