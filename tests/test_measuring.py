@@ -7,6 +7,7 @@ from functools import partial
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.basics import DataLoaders, Learner, OptimWrapper
 from fastai.losses import CrossEntropyLossFlat
+from fastai.text.models.awdlstm import WeightDropout
 from torch.utils.data import DataLoader, TensorDataset
 
 from fasterai_clone.sparse.measure import *
@@ -527,3 +528,55 @@ def test_a_warning_comes_for_layers_that_are_cut_off_only():
     assert said(50, 50, 50, 50) == []
     no_weight, no_path = said(50, 50, 100, 0)
     assert 'no weight is left in 0.fc2,' in no_weight and no_path.endswith('through 0.fc1, 0.fc2')
+
+
+# Parameters that a measure does not support are refused before anything is lost
+
+class Dropped(nn.Module):
+    "An LSTM as in AWD-LSTM, which keeps its hidden weight under another name"
+    def __init__(self):
+        super().__init__()
+        self.rnn = WeightDropout(nn.LSTM(3, 4, batch_first=True), .1)
+    def forward(self, x): return self.rnn(x)[0]
+
+unseen = dict(
+    dropped  = (Dropped, nn.LSTM, 'rnn.weight_hh_l0_raw'),
+    deeper   = (lambda: nn.LSTM(3, 4, 2), nn.LSTM, 'weight_hh_l0, weight_ih_l1, weight_hh_l1'),
+    cell     = (lambda: nn.GRUCell(3, 4), nn.GRUCell, 'weight_ih, weight_hh'),
+    bilinear = (lambda: nn.Bilinear(2, 3, 4), nn.Bilinear, 'weight'))
+
+@pytest.mark.parametrize('name', unseen)
+@pytest.mark.parametrize('criteria', ['wanda', dataclasses.replace(as_criteria('wanda'), measure=partial(input_norms))])
+def test_wanda_refuses_weights_with_hidden_inputs_when_it_is_built(name, criteria):
+    make, kind, hidden = unseen[name]
+    with pytest.raises(ValueError, match=f'What {hidden} is multiplied with cannot be seen'):
+        Sparsifier(make(), criteria=criteria, layer_type=kind)
+    for other in ('snip', 'grasp', 'synflow', 'large_final'): Sparsifier(make(), criteria=other, layer_type=kind)
+
+def test_a_fit_refuses_them_before_its_first_step():
+    x, y = torch.rand(6, 5, 3), torch.rand(6, 5, 4)
+    dl, steps = DataLoader(TensorDataset(x, y), 2), []
+    net = Dropped()
+    def loss(out, y):
+        steps.append(1)
+        return F.mse_loss(out, y)
+    learn = Learner(DataLoaders(dl, dl), net, loss_func=loss)
+    was = {k: v.clone() for k,v in net.state_dict().items()}
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='weight_hh_l0_raw'):
+        learn.fit(1, 1., cbs=SparsifyCallback(50, criteria='wanda', layer_type=nn.LSTM, verbose=False))
+    assert not steps and all(torch.equal(v, was[k]) for k,v in net.state_dict().items())
+
+@pytest.mark.parametrize('criteria', ['apoz', 'mean_activation', 'bn_scale'])
+def test_scores_of_channels_are_refused_for_other_layers_when_it_is_built(criteria):
+    for layer,kind,granularity in ((nn.Embedding(4, 3), nn.Embedding, 'column'), (nn.GRU(3, 4), nn.GRU, 'row')):
+        with pytest.raises((TypeError, ValueError), match='channels'):
+            Sparsifier(layer, granularity, criteria=criteria, layer_type=kind)
+
+def test_a_measure_of_your_own_may_check():
+    def measure(model, params, data, loss_func): raise AssertionError('not measured')
+    def check(model, params):
+        if '0.weight' in params: raise ValueError(f'not the first of {len(model)}')
+    measure.check = check
+    mine, net = Criteria(torch.abs, measure=measure, return_init=True), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match='not the first of 2'): Sparsifier(net, criteria=mine, layer_type=nn.Linear)
+    Sparsifier(net, criteria=mine, layer_type=nn.Linear, exclude='0')

@@ -86,6 +86,13 @@ def blamed_on_criteria(t: Target) -> Iterator[None]:
         said = e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'
         raise kind(f'`criteria` cannot score {t.name}: {said}') from e
 
+# %% ../../nbs/466_sparse.scorer.ipynb #6307fba9
+def check_measure(criteria: Criteria|dict, model: nn.Module, parts: list[Part]) -> None:
+    "Raise the error of the measure's own `check` for parameters that it does not support"
+    measure = getattr(criteria, 'measure', None)
+    check   = getattr(getattr(measure, 'func', measure), 'check', None)  # of a `partial` too
+    if check is not None: check(model, {p.name: p.tensor for p in parts})
+
 # %% ../../nbs/466_sparse.scorer.ipynb #94a658f9
 as_they_are = Criteria(identity)
 

@@ -28,6 +28,9 @@ def check_fit(criteria: Criteria, t: Target, context: Context, granularity, coup
 @contextmanager
 def blamed_on_criteria(t: Target) -> Iterator[None]:
     """Raise an error in the block as an error of the criterion that names the target `t`"""
+
+def check_measure(criteria: Criteria | dict, model: nn.Module, parts: list[Part]) -> None:
+    """Raise the error of the measure's own `check` for parameters that it does not support"""
 as_they_are: Criteria
 
 class Scorer:
