@@ -7,18 +7,22 @@ from functools import partial
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.basics import DataLoaders, Learner, OptimWrapper
 from fastai.losses import CrossEntropyLossFlat
+from fastai.text.models.awdlstm import WeightDropout
 from torch.utils.data import DataLoader, TensorDataset
 
 from fasterai_clone.sparse.measure import *
 from fasterai_clone.sparse.all import *
-from fasterai_clone.core.criteria import fisher
+from fasterai_clone.core.criteria import fisher, identity
+from fasterai_clone.core.lazy import LazyScores, Product
+from fasterai_clone.core.selection import keep_masks
 from fasterai_clone.sparse.measure import as_criteria, grasp, snip
 from fasterai_clone.sparse.gradients import accumulated, grasp_scores, snip_scores
 from fasterai_clone.sparse.channel_scores import channel_means
 from fasterai_clone.sparse.activations import input_norms
 from fasterai_clone.sparse.paths import passes_signal
-from fasterai_clone.sparse.synflow import synflow_scores
+from fasterai_clone.sparse.synflow import path_shares, synflow_scores
 from fasterai_clone.sparse.batches import as_batch, batches
+from fasterai_clone.sparse.budget import row_mask
 from fasterai_clone.model.preserve import restored
 from fasterai_clone.sparse.signal import LayerCollapse
 from fasterai_clone.sparse.sparsifier import Sparsifier
@@ -527,3 +531,122 @@ def test_a_warning_comes_for_layers_that_are_cut_off_only():
     assert said(50, 50, 50, 50) == []
     no_weight, no_path = said(50, 50, 100, 0)
     assert 'no weight is left in 0.fc2,' in no_weight and no_path.endswith('through 0.fc1, 0.fc2')
+
+
+# Parameters that a measure does not support are refused before anything is lost
+
+class Dropped(nn.Module):
+    "An LSTM as in AWD-LSTM, which keeps its hidden weight under another name"
+    def __init__(self):
+        super().__init__()
+        self.rnn = WeightDropout(nn.LSTM(3, 4, batch_first=True), .1)
+    def forward(self, x): return self.rnn(x)[0]
+
+unseen = dict(
+    dropped  = (Dropped, nn.LSTM, 'rnn.weight_hh_l0_raw'),
+    deeper   = (lambda: nn.LSTM(3, 4, 2), nn.LSTM, 'weight_hh_l0, weight_ih_l1, weight_hh_l1'),
+    cell     = (lambda: nn.GRUCell(3, 4), nn.GRUCell, 'weight_ih, weight_hh'),
+    bilinear = (lambda: nn.Bilinear(2, 3, 4), nn.Bilinear, 'weight'))
+
+@pytest.mark.parametrize('name', unseen)
+@pytest.mark.parametrize('criteria', ['wanda', dataclasses.replace(as_criteria('wanda'), measure=partial(input_norms))])
+def test_wanda_refuses_weights_with_hidden_inputs_when_it_is_built(name, criteria):
+    make, kind, hidden = unseen[name]
+    with pytest.raises(ValueError, match=f'What {hidden} is multiplied with cannot be seen'):
+        Sparsifier(make(), criteria=criteria, layer_type=kind)
+    for other in ('snip', 'grasp', 'synflow', 'large_final'): Sparsifier(make(), criteria=other, layer_type=kind)
+
+def test_a_fit_refuses_them_before_its_first_step():
+    x, y = torch.rand(6, 5, 3), torch.rand(6, 5, 4)
+    dl, steps = DataLoader(TensorDataset(x, y), 2), []
+    net = Dropped()
+    def loss(out, y):
+        steps.append(1)
+        return F.mse_loss(out, y)
+    learn = Learner(DataLoaders(dl, dl), net, loss_func=loss)
+    was = {k: v.clone() for k,v in net.state_dict().items()}
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='weight_hh_l0_raw'):
+        learn.fit(1, 1., cbs=SparsifyCallback(50, criteria='wanda', layer_type=nn.LSTM, verbose=False))
+    assert not steps and all(torch.equal(v, was[k]) for k,v in net.state_dict().items())
+
+@pytest.mark.parametrize('criteria', ['apoz', 'mean_activation', 'bn_scale'])
+def test_scores_of_channels_are_refused_for_other_layers_when_it_is_built(criteria):
+    for layer,kind,granularity in ((nn.Embedding(4, 3), nn.Embedding, 'column'), (nn.GRU(3, 4), nn.GRU, 'row')):
+        with pytest.raises((TypeError, ValueError), match='channels'):
+            Sparsifier(layer, granularity, criteria=criteria, layer_type=kind)
+
+def test_a_measure_of_your_own_may_check():
+    def measure(model, params, data, loss_func): raise AssertionError('not measured')
+    def check(model, params):
+        if '0.weight' in params: raise ValueError(f'not the first of {len(model)}')
+    measure.check = check
+    mine, net = Criteria(torch.abs, measure=measure, return_init=True), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match='not the first of 2'): Sparsifier(net, criteria=mine, layer_type=nn.Linear)
+    Sparsifier(net, criteria=mine, layer_type=nn.Linear, exclude='0')
+
+
+# SynFlow without copies or gradients of linear layers
+
+def naive_shares(net, x):
+    "|w·∂R/∂w|/R with a copy of everything in fp64"
+    net = deepcopy(net).double()
+    for k,p in net.named_parameters(): p.data = p.data*0 if 'bias' in k else p.data.abs()
+    R = net(torch.ones_like(x[:1], dtype=torch.float64)).sum()
+    ws    = weights(net)
+    grads = torch.autograd.grad(R, [*ws.values()])
+    return {k: (p*g/R).detach() for (k,p),g in zip(ws.items(), grads)}
+
+def layers_without_activations(dtype):
+    return nn.Sequential(nn.Linear(37, 301), nn.ReLU(), nn.Linear(301, 203, bias=False), nn.Linear(203, 11)).to(dtype)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('shape, kind', [((3, 37), Product), ((2, 3, 37), Product), ((2, 9, 37), torch.Tensor)])
+def test_synflow_of_linear_layers_is_that_of_copies(dtype, shape, kind):
+    torch.manual_seed(0)
+    net, x = layers_without_activations(dtype), torch.rand(shape, dtype=dtype)
+    was, want = {k: p.clone() for k,p in weights(net).items()}, naive_shares(net, x)
+    found, whole = path_shares(net, weights(net), x), synflow_scores(net, weights(net), x)
+    assert all(type(s) is kind for s in found.values()) and all(torch.equal(p, was[k]) for k,p in weights(net).items())
+    for k,s in whole.items():
+        assert s.dtype == (dtype if dtype == torch.float64 else torch.float32) and not s.requires_grad
+        assert close(s, want[k], 1e-12 if dtype == torch.float64 else 1e-6) and s.sum().item() == pytest.approx(1)
+    lazy, all_ = [LazyScores(identity, s) for s in found.values()], [*whole.values()]
+    for n in (1, 30_000, 70_000):
+        for a,b in zip(keep_masks(lazy, n), keep_masks(all_, n)): assert torch.equal(a, b)
+    for s,l in zip(all_, lazy):
+        for n in (1, s.shape[1]//2): assert torch.equal(row_mask(l, n), row_mask(s, n))
+        flat = l.flat()
+        assert torch.equal(flat[5:1234], s.view(-1)[5:1234]) and torch.equal(flat[[7, 0]], s.view(-1)[[7, 0]])
+        assert torch.equal(flat[3::17], s.view(-1)[3::17])
+
+class Twice(nn.Module):
+    "Uses the weight of a linear layer again"
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), how
+        if how == 'tied': self.b.weight = self.a.weight
+    def forward(self, x):
+        if self.how == 'tied': return self.b(self.a(x))
+        if self.how == 'product': return self.a(x) @ self.a.weight
+        return F.linear(input=self.a(x), weight=self.b.weight) * self.b.weight.sum()
+
+@pytest.mark.parametrize('how', ['tied', 'product', 'sum'])
+def test_synflow_of_weights_that_are_used_twice(how):
+    net, x = Twice(how), torch.rand(2, 4)
+    params = {k: p for k,p in weights(net).items() if how != 'product' or k == 'a.weight'}
+    want = naive_shares(net, x) if how != 'product' else None
+    got = synflow_scores(net, params, x)
+    if want is None:  # R = Σ (|a|·1)ᵀ|a|
+        a = net.a.weight.detach().double().abs().requires_grad_()
+        R = (a.sum(1) @ a).sum()
+        want = {'a.weight': (a * torch.autograd.grad(R, a)[0] / R).detach()}
+    assert got.keys() == want.keys() and all(close(got[k], want[k], 1e-6) for k in want)
+
+def test_rounds_of_synflow_keep_a_thin_layer():
+    "On the way to 90 % each of the rounds sees the weights that are left; one shot empties the wide layers"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8), nn.ReLU(), nn.Linear(8, 128))
+    sp  = Sparsifier(net, context='global', criteria='synflow', layer_type=nn.Linear, data=torch.rand(2, 64))
+    sp.sparsify_model(90)
+    zeros = sum(int((p == 0).sum()) for p in weights(net).values())
+    assert zeros == 9*(64*128 + 128*8*2)//10 and all(p.any() for p in weights(net).values()) and not sp.scorer.refs

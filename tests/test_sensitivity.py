@@ -1,5 +1,5 @@
 "Sensitivity is measured and leaves the model alone; an allocation is the best of all"
-import copy, itertools
+import copy, itertools, json
 
 import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fasterai_clone.analyze.all import Sensitivity, allocate, evaluate, judge_by, score_curves, sensitivity
@@ -8,6 +8,7 @@ from fasterai_clone.methods.all import isomorphic, owl
 from fasterai_clone.methods.owl import owl_counts
 from fasterai_clone.sparse.all import Sparsifier
 from helpers import exact, same, weights
+from torch.utils.data import DataLoader
 
 def net():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(),
@@ -49,6 +50,35 @@ def test_interrupted_and_resumed(tmp_path):
     model[0].weight.data += 1
     with pytest.raises(ValueError, match='belongs to other weights'):
         sensitivity(model, batches, metric, (50, 90), state=tmp_path/'s.json')
+
+@pytest.mark.parametrize('form', ['list', 'loader', 'tuple'])
+def test_a_file_of_other_data_is_refused(form, tmp_path):
+    model, file = net(), tmp_path/'s.json'
+    def given(seed, n=3):
+        g = torch.Generator().manual_seed(seed)
+        items = [(torch.randn(6, 1, 8, 8, generator=g), torch.randint(5, (6,), generator=g)) for _ in range(n)]
+        return dict(list=items, loader=DataLoader(items, None), tuple=items[0])[form]
+    def run(data, **kwargs): return sensitivity(model, data, F.cross_entropy, (50,), state=file, **kwargs)
+    first = run(given(0))
+    assert run(given(0)).values == first.values
+    with pytest.raises(ValueError, match='belongs to other data: the first batches differ'): run(given(1))
+    if form != 'tuple':
+        with pytest.raises(ValueError, match='other data: the numbers of batches differ'): run(given(0, 2))
+    saved = json.loads(file.read_text())
+    del saved['about']['data']  # as files of earlier versions
+    file.write_text(json.dumps(saved))
+    assert run(given(0)).values == first.values
+
+def test_a_loader_that_shuffles_continues_its_file(tmp_path):
+    model, calls = net(), []
+    items = [(x, y) for xs,ys in data() for x,y in zip(xs, ys)]
+    def metric(model, data):
+        calls.append(1)
+        return 0.
+    for _ in range(2): sensitivity(model, DataLoader(items, 8, shuffle=True), metric, (50,), state=tmp_path/'s.json')
+    assert len(calls) == 4  # the dense model and three layers, all in the first call
+    for _ in range(2): sensitivity(model, None, metric, (50,), state=tmp_path/'no data.json')  # the metric has its own
+    assert len(calls) == 8
 
 def test_a_generator_is_read_once_and_used_for_every_measurement():
     model, batches = net(), data()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-import numpy as np, torch.nn as nn
+import numpy as np, torch, torch.nn as nn
 from fastcore.basics import patch
 from .metric import evaluate
 from ..core.arguments import check_sparsity
@@ -21,8 +21,10 @@ from ..core.files import checksum, whole_file
 from ..core.selection import n_dropped
 from ..core.style import colors, styled
 from ..core.bars import with_bar
+from ..model.preserve import restored
+from ..model.run import tensors_in
 from ..model.wrappers import unwrapped, without_compile
-from ..sparse.batches import rereadable
+from ..sparse.batches import batches, rereadable
 from ..sparse.sparsifier import Sparsifier
 
 if TYPE_CHECKING:
@@ -148,9 +150,15 @@ class _Table:
         self.file, self.found = None if file is None else Path(file), dict(about=about, dense=None, values={})
         if self.file is None or not self.file.exists(): return
         was = json.loads(self.file.read_text(encoding='utf-8'))
+        data, now = was['about'].pop('data', {}), about.pop('data', {})  # files of earlier versions have none
         if was['about'] != about:
             raise ValueError(f'`state`: {self.file} belongs to other weights, or to another metric, criterion or '
                              'granularity. Choose another file')
+        other = [k for k in data.keys() & now.keys() if None not in (data[k], now[k]) and data[k] != now[k]]
+        if other:
+            raise ValueError(f'`state`: {self.file} belongs to other data: the {" and the ".join(sorted(other))} '
+                             'differ. Choose another file')
+        was['about'] |= dict(data=data)
         self.found = was
 
     def get(self, layer=None, sparsity=None):
@@ -178,10 +186,21 @@ def check_one_target_each(
 
 def _name(o): return o if isinstance(o, str) else getattr(o, '__name__', None) or str(o)[:200]
 
-def _about(sp, metric):
+def _data_of(model, data):
+    "Return what identifies `data`: the number of its batches, and the first, or None if it changes with each reading"
+    def first(seed):
+        with restored(model):
+            torch.manual_seed(seed)
+            return [[*t.shape, checksum(t)] for t in tensors_in(next(batches(data, torch.device('cpu'))))]
+    n = len(data) if hasattr(type(data), '__len__') else None
+    try: found = first(0), first(1)
+    except (TypeError, ValueError): found = None, None  # `metric(model, data)` takes data of any form
+    return {'first batches': found[0] if found[0] == found[1] else None, 'numbers of batches': n}
+
+def _about(sp, metric, data=None):
     "Return what saved measurements depend on"
     return dict(metric=_name(metric), criteria=_name(sp.criteria), granularity=_name(sp.granularity),
-                weights={p.name: checksum(p.tensor) for p in sp.parts})
+                weights={p.name: checksum(p.tensor) for p in sp.parts}, data=_data_of(sp.model, data))
 
 # %% ../../nbs/752_analyze.sensitivity.ipynb #a7ed7b75
 def sensitivity(
@@ -202,7 +221,7 @@ def sensitivity(
     model, data = unwrapped(model), rereadable(data)
     sp     = Sparsifier(model, granularity, 'local', criteria, layer_type=layer_type, **{'data': data, **which})
     check_one_target_each(sp)
-    table  = _Table(state, _about(sp, metric))
+    table  = _Table(state, {} if state is None else _about(sp, metric, data))
     if table.get() is None: table.put(evaluate(model, data, metric))
     todo = [(i, t, s) for i,t in enumerate(sp.targets) for s in levels if table.get(t.label, s) is None]
     if todo:

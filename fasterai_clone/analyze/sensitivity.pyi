@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-import numpy as np, torch.nn as nn
+import numpy as np, torch, torch.nn as nn
 from fastcore.basics import patch
 from .metric import evaluate
 from ..core.arguments import check_sparsity
@@ -15,8 +15,10 @@ from ..core.files import checksum, whole_file
 from ..core.selection import n_dropped
 from ..core.style import colors, styled
 from ..core.bars import with_bar
+from ..model.preserve import restored
+from ..model.run import tensors_in
 from ..model.wrappers import unwrapped, without_compile
-from ..sparse.batches import rereadable
+from ..sparse.batches import batches, rereadable
 from ..sparse.sparsifier import Sparsifier
 import pandas as pd
 from matplotlib.axes import Axes

@@ -37,6 +37,77 @@ class Repeated:
             return self.tile[torch.arange(start, stop, step, device=device) % self.period]
         return self.tile[start % self.period:][:max(stop - start, 0)]
 
+# %% ../../nbs/036_core.lazy.ipynb #239dc05f
+_FITS     = 1 << 16  # elements of a piece whose steps stay in the cache
+FEW_TERMS = 4        # terms for which computing an element again takes less time than keeping it
+
+def _summed(u, v):
+    "Return Σ u·v, with the same operations, and so the same bits, for rows and for single elements"
+    total = u[0] * v[0]
+    for a,b in zip(u[1:], v[1:]): total += a * b
+    return total
+
+class Product:
+    "The elements of |w|·(uᵀv) of a matrix w, computed piece by piece in fp64"
+    def __init__(self,
+        w: Tensor,  # (rows, columns)
+        u: Tensor,  # (terms, rows), fp64; of more than `FEW_TERMS` terms only `full` is meant to be used
+        v: Tensor,  # (terms, columns), fp64
+        is_flat: bool = False  # in one dimension
+    ):
+        self.w, self.u, self.v, self.is_flat = w.detach(), u, v, is_flat
+        self.shape, self.device, self.is_cpu = torch.Size([w.numel()]) if is_flat else w.shape, w.device, w.is_cpu
+        self.dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+
+    def __len__(self): return self.shape[0]
+    def numel(self) -> int:
+        "Return the number of elements"
+        return self.w.numel()
+    def detach(self) -> Product:
+        "Return the product itself, which has no graph"
+        return self
+    def reshape(self, size: int) -> Product:
+        "Return the elements in one dimension, the only other shape"
+        return Product(self.w, self.u, self.v, True)
+
+    def block(self, i: int, j: int) -> Tensor:
+        "Return the rows from `i` up to `j`"
+        w   = self.w[i:j]
+        out = torch.empty(w.shape, dtype=self.dtype, device=self.device)
+        each = max(1, _FITS // max(w.shape[1], 1)) if self.is_cpu else max(len(w), 1)
+        for k in range(0, len(w), each):
+            some = w[k:k + each].to(torch.float64, copy=True).abs_()
+            us   = self.u[:, i + k:i + k + len(some)]
+            few  = len(us) <= FEW_TERMS
+            out[k:k + each] = some.mul_(_summed(us[:, :, None], self.v) if few else us.T @ self.v)
+        return out
+
+    def full(self) -> Tensor:
+        "Return all elements as a matrix"
+        return self.block(0, len(self.w))
+
+# %% ../../nbs/036_core.lazy.ipynb #c2623c2d
+@patch
+def __getitem__(self:Product, where):
+    "Return some rows, or of a flat product the elements at `where`: a slice or indices"
+    if not self.is_flat: return self.block(*where.indices(len(self))[:2])
+    n, width = self.numel(), max(self.w.shape[1], 1)
+    if isinstance(where, slice):
+        start, stop, step = where.indices(n)
+        if step == 1:
+            first = start // width
+            return self.block(first, -(-stop // width)).view(-1)[start - first*width:stop - first*width]
+        where = torch.arange(start, stop, step, device=self.device)
+    where = torch.as_tensor(where, device=self.device)
+    row, column = where // width, where % width
+    return self.w[row, column].double().abs_().mul_(_summed(self.u[:, row], self.v[:, column])).to(self.dtype)
+
+@patch
+def bound(self:Product) -> Tensor:
+    "Return a number that no element exceeds; NaN or infinite if an element may be"
+    if not self.numel(): return torch.zeros(())
+    return (self.u.abs().amax(1) * self.v.abs().amax(1)).sum() * self.w.abs().max()
+
 # %% ../../nbs/036_core.lazy.ipynb #3931a916
 class LazyScores:
     "Scores `f(*tensors)` that are computed piece by piece while they are ranked"
@@ -70,6 +141,17 @@ class LazyScores:
 
     def of(self, pieces: list[Tensor]) -> Tensor:
         "Return the scores of `pieces` of the tensors; raise `ValueError` unless all are finite"
+        first = pieces[0]
+        if first.numel() <= _FITS or not first.is_cpu: return self.at_once(pieces)
+        out, n = torch.empty(first.shape, dtype=self.dtype), len(first)
+        each   = max(1, _FITS * n // first.numel())  # along the first axis
+        for i in range(0, n, each):
+            some = [p[i:i + each] if len(p) == n else p for p in pieces]
+            out[i:i + each] = self.at_once(some)
+        return out
+
+    def at_once(self, pieces: list[Tensor]) -> Tensor:
+        "Return `of` of pieces whose steps stay in the cache, and in memory that is reused"
         scores = self.f(*[p if p.dtype in (torch.float32, torch.float64) else p.float() for p in pieces])
         if scores.shape != pieces[0].shape:
             raise ValueError(f'Expected {pieces[0].numel()} scores, got the shape {tuple(scores.shape)}')

@@ -26,6 +26,50 @@ class Repeated:
 
     def __getitem__(self, where):
         """Return the elements at `where`: a slice or indices"""
+FEW_TERMS: int
+
+class Product:
+    """The elements of |w|·(uᵀv) of a matrix w, computed piece by piece in fp64
+
+    Args:
+        w: (rows, columns)
+        u: (terms, rows), fp64; of more than `FEW_TERMS` terms only `full` is meant to be used
+        v: (terms, columns), fp64
+        is_flat: in one dimension
+    """
+    w: Any
+    u: Tensor
+    v: Tensor
+    is_flat: bool
+    shape: Any
+    device: Any
+    is_cpu: Any
+    dtype: Any
+
+    def __init__(self, w: Tensor, u: Tensor, v: Tensor, is_flat: bool = False) -> None: ...
+
+    def __len__(self): ...
+
+    def numel(self) -> int:
+        """Return the number of elements"""
+
+    def detach(self) -> Product:
+        """Return the product itself, which has no graph"""
+
+    def reshape(self, size: int) -> Product:
+        """Return the elements in one dimension, the only other shape"""
+
+    def block(self, i: int, j: int) -> Tensor:
+        """Return the rows from `i` up to `j`"""
+
+    def full(self) -> Tensor:
+        """Return all elements as a matrix"""
+
+    def __getitem__(self, where):
+        """Return some rows, or of a flat product the elements at `where`: a slice or indices"""
+
+    def bound(self) -> Tensor:
+        """Return a number that no element exceeds; NaN or infinite if an element may be"""
 
 class LazyScores:
     """Scores `f(*tensors)` that are computed piece by piece while they are ranked
@@ -56,6 +100,9 @@ class LazyScores:
 
     def of(self, pieces: list[Tensor]) -> Tensor:
         """Return the scores of `pieces` of the tensors; raise `ValueError` unless all are finite"""
+
+    def at_once(self, pieces: list[Tensor]) -> Tensor:
+        """Return `of` of pieces whose steps stay in the cache, and in memory that is reused"""
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return the scores at these indices of the first axis; a tensor of 1 row is passed to `f` as it is

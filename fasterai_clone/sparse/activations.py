@@ -16,7 +16,7 @@ from .batches import call_with
 from .measuring import batches_for, checked_scores, layers_of, running, upcast
 
 # %% auto #0
-__all__ = ['input_norms']
+__all__ = ['refuse_unseen', 'input_norms']
 
 # %% ../../nbs/406_sparse.activations.ipynb #62a5659f
 @torch.no_grad()
@@ -99,6 +99,24 @@ def _input_squares(m, leaf, inputs, out):
     return taps.reshape(m.groups, 1, -1, *w.shape[2:]).expand(-1, len(w)//m.groups, *[-1]*(n+1)).reshape(w.shape)
 
 # %% ../../nbs/406_sparse.activations.ipynb #a35ea775
+def refuse_unseen(
+    model: nn.Module,
+    params: dict[str, Tensor]  # parameters of `model`, by name
+) -> None:
+    "Raise `ValueError` for parameters whose inputs are computed inside their layer"
+    layers = layers_of(model, params)
+    def seen(k):
+        m, leaf = layers[k], k.rpartition('.')[2]
+        if leaf == 'weight' and _is_turned(m): return True
+        return any(isinstance(m, kind) and leaf in leaves for kind,leaves in _sees)
+    hidden = [k for k in params if not seen(k)]
+    if not hidden: return
+    raise ValueError(f'What {", ".join(hidden)} is multiplied with cannot be seen from outside its layer '
+                     '(biases, norms, hidden states and deeper layers of recurrent ones): leave it out, or choose '
+                     'another criterion')
+
+
+# %% ../../nbs/406_sparse.activations.ipynb #ae9f5d72
 def input_norms(
     model: nn.Module,
     params: dict[str, Tensor],       # the parameters to measure, by name
@@ -106,16 +124,10 @@ def input_norms(
     loss_func: Callable|None = None  # not used
 ) -> dict[str, Tensor]:
     "Return the L2 norm of each weight's input over all of `data`; times |w| it is Wanda's score"
-    layers = layers_of(model, params)
-    def seen(k):
-        m, leaf = layers[k], k.rpartition('.')[2]
-        if leaf == 'weight' and _is_turned(m): return True
-        return any(isinstance(m, kind) and leaf in leaves for kind,leaves in _sees)
-    if hidden := [k for k in params if not seen(k)]:
-        raise ValueError(f'What {", ".join(hidden)} is multiplied with cannot be seen from outside its layer '
-                         '(biases, norms, hidden states and deeper layers of recurrent ones): leave it out, or choose '
-                         'another criterion')
+    refuse_unseen(model, params)
     sums = {k: torch.zeros(1, device=p.device) for k,p in params.items()}
     def look(k, m, inputs, out): sums[k] = sums[k] + _input_squares(m, k.rpartition('.')[2], inputs, out)
-    watch('wanda', model, data, layers, look)
+    watch('wanda', model, data, layers_of(model, params), look)
     return checked_scores('wanda', {k: upcast(s).to(upcast(params[k]).dtype).sqrt() for k,s in sums.items()})
+
+input_norms.check = refuse_unseen

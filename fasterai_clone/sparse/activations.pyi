@@ -9,7 +9,7 @@ from ..model.run import opened_attention
 from .batches import call_with
 from .measuring import batches_for, checked_scores, layers_of, running, upcast
 
-__all__ = ['input_norms']
+__all__ = ['refuse_unseen', 'input_norms']
 
 def watch(what, model, data, modules, look):
     """Run the batches `data`, and call `look(key, module, inputs, output)` after each run of one of `modules` (by key)"""
@@ -17,6 +17,13 @@ CONVOLUTIONS: tuple
 
 def inside_attention(model, name):
     """Return whether parameter `name` belongs to attention's output projection, which it does not call as a module"""
+
+def refuse_unseen(model: nn.Module, params: dict[str, Tensor]) -> None:
+    """Raise `ValueError` for parameters whose inputs are computed inside their layer
+
+    Args:
+        params: parameters of `model`, by name
+    """
 
 def input_norms(
     model: nn.Module,

@@ -7,6 +7,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.channel_scores.html
 # %% ../../nbs/407_sparse.channel_scores.ipynb #8aa35e32
 from __future__ import annotations
 from collections.abc import Callable
+from functools import partial
 import torch, torch.nn as nn
 from torch import Tensor
 from ..core.arguments import unknown_name
@@ -134,3 +135,7 @@ def norm_scales(
         raise ValueError(f'No norm with scales follows {", ".join(dict.fromkeys(without))}: leave such layers '
                          f'out, or choose another criterion')
     return checked_scores('norm_scales', scores)
+
+channel_zeros.check = partial(_producers, 'apoz')
+channel_means.check = partial(_producers, 'activation')
+norm_scales.check   = partial(_producers, 'norm_scales')

@@ -20,7 +20,7 @@ from .parts import Target
 from .context import keep_in_outputs
 from .plan import pattern_mask, pattern_scores, Plan, round_kept, why_no_pattern
 from .rule import Change, check_change, Pool, Prune, Rule
-from .scorer import check_fit, check_scores, Scorer
+from .scorer import check_fit, check_measure, check_scores, Scorer
 from .signal import warn_of_empty
 
 # %% auto #0
@@ -70,6 +70,7 @@ def try_out(self:Chooser, granularity, coupled) -> None:
             raise ValueError(f'`nm`: {name} {why}: leave it out with `exclude={name!r}`')
         if not self.scorer.ready: check_fit(criteria, t, self.plan.context, granularity, coupled)
     if self.plain or self.found.place.mesh is not None: return
+    check_measure(criteria, self.found.model, self.found.parts)
     self.scorer.try_all(self.found.targets, self.plan.context.compare)
 
 # %% ../../nbs/475_sparse.choose.ipynb #splits01

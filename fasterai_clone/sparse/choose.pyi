@@ -14,7 +14,7 @@ from .parts import Target
 from .context import keep_in_outputs
 from .plan import pattern_mask, pattern_scores, Plan, round_kept, why_no_pattern
 from .rule import Change, check_change, Pool, Prune, Rule
-from .scorer import check_fit, check_scores, Scorer
+from .scorer import check_fit, check_measure, check_scores, Scorer
 from .signal import warn_of_empty
 from typing import Any
 

@@ -16,7 +16,7 @@ from ..core.names import name_criteria, named_criteria
 from .activations import input_norms
 from .channel_scores import channel_means, channel_zeros, norm_scales
 from .gradients import flow_gradients, loss_gradients
-from .synflow import synflow_scores
+from .synflow import path_shares
 
 # %% auto #0
 __all__ = ['wanda', 'snip', 'grasp', 'synflow', 'apoz', 'mean_activation', 'bn_scale', 'available_criterias', 'as_criteria']
@@ -25,7 +25,7 @@ __all__ = ['wanda', 'snip', 'grasp', 'synflow', 'apoz', 'mean_activation', 'bn_s
 wanda           = Criteria(magnitude, measure=input_norms,    output_fn=scaled)
 snip            = Criteria(identity,  measure=loss_gradients, output_fn=taylor)
 grasp           = Criteria(identity,  measure=flow_gradients, output_fn=scaled, signed=True)
-synflow         = Criteria(identity,  measure=synflow_scores, return_init=True, rate=0.05, reducer=Reducer.sum)
+synflow         = Criteria(identity,  measure=path_shares,    return_init=True, rate=0.05, reducer=Reducer.sum)
 apoz            = Criteria(identity,  measure=channel_zeros,  return_init=True, channels=True)
 mean_activation = Criteria(identity,  measure=channel_means,  return_init=True, channels=True)
 bn_scale        = Criteria(identity,  measure=norm_scales,    return_init=True, channels=True)

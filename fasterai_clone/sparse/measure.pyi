@@ -10,7 +10,7 @@ from ..core.names import name_criteria, named_criteria
 from .activations import input_norms
 from .channel_scores import channel_means, channel_zeros, norm_scales
 from .gradients import flow_gradients, loss_gradients
-from .synflow import synflow_scores
+from .synflow import path_shares
 
 __all__ = ['wanda', 'snip', 'grasp', 'synflow', 'apoz', 'mean_activation', 'bn_scale', 'available_criterias', 'as_criteria']
 wanda: Criteria

@@ -20,7 +20,7 @@ from .followers import output_channels
 from .inputs import as_data, Inputs
 from .gradients import accumulated
 from .parts import Part, Target
-from ..core.lazy import LazyScores, flat_scores
+from ..core.lazy import LazyScores, Product, flat_scores
 from ..core.tensors import all_finite
 
 # %% auto #0
@@ -86,6 +86,13 @@ def blamed_on_criteria(t: Target) -> Iterator[None]:
         said = e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'
         raise kind(f'`criteria` cannot score {t.name}: {said}') from e
 
+# %% ../../nbs/466_sparse.scorer.ipynb #6307fba9
+def check_measure(criteria: Criteria|dict, model: nn.Module, parts: list[Part]) -> None:
+    "Raise the error of the measure's own `check` for parameters that it does not support"
+    measure = getattr(criteria, 'measure', None)
+    check   = getattr(getattr(measure, 'func', measure), 'check', None)  # of a `partial` too
+    if check is not None: check(model, {p.name: p.tensor for p in parts})
+
 # %% ../../nbs/466_sparse.scorer.ipynb #94a658f9
 as_they_are = Criteria(identity)
 
@@ -128,8 +135,8 @@ class Scorer:
 # %% ../../nbs/466_sparse.scorer.ipynb #74d55244
 @patch
 @torch.no_grad()
-def reference_of(self:Scorer, p: Part) -> Tensor|None:
-    "Return the reference of the parameter of `p`"
+def reference_of(self:Scorer, p: Part, lazy: bool = False) -> Tensor|Product|None:
+    "Return the reference of the parameter of `p`; of a product its elements, unless it may be `lazy`"
     kind, w = self.reference, p.tensor
     if kind is None: return None
     if kind == 'grad' and p.name not in self.refs:
@@ -138,7 +145,9 @@ def reference_of(self:Scorer, p: Part) -> Tensor|None:
         hint = 'run a backward pass first, or give `data` and `loss_func`' if p.whole.requires_grad else \
                'it is frozen: unfreeze it, then run a backward pass'
         raise ValueError(f'This criterion needs the gradient of {p.name}, which has none: {hint}')
-    return self.refs[p.name].to(w.device)
+    ref = self.refs[p.name]
+    if isinstance(ref, Product): return ref if lazy and ref.device == w.device else ref.full().to(w.device)
+    return ref.to(w.device)
 
 @patch
 def by_weight(self:Scorer, t: Target) -> bool:
@@ -192,7 +201,7 @@ def lazy_scores(self:Scorer, t: Target) -> LazyScores|Tensor:
     if self.reference == 'grad' and t.name not in self.refs and (grad := t.parts[0].grad) is not None:
         def score(now, grad): return c.score(*c.inputs(now, c.step_fn(now, grad)))
         inputs = w, grad
-    else: inputs = c.inputs(w, self.reference_of(t.parts[0]))
+    else: inputs = c.inputs(w, self.reference_of(t.parts[0], lazy=True))
     first, *others = inputs
     fits = first.shape == w.shape and all(x.shape in (w.shape, (1, *w.shape[1:])) for x in others)
     if not fits or t.groups.shape != tuple(w.shape): return self.all_at_once(t)  # a reference that broadcasts
@@ -243,7 +252,9 @@ def measure(self:Scorer, model: nn.Module, parts: list[Part], several: bool = Fa
     "Measure `model` for the criterion if it needs that; `several`: other processes have the model too"
     params, device = {p.name: p.tensor for p in parts}, parts[0].tensor.device
     if self.reference == 'measure':
-        self.refs = self.measured(model, params, self.batches(model, device, several))
+        found = self.measured(model, params, self.batches(model, device, several))
+        self.refs = {k: v.full() for k,v in found.items() if isinstance(v, Product)} if several else {}
+        self.refs = found | self.refs  # other processes get tensors
         return
     if self.reference != 'grad' or self.inputs.data is None and not self.seen: return
     if not self.refs.keys() <= self.used: return  # discard sums of steps first

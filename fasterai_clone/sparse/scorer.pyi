@@ -14,7 +14,7 @@ from .followers import output_channels
 from .inputs import as_data, Inputs
 from .gradients import accumulated
 from .parts import Part, Target
-from ..core.lazy import LazyScores, flat_scores
+from ..core.lazy import LazyScores, Product, flat_scores
 from ..core.tensors import all_finite
 
 __all__ = []
@@ -28,6 +28,9 @@ def check_fit(criteria: Criteria, t: Target, context: Context, granularity, coup
 @contextmanager
 def blamed_on_criteria(t: Target) -> Iterator[None]:
     """Raise an error in the block as an error of the criterion that names the target `t`"""
+
+def check_measure(criteria: Criteria | dict, model: nn.Module, parts: list[Part]) -> None:
+    """Raise the error of the measure's own `check` for parameters that it does not support"""
 as_they_are: Criteria
 
 class Scorer:
@@ -57,8 +60,8 @@ class Scorer:
     def copy(self) -> Scorer:
         """Return a scorer with its own references"""
 
-    def reference_of(self, p: Part) -> Tensor | None:
-        """Return the reference of the parameter of `p`"""
+    def reference_of(self, p: Part, lazy: bool = False) -> Tensor | Product | None:
+        """Return the reference of the parameter of `p`; of a product its elements, unless it may be `lazy`"""
 
     def by_weight(self, t: Target) -> bool:
         """Return whether the score of each weight of `t` depends only on that weight and its reference"""

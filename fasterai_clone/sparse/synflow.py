@@ -8,16 +8,17 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.synflow.html.md"""
 from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
-import torch, torch.nn as nn
+import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from ..core.lazy import FEW_TERMS, Product
 from ..core.tensors import all_finite
 from .batches import arguments
 from .measuring import batches_for, checked_scores, layers_of, running, upcast
 
 # %% auto #0
-__all__ = ['synflow_scores']
+__all__ = ['path_shares', 'synflow_scores']
 
 # %% ../../nbs/404_sparse.synflow.ipynb #46db101f
 IDENTITIES = set('''gelu silu mish tanh sigmoid hardtanh relu6 hardswish hardsigmoid softplus softsign
@@ -26,8 +27,16 @@ _NORMS = {'batch_norm', 'instance_norm', 'group_norm', 'layer_norm', 'rms_norm'}
 
 class _Linearized(TorchFunctionMode):
     "Make activation functions the identity, norms a scale, and embeddings the sum of their rows, while it is on"
+    def __init__(self, linears: dict = None):
+        super().__init__()
+        self.linears = linears or {}  # id of the substitute of a weight → a `_Linear`
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, '__name__', '').rstrip('_')
+        if func is F.linear and self.linears:
+            given  = dict(zip(('input', 'weight', 'bias'), args)) | kwargs
+            linear = self.linears.get(id(given['weight']))
+            if linear is not None: return linear(given['input'], given.get('bias'))
         if name in IDENTITIES: return args[0]
         if name == 'softmax' and args[0].ndim <= 2: return args[0]  # of outputs; attention has more axes
         if name in _NORMS and inspect.isfunction(func):
@@ -67,9 +76,64 @@ def _ones(x, scale):
     return torch.full_like(x[:1], scale, dtype=torch.float64).as_subclass(Tensor) if x.is_floating_point() else x[:1]
 
 
-# %% ../../nbs/404_sparse.synflow.ipynb #d8e5b2b2
-_PIECE = 1 << 17  # weights whose shares are computed at a time, on a CPU
+# %% ../../nbs/404_sparse.synflow.ipynb #c04cbaa1
+_PIECE = 1 << 17  # weights that are converted at a time, on a CPU
 
+def _in_pieces(w):
+    "Yield the first row and |w| in fp64 of some rows of `w` at a time, in the same memory"
+    each = max(1, _PIECE // max(w.shape[1], 1)) if w.is_cpu else max(len(w), 1)
+    memory = torch.empty(min(each, len(w)), w.shape[1], dtype=torch.float64, device=w.device)
+    for i in range(0, len(w), each):
+        some = w[i:i + each]
+        yield i, memory[:len(some)].copy_(some).abs_()
+
+class _Through(torch.autograd.Function):
+    "Multiply by |w| in fp64; the backward pass records the gradient of the output and the input"
+    @staticmethod
+    def forward(ctx, x, _, w, found):
+        ctx.w, ctx.found, ctx.shape = w, found, x.shape
+        x = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(x)
+        out = x.new_empty(len(x), len(w))
+        for i,some in _in_pieces(w): torch.mm(x, some.T, out=out[:, i:i + len(some)])
+        return out.view(*ctx.shape[:-1], len(w))
+
+    @staticmethod
+    def backward(ctx, g):
+        x, = ctx.saved_tensors
+        g = g.reshape(-1, g.shape[-1])
+        ctx.found.append((g.detach(), x.detach()))
+        if not ctx.needs_input_grad[0]: return None, None, None, None
+        back = x.new_zeros(x.shape)
+        for i,some in _in_pieces(ctx.w): back.addmm_(g[:, i:i + len(some)], some)
+        return back.view(ctx.shape), None, None, None
+
+# %% ../../nbs/404_sparse.synflow.ipynb #015b2f13
+class _Linear:
+    "A linear layer that multiplies by the absolute values of its weight, without a copy"
+    def __init__(self, w, requires_grad):
+        self.w, self.found = w.detach().as_subclass(Tensor), []
+        nan = torch.full((), torch.nan, dtype=torch.float64, device=w.device)
+        self.substitute = nan.expand(w.shape).requires_grad_(requires_grad)
+
+    def __call__(self, x, bias):
+        out = _Through.apply(x, self.substitute, self.w, self.found)
+        return out if bias is None else out + bias
+
+    def shares(self, R):
+        "Return |w·∂R/∂w| / R after the backward pass"
+        if not self.found or not R: return torch.zeros_like(upcast(self.w))
+        u, v = (torch.cat(parts) for parts in zip(*self.found))
+        share = Product(self.w, u.div_(R), v)
+        return share if len(u) <= FEW_TERMS else share.full()
+
+def _linears(model, params):
+    "Return a `_Linear` for the weight of each linear layer by name"
+    names = [f'{n}.weight'.lstrip('.') for n,m in model.named_modules() if type(m) is nn.Linear]
+    have  = dict(model.named_parameters())
+    return {k: _Linear(have[k], k in params) for k in names if type(have.get(k)) is nn.Parameter}
+
+# %% ../../nbs/404_sparse.synflow.ipynb #d8e5b2b2
 def _share(p, g, R):
     "Return |p·g| / R in the precision of the weight `p`, computed in fp64 piece by piece"
     p   = upcast(p)
@@ -81,18 +145,24 @@ def _share(p, g, R):
         flat[i:i + each] = p[i:i + each].to(torch.float64, copy=True).mul_(g[i:i + each]).div_(R).abs_()
     return out
 
-def _shares(model, params, inputs, scale):
-    "Return |w·∂R/∂w| / R for each parameter, with input and output scaled by `scale`"
-    state = {k: _positive(k, p, True) for k,p in model.named_parameters()}
-    state.update({k: _positive(k, b, False) for k,b in model.named_buffers()})
-    ws = {k: state[k].requires_grad_() for k in params}
+def _signal(model, state, inputs, scale, linears):
+    "Return the sum of the outputs for inputs of ones"
     args, kwargs = inputs
-    with _Linearized():
+    with _Linearized({id(l.substitute): l for l in linears.values()}):
         out = functional_call(model, state, tuple(_ones(x, scale) for x in args),
                               {k: _ones(x, scale) for k,x in kwargs.items()})
     R = sum(t.sum() for t in _tensors(out)) * scale
-    if not isinstance(R, Tensor):
-        raise ValueError(f'synflow needs a tensor among the outputs, got {type(out).__name__}')
+    if isinstance(R, Tensor): return R
+    raise ValueError(f'synflow needs a tensor among the outputs, got {type(out).__name__}')
+
+def _shares(model, params, inputs, scale, copies):
+    "Return |w·∂R/∂w| / R for each parameter, with input and output scaled by `scale`"
+    linears = {} if copies else _linears(model, params)
+    state   = {k: linears[k].substitute if k in linears else _positive(k, p, True)
+               for k,p in model.named_parameters()}
+    state.update({k: _positive(k, b, False) for k,b in model.named_buffers()})
+    ws = {k: state[k].requires_grad_() for k in params}
+    R  = _signal(model, state, inputs, scale, linears)
     shares, total = {}, R.detach()
     def take(k):  # one layer's gradient at a time is in memory
         def f(w):
@@ -100,8 +170,10 @@ def _shares(model, params, inputs, scale):
             w.grad    = None
         return f
     for k,w in ws.items(): w.register_post_accumulate_grad_hook(take(k))
-    del state, out
+    del state
     if R.requires_grad: R.backward(inputs=list(ws.values()))
+    shares |= {k: linears[k].shares(total) for k in params if k in linears}
+    if not all_finite(total): return None
     return {k: shares[k] if k in shares else _share(p, None, total) for k,p in params.items()}
 
 # %% ../../nbs/404_sparse.synflow.ipynb #8a5574ea
@@ -117,6 +189,24 @@ def first_arguments(
     return arguments(model, next(iter(batches_for(what, model, data)))[0])
 
 # %% ../../nbs/404_sparse.synflow.ipynb #f3620c62
+def path_shares(
+    model: nn.Module,
+    params: dict[str, Tensor],       # the parameters to score, by name
+    # a batch, for the shape of one example; its values do not matter, except for integers
+    data: object = None,
+    loss_func: Callable|None = None  # not used
+) -> dict[str, Tensor|Product]:
+    "Return the scores of `synflow_scores`, those of linear layers as products to be computed where they are needed"
+    layers_of(model, params)
+    def fine(s): return all_finite(s.bound() if isinstance(s, Product) else s)
+    with running(model, False), torch.enable_grad():
+        inputs = first_arguments('synflow', model, data)
+        for scale,copies in ((1., False), (1., True), (1e-150, True)):
+            shares = _shares(model, params, inputs, scale, copies)
+            if shares is not None and all(map(fine, shares.values())): return shares
+    if shares is None: shares = {k: torch.full((1,), torch.nan) for k in params}
+    return checked_scores('synflow', shares)
+
 def synflow_scores(
     model: nn.Module,
     params: dict[str, Tensor],       # the parameters to score, by name
@@ -125,10 +215,5 @@ def synflow_scores(
     loss_func: Callable|None = None  # not used
 ) -> dict[str, Tensor]:
     "Return the share of all signal from input to output that flows through each weight (SynFlow)"
-    layers_of(model, params)
-    with running(model, False), torch.enable_grad():
-        inputs = first_arguments('synflow', model, data)
-        for scale in (1., 1e-150):
-            shares = _shares(model, params, inputs, scale)
-            if all(map(all_finite, shares.values())): return shares
-    return checked_scores('synflow', shares)
+    found = path_shares(model, params, data)
+    return {k: s.full() if isinstance(s, Product) else s for k,s in found.items()}
