@@ -6,7 +6,7 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/export.weight_files.html.m
 
 # %% ../../nbs/878_export.weight_files.ipynb #c7f71374
 from __future__ import annotations
-import os, warnings
+import os, re, warnings
 from pathlib import Path
 import torch
 from ..core.archives import check_archive
@@ -31,17 +31,28 @@ def _load(file):
         try: return _load_torch(f)
         except Exception as e:  # whatever torch raises for a file that it cannot read
             raise ValueError(f'{name} is not a file of weights: expected a `state_dict` saved with `torch.save`, or '
-                             'safetensors. Whole modules and exported learners would have to run code to be read, and '
-                             f'are refused ({type(e).__name__})') from None
+                             'safetensors. Whole modules, exported learners and other objects would have to run code '
+                             f'to be read, and are refused ({type(e).__name__}{_refused_name(e)}). Where it can be '
+                             'loaded, save `model.state_dict()` on its own') from None
+
+def _refused_name(e):
+    "Return the name of the class or function that torch refused with the error `e`"
+    found = re.search(r'GLOBAL ([\w.]+)', str(e))
+    return f': {one_line(found[1], 100)}' if found else ''
+
+def _plain_types():
+    "Return what checkpoints contain besides tensors, and what runs no code when it is read"
+    import argparse, pathlib, types
+    import numpy as np
+    from fastcore.foundation import L  # fastai's optimizers keep lists and numbers
+    # numpy 1 and 2 keep these functions in different modules
+    arrays  = [f.__reduce__()[0] for f in (np.float64(0), np.zeros(1))]
+    options = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, pathlib.WindowsPath]
+    return [L, np.ndarray, np.dtype, *arrays, *(getattr(np.dtypes, k) for k in np.dtypes.__all__), *options]
 
 def _load_torch(f):
-    "Read the tensors, lists, dicts, strings and numbers in the open file `f`"
-    import numpy as np
-    from fastcore.foundation import L
-    # fastai's optimizers keep lists and numbers besides their tensors
-    scalar = np.float64(0).__reduce__()[0]  # numpy 1 and 2 keep it in different modules
-    plain  = [L, np.dtype, scalar, *(getattr(np.dtypes, k) for k in np.dtypes.__all__)]
-    with torch.serialization.safe_globals(plain), warnings.catch_warnings():
+    "Read the tensors, arrays, lists, dicts, strings and numbers in the open file `f`"
+    with torch.serialization.safe_globals(_plain_types()), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch warns that some kinds of tensors are new
         return torch.load(f, map_location='cpu', weights_only=True)
 

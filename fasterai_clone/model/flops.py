@@ -150,27 +150,30 @@ def _counts(model, args, kwargs):
         return ops, out, not torch.equal(before, torch.get_rng_state())
 
 def _read_as(reading, model, args, kwargs, ops, out, drawn):
-    "Return the multiply-adds for one item if the inputs are a batch in this `reading`, else None"
+    "Return the multiply-adds for one item, or None if this `reading` is wrong, and whether an output shows the items"
     def run(change):
         given = [rebuilt(a, change) for a in args], {k: rebuilt(a, change) for k,a in kwargs.items()}
         return _counts(model, *given)
     try: twice, out_twice, _ = run(reading.double)
-    except Exception: return None  # raised by the model: it takes no more along that axis
+    except Exception: return None, False  # raised by the model: it takes no more along that axis
     one  = cost_of_one(ops.costs, twice.costs, reading.items)
     same = independent(out, out_twice, reading.outer)
     if drawn and not reading.certain: same = None
-    if one is not None: return one if same or same is None and not reading.certain else None
-    return dict(run(reading.single)[0].costs) if same and reading.single else None
+    if one is None: return (dict(run(reading.single)[0].costs), True) if same and reading.single else (None, False)
+    return (one, bool(same)) if same or same is None and not reading.certain else (None, False)
 
 def _per_item(model, args, kwargs, ops, out, drawn):
     "Return the number of items and the multiply-adds for one; None and those for all if it is unknown"
     n, ways = known_items(args, kwargs), readings(args, kwargs)
     if n is None and not ops.costs: n = ways[0].items
     if n is not None: return n, {k: Fraction(c, n) for k,c in ops.costs.items()}
+    possible = [(None, dict(ops.costs))]
     for r in ways:
-        one = _read_as(r, model, args, kwargs, ops, out, drawn)
-        if one is not None: return r.items, one
-    return None, dict(ops.costs)
+        one, is_shown = _read_as(r, model, args, kwargs, ops, out, drawn)
+        if is_shown: return r.items, one
+        if one is not None: possible.append((r.items, one))
+    return possible[:2][-1]  # the steps of a sequence can look like items, but no output has one part for each
+
 
 # %% ../../nbs/190_model.flops.ipynb #9588be67
 def multiply_adds(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Mapping
+import numpy as np
 import torch
 from ..core.tensors import check_loaded
 from ..core.memory import has_own_memory, shared_weights
@@ -18,7 +19,7 @@ from ..core.zeros import dtype_name, zeros_in
 from .report import Report, Row
 
 # %% auto #0
-__all__ = ['used_weights', 'weights_in', 'report_tensors']
+__all__ = ['used_weights', 'as_tensor', 'weights_in', 'report_tensors']
 
 # %% ../../nbs/416_sparse.checkpoint.ipynb #0bd3c146
 _ao_weight = re.compile(r'(?:(.*)\.)?parametrizations\.(\w+)\.original')
@@ -57,9 +58,37 @@ def used_weights(
         used[name] = _masked(name, t, [tensors[m] for m in masks])
     return used
 
+# %% ../../nbs/416_sparse.checkpoint.ipynb #own00002
+_mask_name = re.compile(r'(?P<home>.*\.)?(?:(?P<before>\w+)_mask|mask_(?P<after>\w+)|mask)')
+
+def _own_masks(tensors):
+    "Yield (weight, mask) for each mask of zeros and ones that is stored next to a weight of its shape"
+    for k,t in tensors.items():
+        m = _mask_name.fullmatch(k)
+        if not m or not has_own_memory(t) or t.is_complex() or not bool(((t == 0) | (t == 1)).all()): continue
+        name = (m['home'] or '') + (m['before'] or m['after'] or 'weight')
+        w = tensors.get(name)
+        if w is not None and has_own_memory(w) and w.shape == t.shape and w.is_floating_point(): yield name, k
+
+def _by_own_masks(tensors):
+    "Return `tensors` with weights times the masks next to them, without the masks, and a note about them"
+    pairs = [*_own_masks(tensors)]
+    if not pairs: return tensors, ()
+    used = {k: v for k,v in tensors.items() if k not in {m for _,m in pairs}}
+    for name,mask in pairs: used[name] = _masked(name, used[name], [tensors[mask]])
+    shown = listed_names([f'{name} × {mask}' for name,mask in pairs])
+    return used, (f'Counted as weight × mask, where 0 means pruned: {shown}',)
+
 # %% ../../nbs/416_sparse.checkpoint.ipynb #2799eb34
-_no_weights  = re.compile(r'opts?$|optim|\w*optimizer|\w*sched|\w*scaler|callbacks|loops|\w*rng|masks', re.I)
+_no_weights  = re.compile(r'opts?$|optim|\w*optimizer|\w*sched|\w*scaler|callbacks|loops|\w*rng|masks|'
+                          r'.*_extra_state$', re.I)
 _usual_names = ('model_state_dict', 'state_dict', 'model', 'net', 'network', 'module', 'weights', 'params')
+
+def as_tensor(v):
+    "Return the NumPy array `v` as a tensor; anything else, and an array that torch cannot read, as it is"
+    if not isinstance(v, np.ndarray): return v
+    try: return torch.tensor(v) if v.dtype.isnative else torch.tensor(v.astype(v.dtype.newbyteorder('=')))
+    except TypeError: return v
 
 def _is_weight(v):
     "Return whether `v` is a tensor of real, complex or quantized numbers with two or more axes"
@@ -68,7 +97,8 @@ def _is_weight(v):
 
 def _by_name(o):
     "Return name → tensor, for the tensors in a dict or list"
-    pairs = [(k, v) for k,v in (o.items() if isinstance(o, Mapping) else enumerate(o)) if isinstance(v, torch.Tensor)]
+    pairs = [(k, as_tensor(v)) for k,v in (o.items() if isinstance(o, Mapping) else enumerate(o))]
+    pairs = [(k, v) for k,v in pairs if isinstance(v, torch.Tensor)]
     named = {k if isinstance(k, str) else shortened(k): v for k,v in pairs}
     if len(named) < len(pairs): raise ValueError('Two tensors have names that read the same: use strings that differ')
     return named
@@ -87,18 +117,19 @@ def weights_in(
     found, left, seen = {}, deque([('', state, 0)] if isinstance(state, (Mapping, list, tuple)) else []), set()
     while left and len(found) < 1000:
         path, o, depth = left.popleft()
-        if isinstance(o, Mapping) and any(map(_is_weight, o.values())): found[path] = _by_name(o)
-        elif depth < 4 and id(o) not in seen:  # a container that is in several places, or in itself, is read once
+        if isinstance(o, Mapping) and any(_is_weight(as_tensor(v)) for v in o.values()): found[path] = _by_name(o)
+        if depth < 4 and id(o) not in seen:  # a container that is in several places, or in itself, is read once
             seen.add(id(o))
             left += [(p, v, depth+1) for p,v in _dicts_in(o, path)]
     if not found and isinstance(state, (Mapping, list, tuple)) and (tensors := _by_name(state)): found[''] = tensors
-    return {k: found[k] for k in sorted(found, key=_rank)}
+    sizes = {k: sum(t.numel() for t in v.values()) for k,v in found.items()}
+    return {k: found[k] for k in sorted(found, key=lambda k: _rank(k, sizes))}
 
-def _rank(path):
-    "Return the position of a path among all, as a sort key"
-    if not path: return -1, 1
+def _rank(path, sizes):
+    "Return the position of a path among all, as a sort key, given the number of elements of each"
+    if not path and sizes[path] == max(sizes.values()): return -1, 0, 1
     names = [_usual_names.index(k) if k in _usual_names else len(_usual_names) for k in path.split('.')]
-    return max(names), len(names)
+    return max(names), -sizes[path] if max(names) == len(_usual_names) else 0, len(names)
 
 # %% ../../nbs/416_sparse.checkpoint.ipynb #23ceb545
 def _one_state(tensors):
@@ -122,7 +153,7 @@ def report_tensors(
     "Count the zeros in a state dict"
     state = _one_state(tensors)
     check_loaded(state.items())
-    used     = used_weights(state)
+    used, own = _by_own_masks(used_weights(state))
     first, _ = shared_weights({k: v for k,v in used.items() if has_own_memory(v)})
     made     = [k for k in used if re.search(r'(^|\.)parametrizations\.\w+\.original\d*$', k)]
     rows, dense, left_out = [], [], []
@@ -136,4 +167,4 @@ def report_tensors(
             if zeros is None: dense.append((k, f'{v.ndim}-d{what}', v.numel()))
             else: rows.append(Row(f'Tensor {len(rows)}', kind, k, v.numel(), zeros, v.numel(), zeros))
     tied = tuple((v, k) for k,v in first.items() if v != k)
-    return Report(tuple(rows), tuple(dense), left_out=tuple(left_out), tied=tied, notes=_computed_note(made))
+    return Report(tuple(rows), tuple(dense), left_out=tuple(left_out), tied=tied, notes=_computed_note(made) + own)

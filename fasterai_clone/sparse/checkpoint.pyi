@@ -3,6 +3,7 @@
 import re
 from collections import deque
 from collections.abc import Mapping
+import numpy as np
 import torch
 from ..core.tensors import check_loaded
 from ..core.memory import has_own_memory, shared_weights
@@ -11,7 +12,7 @@ from ..core.warn import warn
 from ..core.zeros import dtype_name, zeros_in
 from .report import Report, Row
 
-__all__ = ['used_weights', 'weights_in', 'report_tensors']
+__all__ = ['used_weights', 'as_tensor', 'weights_in', 'report_tensors']
 
 def used_weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the weights as the layers use them
@@ -22,6 +23,9 @@ def used_weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     Returns:
         the state dict with weight · mask in place of a weight and its mask
     """
+
+def as_tensor(v):
+    """Return the NumPy array `v` as a tensor; anything else, and an array that torch cannot read, as it is"""
 
 def weights_in(state: object) -> dict[str, dict[str, torch.Tensor]]:
     """Find the state dicts in a checkpoint

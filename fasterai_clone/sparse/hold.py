@@ -129,11 +129,13 @@ def hold_masks(
 ) -> Hold:                 # call `release` to stop
     "Keep masks applied after each `optimizer.step()`"
     check_flags(compact=compact)
+    if isinstance(optimizer, (list, tuple, dict)):
+        raise TypeError(f'`hold` takes one optimizer, got a {type(optimizer).__name__}: call `hold` for each')
     if not all(map(has_hooks, stepping_optimizers(optimizer))):
         name = f'{type(optimizer).__module__}.{type(optimizer).__name__}'
-        raise TypeError(f'`hold` takes a `torch.optim.Optimizer` or what wraps one; {name} has none inside that calls '
-                        'hooks. With fastai pass `SparsifyCallback` to `fit`; in your own loop call `apply_masks` '
-                        'after each step')
+        raise TypeError(f'`hold` takes a `torch.optim.Optimizer` or what wraps one; {name} has no attribute with '
+                        'one. Pass the optimizer that steps inside of it; with fastai pass `SparsifyCallback` to '
+                        '`fit`; in your own loop call `apply_masks` after each step')
     if compact and kept.mesh is not None: raise TypeError('`compact` is not possible: the weights are sharded')
     if compact and (why := why_not_compact(optimizer)): raise TypeError(f'`compact` is not possible: {why}')
     kept.apply_masks()
