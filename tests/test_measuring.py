@@ -198,7 +198,7 @@ def test_sparse_gradients(criterion, how):
     assert [int((~got[k]).sum()) for k in got] == [40, 60]
 
 @pytest.mark.parametrize('mode', ['sum', 'mean'])
-@pytest.mark.parametrize('criterion', ['snip', partial(grasp, temperature=1.)])
+@pytest.mark.parametrize('criterion', ['snip', 'synflow', partial(grasp, temperature=1.)])
 def test_measures_of_embeddings_with_sparse_gradients(criterion, mode):
     want, got = (masks(s, criterion, 'data', mode) for s in (False, True))
     assert all(torch.equal(got[k], want[k]) for k in ('words.weight', 'bag.weight'))

@@ -140,7 +140,7 @@ def _share(p, g, R):
     out = torch.zeros_like(p, memory_format=torch.contiguous_format)
     if g is None or not R: return out
     each = _PIECE if p.is_cpu else max(p.numel(), 1)
-    flat, p, g = out.view(-1), p.reshape(-1), g.detach().reshape(-1)
+    flat, p, g = out.view(-1), p.reshape(-1), upcast(g).reshape(-1)
     for i in range(0, len(p), each):
         flat[i:i + each] = p[i:i + each].to(torch.float64, copy=True).mul_(g[i:i + each]).div_(R).abs_()
     return out
