@@ -131,3 +131,47 @@ def test_hold_says_what_to_pass():
         net(torch.ones(2, 4)).sum().backward()
         Outer(opt).step()
     assert int((net[0].weight == 0).sum()) == 12
+
+
+# -- a weight that the module around its layer reads -------------------------------------------------
+
+class Around(nn.Module):
+    "A layer, read by the module that contains it; what else it has changes nothing at first, as in LoRA"
+    def __init__(self, layer, use):
+        super().__init__()
+        self.base, self.use = layer, use
+        n = layer.weight[0].numel()
+        self.a, self.b = nn.Parameter(torch.rand(1, n)), nn.Parameter(torch.zeros(len(layer.weight), 1))
+    def forward(self, x):
+        w = self.base.weight
+        if self.use == 'called':    return self.base(x.to(w.dtype))
+        if self.use == 'plain':     return nn.functional.linear(x, w)
+        if self.use == 'scaled':    return nn.functional.linear(x, nn.functional.normalize(w))
+        if self.use == 'transposed': return x @ w.T
+        if self.use == 'convolved': return nn.functional.conv2d(x, w + (self.b @ self.a).view_as(w))
+        if self.use == 'centred':   return nn.functional.linear(x, w - w.mean(1, keepdim=True))
+        return nn.functional.linear(x, w + self.b @ self.a)
+
+@pytest.mark.parametrize('use', ['added', 'centred', 'convolved'])
+def test_a_weight_that_the_module_around_changes_is_refused(use):
+    "Half of the weights of `base` would be zero, and none of those that are used"
+    layer = nn.Conv2d(3, 4, 3) if use == 'convolved' else nn.Linear(6, 5)
+    net, kinds = nn.Sequential(Around(layer, use), nn.Linear(5, 2)), (nn.Linear, nn.Conv2d)
+    with pytest.raises(ValueError, match="0.base.*the `forward` of Around, which contains it, changes the weight.*"
+                                         "`exclude='0.base'`"):
+        Sparsifier(net, layer_type=kinds)
+    sp = Sparsifier(net, layer_type=nn.Module)
+    assert [t.name for t in sp.targets] == ['1.weight'] and 'Around' in sp.left_out['0.base']
+    assert [t.name for t in Sparsifier(net, layer_type=kinds, exclude='0.base').targets] == ['1.weight']
+
+@pytest.mark.parametrize('use', ['called', 'plain', 'scaled', 'transposed'])
+def test_a_weight_that_the_module_around_only_reads_or_scales_stays(use):
+    net = nn.Sequential(Around(nn.Linear(6, 5), use), nn.Linear(5, 2))
+    sp  = Sparsifier(net, layer_type=nn.Linear)
+    sp.sparsify_model(50)
+    assert int((net[0].base.weight == 0).sum()) == 15
+
+def test_whole_filters_that_the_module_around_centres_stay_zero():
+    net = nn.Sequential(Around(nn.Linear(6, 5), 'centred'), nn.Linear(5, 2))
+    Sparsifier(net, 'filter', layer_type=nn.Linear)
+    with pytest.raises(ValueError, match='or choose granularity "filter"'): Sparsifier(net, layer_type=nn.Linear)

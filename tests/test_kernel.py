@@ -313,7 +313,7 @@ def test_zeroing_leaves_the_buffer_of_numpy_as_it_was(n, n_threads, monkeypatch)
                 assert torch.equal(t, want) and np.getbufsize() == 4096
         locked = np.zeros(3, np.int32)
         locked.flags.writeable = False
-        with pytest.raises(ValueError, match='read-only'): masks._multiplied((locked, np.zeros(3, bool)))
+        with pytest.raises(ValueError, match='read-only'): masks._multiply([(locked, np.zeros(3, bool))])
         assert np.getbufsize() == 4096
     finally: np.setbufsize(former)
 

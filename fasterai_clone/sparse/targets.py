@@ -114,7 +114,7 @@ def _targets_of(i, n, m, granularity, own, strict, is_new, parents, params_given
         if strict: raise
         return [], _why_skipped(m, granularity, e)
     for parts in split:
-        why = check_use(n, m, parts, strict)
+        why = check_use(n, m, parts, strict, parents.get(id(m), ('', None))[1])
         if why: return [], why
     return [_as_target(i, n, m, parts) for parts in split], None
 

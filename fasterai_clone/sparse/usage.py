@@ -98,9 +98,9 @@ def _with_zeros(module, params, masks):
             for ws,former in flats: ws[:] = former
 
 # %% ../../nbs/414_sparse.usage.ipynb #probe004
-def _loses_zeros(m, parts):
-    "Return whether the layer `m` uses weights without the zeros that groups of `parts` have in the parameters"
-    first, runs = parts[0], next((p.owner for p in parts if p.owner not in [*m.modules()]), m)
+def _loses_zeros(m, parts, runs=None):
+    "Return whether `m`, or what `runs` it, uses weights without the zeros that groups of `parts` have in parameters"
+    first, runs = parts[0], runs or next((p.owner for p in parts if p.owner not in [*m.modules()]), m)
     keep  = torch.rand(first.groups.n, generator=torch.Generator().manual_seed(0)) > 0.5
     keep[0], keep[-1] = first.groups.n == 0, first.groups.n > 1
     masks = [p.groups.expand(keep.to(p.whole.device), p.whole.shape) for p in parts]
@@ -123,19 +123,32 @@ def _has_fewer_zeros(p, parts, masks, seen, module, n):
     return any(count > most for count in used)
 
 # %% ../../nbs/414_sparse.usage.ipynb #usage009
-def check_use(layer, m, parts, strict):
-    "Raise `ValueError` if `forward` changes a weight so that zeros are lost; unless `strict`, return why"
+def _reads(parent, m, params):
+    "Return whether the code of `parent` names its child `m` and one of the child's `params`"
+    if type(parent).forward.__module__.startswith('torch.'): return False
+    names = _names_in(parent)
+    return any(k in names for k,c in parent._modules.items() if c is m) and not names.isdisjoint(params)
+
+def _who_loses_zeros(m, weights, parent):
+    "Return the module whose `forward` uses `weights` of the layer `m` without their zeros, or None"
+    params = [p.param for p in weights]
+    own    = all(p.owner is m or p.owner in [*m.modules()] for p in weights)
+    if (not own or _may_change(m, params)) and _loses_zeros(m, weights): return m
+    if parent is not None and own and _reads(parent, m, params) and _loses_zeros(m, weights, parent): return parent
+
+def check_use(layer, m, parts, strict, parent=None):
+    "Raise `ValueError` if its `forward`, or its parent's, loses zeros of a weight; unless `strict`, return why"
     weights = [p for p in parts if p.whole.ndim > 1]
     if not weights or any(is_sharded(p.whole) for p in weights): return
-    own  = all(p.owner is m or p.owner in [*m.modules()] for p in weights)
-    safe = own and not _may_change(m, [p.param for p in weights])
-    if safe or not _loses_zeros(m, weights): return
+    found = _who_loses_zeros(m, weights, parent)
+    if found is None: return
     first = weights[0]
-    why   = (f'its `forward` changes the {first.param} before it is used, so that zeros in the parameter are no zeros '
-             'there')
+    whose = 'its `forward`' if found is m else f'the `forward` of {type(found).__name__}, which contains it,'
+    why   = f'{whose} changes the {first.param} before it is used, so that zeros in the parameter are no zeros there'
     if not strict: return why
     text = f'{layer or "The model"} ({type(m).__name__}): {why}. Leave the layer out with `exclude={layer!r}`'
     if 'filter' in Granularities.allowed_granularities(m, first.param):
         filters = replace(first, groups=Granularities.groups(m, 'filter', first.param))
-        if not _loses_zeros(m, [filters]): text += ', or choose granularity "filter": whole filters stay zero'
+        runs    = None if found is m else found
+        if not _loses_zeros(m, [filters], runs): text += ', or choose granularity "filter": whole filters stay zero'
     raise ValueError(text)

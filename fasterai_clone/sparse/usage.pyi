@@ -18,5 +18,5 @@ class _Received(TorchFunctionMode):
 
     def __init__(self) -> None: ...
 
-def check_use(layer, m, parts, strict):
-    """Raise `ValueError` if `forward` changes a weight so that zeros are lost; unless `strict`, return why"""
+def check_use(layer, m, parts, strict, parent=None):
+    """Raise `ValueError` if its `forward`, or its parent's, loses zeros of a weight; unless `strict`, return why"""
