@@ -149,7 +149,7 @@ def test_squeeze_and_excitation():
      'it meets a value that does not come from a layer'),
     (Net(lambda m, x: m.b(m.a(x) + 1), a=conv(3, 4), b=conv(4, 2)), image(), 'does not keep zero at zero with `add`'),
     (Net(lambda m, x: m.b(m.a(x) - m.a(x).mean(1, keepdim=True)), a=conv(3, 4), b=conv(4, 2)), image(),
-     'takes its `mean`'),
+     'computed from their mean'),
     (Net(lambda m, x: m.b(m.a(x)[:, 1:]), a=conv(3, 4), b=conv(3, 2)), image(), 'takes a part of it with `slice`'),
     (Net(lambda m, x: m.b(m.a(x).cumsum(1)), a=conv(3, 4), b=conv(4, 2)), image(), 'uses `cumsum` on it'),
     (Net(lambda m, x: m.b(m.a(x).unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2)), a=conv(3, 4), b=conv(4, 2)),
