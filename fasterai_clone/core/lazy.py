@@ -70,21 +70,24 @@ class Product:
         "Return the elements in one dimension, the only other shape"
         return Product(self.w, self.u, self.v, True)
 
-    def block(self, i: int, j: int) -> Tensor:
-        "Return the rows from `i` up to `j`"
-        w   = self.w[i:j]
-        out = torch.empty(w.shape, dtype=self.dtype, device=self.device)
-        each = max(1, _FITS // max(w.shape[1], 1)) if self.is_cpu else max(len(w), 1)
-        for k in range(0, len(w), each):
-            some = w[k:k + each].to(torch.float64, copy=True).abs_()
-            us   = self.u[:, i + k:i + k + len(some)]
-            few  = len(us) <= FEW_TERMS
-            out[k:k + each] = some.mul_(_summed(us[:, :, None], self.v) if few else us.T @ self.v)
-        return out
+# %% ../../nbs/036_core.lazy.ipynb #lazyblk2
+@patch
+def block(self:Product, i: int, j: int) -> Tensor:
+    "Return the rows from `i` up to `j`"
+    w   = self.w[i:j]
+    out = torch.empty(w.shape, dtype=self.dtype, device=self.device)
+    each = max(1, _FITS // max(w.shape[1], 1)) if self.is_cpu else max(len(w), 1)
+    for k in range(0, len(w), each):
+        some = w[k:k + each].to(torch.float64, copy=True).abs_()
+        us   = self.u[:, i + k:i + k + len(some)]
+        few  = len(us) <= FEW_TERMS
+        out[k:k + each] = some.mul_(_summed(us[:, :, None], self.v) if few else us.T @ self.v)
+    return out
 
-    def full(self) -> Tensor:
-        "Return all elements as a matrix"
-        return self.block(0, len(self.w))
+@patch
+def full(self:Product) -> Tensor:
+    "Return all elements as a matrix"
+    return self.block(0, len(self.w))
 
 # %% ../../nbs/036_core.lazy.ipynb #c2623c2d
 @patch
@@ -139,25 +142,27 @@ class LazyScores:
         "Return the scores at `where`, of scores in one dimension"
         return self.of([t[where] for t in self.tensors])
 
-    def of(self, pieces: list[Tensor]) -> Tensor:
-        "Return the scores of `pieces` of the tensors; raise `ValueError` unless all are finite"
-        first = pieces[0]
-        if first.numel() <= _FITS or not first.is_cpu: return self.at_once(pieces)
-        out, n = torch.empty(first.shape, dtype=self.dtype), len(first)
-        each   = max(1, _FITS * n // first.numel())  # along the first axis
-        for i in range(0, n, each):
-            some = [p[i:i + each] if len(p) == n else p for p in pieces]
-            out[i:i + each] = self.at_once(some)
-        return out
+# %% ../../nbs/036_core.lazy.ipynb #lazyof02
+@patch
+def of(self:LazyScores, pieces: list[Tensor]) -> Tensor:
+    "Return the scores of `pieces` of the tensors; raise `ValueError` unless all are finite"
+    first = pieces[0]
+    if first.numel() <= _FITS or not first.is_cpu: return self._at_once(pieces)
+    out, n = torch.empty(first.shape, dtype=self.dtype), len(first)
+    each   = max(1, _FITS * n // first.numel())  # along the first axis
+    for i in range(0, n, each):
+        some = [p[i:i + each] if len(p) == n else p for p in pieces]
+        out[i:i + each] = self._at_once(some)
+    return out
 
-    def at_once(self, pieces: list[Tensor]) -> Tensor:
-        "Return `of` of pieces whose steps stay in the cache, and in memory that is reused"
-        scores = self.f(*[p if p.dtype in (torch.float32, torch.float64) else p.float() for p in pieces])
-        if scores.shape != pieces[0].shape:
-            raise ValueError(f'Expected {pieces[0].numel()} scores, got the shape {tuple(scores.shape)}')
-        if not all_finite(scores): raise ValueError('NaN or infinite numbers among the scores')
-        return scores
-
+@patch
+def _at_once(self:LazyScores, pieces):
+    "Return `of` of pieces whose steps stay in the cache, and in memory that is reused"
+    scores = self.f(*[p if p.dtype in (torch.float32, torch.float64) else p.float() for p in pieces])
+    if scores.shape != pieces[0].shape:
+        raise ValueError(f'Expected {pieces[0].numel()} scores, got the shape {tuple(scores.shape)}')
+    if not all_finite(scores): raise ValueError('NaN or infinite numbers among the scores')
+    return scores
 
 # %% ../../nbs/036_core.lazy.ipynb #lazyrow1
 @patch

@@ -101,9 +101,6 @@ class LazyScores:
     def of(self, pieces: list[Tensor]) -> Tensor:
         """Return the scores of `pieces` of the tensors; raise `ValueError` unless all are finite"""
 
-    def at_once(self, pieces: list[Tensor]) -> Tensor:
-        """Return `of` of pieces whose steps stay in the cache, and in memory that is reused"""
-
     def rows(self, start: int, stop: int) -> Tensor:
         """Return the scores at these indices of the first axis; a tensor of 1 row is passed to `f` as it is
 

@@ -127,6 +127,7 @@ def _multiply_in_threads(pairs):
     def part(t, i): return t[i:i + _CHUNK]
     in_threads(_multiply, [[(part(b, i), part(f, i))] for b,f in pairs for i in range(0, len(f), _CHUNK)], size)
 
+# %% ../../nbs/060_core.masks.ipynb #zeroall2
 def _zero_all(pairs):
     "Apply `zero_dropped` to pairs of a tensor and its mask"
     found, storages = [], set()

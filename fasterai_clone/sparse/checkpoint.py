@@ -84,7 +84,9 @@ _no_weights  = re.compile(r'opts?$|optim|\w*optimizer|\w*sched|\w*scaler|callbac
                           r'.*_extra_state$', re.I)
 _usual_names = ('model_state_dict', 'state_dict', 'model', 'net', 'network', 'module', 'weights', 'params')
 
-def as_tensor(v):
+def as_tensor(
+    v: object  # an array, or anything else
+) -> object:
     "Return the NumPy array `v` as a tensor; anything else, and an array that torch cannot read, as it is"
     if not isinstance(v, np.ndarray): return v
     try: return torch.tensor(v) if v.dtype.isnative else torch.tensor(v.astype(v.dtype.newbyteorder('=')))

@@ -24,8 +24,12 @@ def used_weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
         the state dict with weight · mask in place of a weight and its mask
     """
 
-def as_tensor(v):
-    """Return the NumPy array `v` as a tensor; anything else, and an array that torch cannot read, as it is"""
+def as_tensor(v: object) -> object:
+    """Return the NumPy array `v` as a tensor; anything else, and an array that torch cannot read, as it is
+
+    Args:
+        v: an array, or anything else
+    """
 
 def weights_in(state: object) -> dict[str, dict[str, torch.Tensor]]:
     """Find the state dicts in a checkpoint

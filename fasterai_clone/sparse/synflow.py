@@ -155,6 +155,7 @@ def _signal(model, state, inputs, scale, linears):
     if isinstance(R, Tensor): return R
     raise ValueError(f'synflow needs a tensor among the outputs, got {type(out).__name__}')
 
+# %% ../../nbs/404_sparse.synflow.ipynb #synshr02
 def _shares(model, params, inputs, scale, copies):
     "Return |w·∂R/∂w| / R for each parameter, with input and output scaled by `scale`"
     linears = {} if copies else _linears(model, params)
