@@ -112,4 +112,6 @@ def quantize_onnx(
     quantization = extra_package('onnxruntime.quantization', 'onnx')
     model = extra_package('onnx', 'onnx').load(str(file))
     del model.graph.value_info[:]  # the quantizer transposes weights whose shapes are there; it infers all anew
-    with _quiet(): quantization.quantize_dynamic(model, str(out), weight_type=quantization.QuantType.QInt8)
+    # 7 bits: with all 8, sums of two products overflow on processors without VNNI instructions
+    how = dict(weight_type=quantization.QuantType.QInt8, reduce_range=True)
+    with _quiet(): quantization.quantize_dynamic(model, str(out), **how)
