@@ -175,3 +175,9 @@ def test_whole_filters_that_the_module_around_centres_stay_zero():
     net = nn.Sequential(Around(nn.Linear(6, 5), 'centred'), nn.Linear(5, 2))
     Sparsifier(net, 'filter', layer_type=nn.Linear)
     with pytest.raises(ValueError, match='or choose granularity "filter"'): Sparsifier(net, layer_type=nn.Linear)
+
+def test_a_module_around_with_a_length_of_zero_is_looked_at_too():
+    class Empty(Around):
+        def __len__(self): return 0
+    with pytest.raises(ValueError, match='the `forward` of Empty, which contains it'):
+        Sparsifier(Empty(nn.Linear(6, 5), 'centred'), layer_type=nn.Linear)

@@ -100,7 +100,8 @@ def _with_zeros(module, params, masks):
 # %% ../../nbs/414_sparse.usage.ipynb #probe004
 def _loses_zeros(m, parts, runs=None):
     "Return whether `m`, or what `runs` it, uses weights without the zeros that groups of `parts` have in parameters"
-    first, runs = parts[0], runs or next((p.owner for p in parts if p.owner not in [*m.modules()]), m)
+    first = parts[0]
+    if runs is None: runs = next((p.owner for p in parts if p.owner not in [*m.modules()]), m)
     keep  = torch.rand(first.groups.n, generator=torch.Generator().manual_seed(0)) > 0.5
     keep[0], keep[-1] = first.groups.n == 0, first.groups.n > 1
     masks = [p.groups.expand(keep.to(p.whole.device), p.whole.shape) for p in parts]
@@ -125,7 +126,7 @@ def _has_fewer_zeros(p, parts, masks, seen, module, n):
 # %% ../../nbs/414_sparse.usage.ipynb #usage009
 def _reads(parent, m, params):
     "Return whether the code of `parent` names its child `m` and one of the child's `params`"
-    if type(parent).forward.__module__.startswith('torch.'): return False
+    if str(getattr(type(parent).forward, '__module__', '')).startswith('torch.'): return False
     names = _names_in(parent)
     return any(k in names for k,c in parent._modules.items() if c is m) and not names.isdisjoint(params)
 
