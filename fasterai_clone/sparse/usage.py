@@ -126,8 +126,8 @@ def _has_fewer_zeros(p, parts, masks, seen, module, n):
 # %% ../../nbs/414_sparse.usage.ipynb #usage009
 def _reads(parent, m, params):
     "Return whether the code of `parent` names its child `m` and one of the child's `params`"
-    if str(getattr(type(parent).forward, '__module__', '')).startswith('torch.'): return False
-    names = _names_in(parent)
+    own   = [k for k in type(parent).__mro__ if not k.__module__.startswith(('torch.', 'builtins'))]
+    names = {n for k in own for f in vars(k).values() if hasattr(f, '__code__') for n in _names_in(f)}
     return any(k in names for k,c in parent._modules.items() if c is m) and not names.isdisjoint(params)
 
 def _who_loses_zeros(m, weights, parent):
