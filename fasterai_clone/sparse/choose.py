@@ -70,7 +70,7 @@ def try_out(self:Chooser, granularity, coupled) -> None:
             raise ValueError(f'`nm`: {name} {why}: leave it out with `exclude={name!r}`')
         if not self.scorer.ready: check_fit(criteria, t, self.plan.context, granularity, coupled)
     if self.plain or self.found.place.mesh is not None: return
-    check_measure(criteria, self.found.model, self.found.parts)
+    with without_compile(self.found.model): check_measure(criteria, self.found.model, self.found.parts)
     self.scorer.try_all(self.found.targets, self.plan.context.compare)
 
 # %% ../../nbs/475_sparse.choose.ipynb #splits01
