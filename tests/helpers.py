@@ -39,13 +39,14 @@ def fit_for(criteria):
 
 @cache
 def images():
+    "Digits for training and validation, which no test can change for those after it"
     dls = digits_dls()
-    return list(dls.train.dataset), list(dls.valid.dataset)[:64]
+    return tuple(dls.train.dataset), tuple(dls.valid.dataset)[:64]
 
 def loaders(n=128, bs=16):
     train, valid = images()
-    return DataLoaders(DataLoader(TfmdLists(train[:n], noop), bs=bs, shuffle=True, drop_last=True),
-                       DataLoader(TfmdLists(valid, noop), bs=64))
+    return DataLoaders(DataLoader(TfmdLists(list(train[:n]), noop), bs=bs, shuffle=True, drop_last=True),
+                       DataLoader(TfmdLists(list(valid), noop), bs=64))
 
 def learner(n=128, bs=16, width=4, seed=0, model=None, **kwargs):
     "The same learner every time: 8 batches of 16 digits an epoch, three convolutions with 36, 288 and 1,152 weights"
