@@ -12,11 +12,13 @@ from fasterai_clone.methods.all import ADMMCallback, DistillCallback, ProximalCa
 from fasterai_clone.prune.all import thin
 from fasterai_clone.sparse.all import KeepSparsity, Sparsifier, SparsifyCallback, agp
 from .mnist import LAYERS, NETWORKS, Batches, load_mnist
+from .models import learner as random_images
 from .timing import machine
 
 LR, END, HEAL = 1e-2, 0.7, 0.3  # pruning is done at 70 % of training, 30 % is for recovery
 WEIGHTS, FILTERS = (90, 95, 98, 99), (50, 75)
 EPOCHS = {'LeNet-300-100': 5, 'LeNet-5': 1}  # 60 runs for each seed
+OVERHEADS = 'network', 'method', 'whole fit', 'after the first epoch'
 FIELDS = 'network seed kind unit asked distilled weights zeros params accuracy seconds'.split()
 
 # The networks: a function that makes one, its data, the learning rate and the types of layers
@@ -112,30 +114,39 @@ class Clock(Callback):
     def before_fit(self): self.ends = []
     def after_epoch(self): self.ends.append(time.process_time())
 
-def overheads(rounds=15, n=1024, epochs=10):
-    """Return the time of some epochs with each method, relative to that without: medians in turns, of the whole fit and
-    of what follows the first epoch"""
-    ways = {'no callback': lambda l: [], 'RigL, between moves': lambda l: [_between()],
-            'RigL, moves every 100 steps': lambda l: [_between(100)], 'ADMM, every 10 steps': lambda l: [
-                ADMMCallback(90, heal=0, verbose=False)], 'distillation': lambda l: [DistillCallback(verbose=False)],
-            'one more forward pass': lambda l: [Forward(l.model)]}
-    times = {k: [] for k in ways}
-    for _ in range(rounds):
-        for k,make in ways.items():
-            learn = Learner(digits_dls(64, n=n), digits_net(32), loss_func=CrossEntropyLossFlat())
-            cbs, clock = make(learn), Clock()
-            start = time.process_time()
-            with learn.no_bar(), learn.no_logging(): learn.fit(epochs, LR, cbs=[*cbs, clock])
-            times[k].append((time.process_time() - start, clock.ends[-1] - clock.ends[0]))
-    def ratio(k, i): return round(median(a[i]/b[i] for a,b in zip(times[k], times['no callback'])), 3)
-    return {k: (ratio(k, 0), ratio(k, 1)) for k in ways}
+WAYS = {'no callback': lambda l: [], 'RigL, between moves': lambda l: [_between()],
+        'RigL, moves every 100 steps': lambda l: [_between(100)],
+        'ADMM, every 10 steps': lambda l: [ADMMCallback(90, heal=0, verbose=False)],
+        'distillation': lambda l: [DistillCallback(verbose=False)],
+        'one more forward pass': lambda l: [Forward(l.model.train())],
+        'one more forward pass, frozen': lambda l: [Forward(l.model.eval())]}
+NETS = {'digits, 16 batches of 64': (lambda: Learner(digits_dls(64, n=1024), digits_net(32),
+                                                     loss_func=CrossEntropyLossFlat()), 10),
+        'ResNet-18, 8 batches of 16': (lambda: random_images('ResNet-18', 'cpu', 8), 3)}
+
+def overheads(rounds=15, nets=NETS):
+    """Yield the time of some epochs with each method, relative to that without: median and extremes of rounds in
+    turns, of the whole fit and of what follows the first epoch"""
+    for net,(make, epochs) in nets.items():
+        times = {k: [] for k in WAYS}
+        for _ in range(rounds):
+            for k,callbacks in WAYS.items():
+                learn = make()
+                cbs, clock = callbacks(learn), Clock()
+                start = time.process_time()
+                with learn.no_bar(), learn.no_logging(): learn.fit(epochs, LR, cbs=[*cbs, clock])
+                times[k].append((time.process_time() - start, clock.ends[-1] - clock.ends[0]))
+        def ratio(k, i):
+            r = sorted(a[i]/b[i] for a,b in zip(times[k], times['no callback']))
+            return f'{median(r):.2f} ({r[0]:.2f}–{r[-1]:.2f})'
+        for k in WAYS: yield dict(zip(OVERHEADS, (net, k, ratio(k, 0), ratio(k, 1))))
 
 class Forward(Callback):
-    "Run a frozen copy of a model on each batch, as any distillation must"
-    def __init__(self, model): self.frozen = copy.deepcopy(model).eval()
+    "Run a copy of a model on each batch, with gradients in train mode only"
+    def __init__(self, model): self.copy = copy.deepcopy(model)
     def before_batch(self):
-        if not self.training: return
-        with torch.no_grad(): self.frozen(*self.xb)
+        if self.training:
+            with torch.set_grad_enabled(self.copy.training): self.copy(*self.xb)
 
 def _between(every=10**6):
     return SparsifyCallback(90, 'weight', 'erk', schedule='constant', rule=Regrow(every=every), verbose=False)
@@ -183,11 +194,8 @@ def main(args=None):
     kept  = 'date', 'cpu', 'threads', 'python', 'torch', 'fastai', 'fasterai-clone'
     about = {k: v for k,v in machine('cpu').items() if k in kept}
     if args.overheads:
-        found = overheads(1 if args.quick else args.rounds)
-        out = args.out or Path('benchmarks/results/towards_overheads.csv')
-        fields = 'method', 'whole fit', 'after the first epoch'
-        table  = [dict(zip(fields, (k, *v))) for k,v in found.items()]
-        return write(out, about | dict(rounds=args.rounds), fields, table)
+        found, out = overheads(1 if args.quick else args.rounds), Path('benchmarks/results/towards_overheads.csv')
+        return write(args.out or out, about | dict(rounds=args.rounds), OVERHEADS, found)
     epochs, seeds, more = args.epochs, args.seeds, dict(weights=args.weights, filters=args.filters)
     if args.quick: epochs, seeds, more = 1, 1, dict(weights=(90,), filters=(50,))
     if args.data or args.mnist:
