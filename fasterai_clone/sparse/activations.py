@@ -13,7 +13,7 @@ from torch import Tensor
 from ..model.layers import size_axes
 from ..model.run import opened_attention
 from .batches import call_with
-from .measuring import batches_for, checked_scores, layers_of, running, upcast
+from .measuring import batches_for, checked_scores, layers_of, running, score_dtype, upcast
 
 # %% auto #0
 __all__ = ['refuse_unseen', 'input_norms']
@@ -128,6 +128,6 @@ def input_norms(
     sums = {k: torch.zeros(1, device=p.device) for k,p in params.items()}
     def look(k, m, inputs, out): sums[k] = sums[k] + _input_squares(m, k.rpartition('.')[2], inputs, out)
     watch('wanda', model, data, layers_of(model, params), look)
-    return checked_scores('wanda', {k: upcast(s).to(upcast(params[k]).dtype).sqrt() for k,s in sums.items()})
+    return checked_scores('wanda', {k: upcast(s).to(score_dtype(params[k])).sqrt() for k,s in sums.items()})
 
 input_norms.check = refuse_unseen

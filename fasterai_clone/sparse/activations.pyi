@@ -7,7 +7,7 @@ from torch import Tensor
 from ..model.layers import size_axes
 from ..model.run import opened_attention
 from .batches import call_with
-from .measuring import batches_for, checked_scores, layers_of, running, upcast
+from .measuring import batches_for, checked_scores, layers_of, running, score_dtype, upcast
 
 __all__ = ['refuse_unseen', 'input_norms']
 

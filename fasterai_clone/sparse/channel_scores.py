@@ -15,7 +15,7 @@ from ..model.flow import trace_flow
 from ..model.preserve import restored
 from .activations import CONVOLUTIONS, inside_attention, watch
 from .batches import batches, device_of
-from .measuring import checked_scores, layers_of, upcast
+from .measuring import checked_scores, layers_of, score_dtype, upcast
 
 # %% auto #0
 __all__ = ['channel_zeros', 'channel_means', 'norm_scales']
@@ -81,7 +81,7 @@ def _channel_means(what, model, params, data, norms, f):
     watch(what, model, data, last, look)
     zeros = {n: torch.zeros(_out_channels(layers[k]), device=params[k].device) for k,n in names.items()}
     means = {n: sums[n] / max(counts[n], 1) if n in sums else zeros[n] for n in last}
-    def shaped(k, n): return _by_output(layers[k], k.rpartition('.')[2], means[n]).to(upcast(params[k]).dtype)
+    def shaped(k, n): return _by_output(layers[k], k.rpartition('.')[2], means[n]).to(score_dtype(params[k]))
     return checked_scores(what, {k: shaped(k, n) for k,n in names.items()})
 
 # %% ../../nbs/407_sparse.channel_scores.ipynb #21f967f7
@@ -130,7 +130,7 @@ def norm_scales(
         elif gamma.shape != (n,):
             raise ValueError(f'{found[0][0]} has scales of the shape {tuple(gamma.shape)}, expected one for '
                              f'each of {n} channels of {k}')
-        else: scores[k] = _by_output(m, k.rpartition('.')[2], gamma.abs()).to(upcast(params[k]).dtype)
+        else: scores[k] = _by_output(m, k.rpartition('.')[2], gamma.abs()).to(score_dtype(params[k]))
     if without:
         raise ValueError(f'No norm with scales follows {", ".join(dict.fromkeys(without))}: leave such layers '
                          f'out, or choose another criterion')

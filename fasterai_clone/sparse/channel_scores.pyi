@@ -9,7 +9,7 @@ from ..model.flow import trace_flow
 from ..model.preserve import restored
 from .activations import CONVOLUTIONS, inside_attention, watch
 from .batches import batches, device_of
-from .measuring import checked_scores, layers_of, upcast
+from .measuring import checked_scores, layers_of, score_dtype, upcast
 
 __all__ = ['channel_zeros', 'channel_means', 'norm_scales']
 

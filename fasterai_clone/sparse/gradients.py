@@ -16,7 +16,7 @@ from ..core.criteria import scaled, taylor
 from ..model.preserve import restored
 from .batches import Labels, by_name, call_with, keywords
 from .measuring import (
-    batches_for, checked_scores, gradients, layers_of, recurrent_in_eval, running, upcast)
+    batches_for, checked_scores, gradients, layers_of, recurrent_in_eval, running, upcast, zeros_for)
 
 # %% auto #0
 __all__ = ['taken', 'accumulated', 'loss_gradients', 'snip_scores', 'flow_gradients', 'grasp_scores']
@@ -62,12 +62,12 @@ class Sums:
 
     def add(self, k: str, v: Tensor) -> None:
         "Add the term `v` for the parameter `k`"
-        if k not in self.found: self.found[k] = torch.zeros_like(upcast(self.params[k]))
+        if k not in self.found: self.found[k] = zeros_for(self.params[k])
         self.found[k] += v.detach() if type(v) is Tensor and not v.is_sparse else upcast(v)
 
     def all(self) -> dict[str, Tensor]:
         "Return the sum for each parameter, zero where there was no term"
-        return {k: self.found[k] if k in self.found else torch.zeros_like(upcast(p)) for k,p in self.params.items()}
+        return {k: self.found[k] if k in self.found else zeros_for(p) for k,p in self.params.items()}
 
 class OwnSums(Sums):
     "Sums of gradients, where a single one is kept as it is, in the dtype of its weight"

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.criteria import scaled, taylor
 from ..model.preserve import restored
 from .batches import Labels, by_name, call_with, keywords
-from .measuring import batches_for, checked_scores, gradients, layers_of, recurrent_in_eval, running, upcast
+from .measuring import batches_for, checked_scores, gradients, layers_of, recurrent_in_eval, running, upcast, zeros_for
 
 __all__ = ['taken', 'accumulated', 'loss_gradients', 'snip_scores', 'flow_gradients', 'grasp_scores']
 

@@ -21,13 +21,24 @@ from .batches import batches, device_of
 __all__ = []
 
 # %% ../../nbs/402_sparse.measuring.ipynb #1d0e65be
+def score_dtype(
+    t: Tensor
+) -> torch.dtype:
+    "Return the dtype of the scores of `t`: float64 if it is that, else float32"
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
 def upcast(
     t: Tensor  # of any class, sparse ones included
 ) -> Tensor:
-    "Return `t` as a plain float32 tensor, or float64 if it is that"
+    "Return `t` as a plain tensor of `score_dtype`"
     if t.layout is torch.sparse_coo: t = t.to_dense()  # the gradient of an embedding with `sparse=True`
-    t = t.detach().as_subclass(Tensor)
-    return t if t.dtype == torch.float64 else t.float()
+    return t.detach().as_subclass(Tensor).to(score_dtype(t))
+
+def zeros_for(
+    t: Tensor
+) -> Tensor:
+    "Return zeros of the shape of `t`, in `score_dtype`"
+    return torch.zeros(t.shape, dtype=score_dtype(t), device=t.device)
 
 def layers_of(
     model: nn.Module,

@@ -13,12 +13,18 @@ from .batches import batches, device_of
 
 __all__ = []
 
+def score_dtype(t: Tensor) -> torch.dtype:
+    """Return the dtype of the scores of `t`: float64 if it is that, else float32"""
+
 def upcast(t: Tensor) -> Tensor:
-    """Return `t` as a plain float32 tensor, or float64 if it is that
+    """Return `t` as a plain tensor of `score_dtype`
 
     Args:
         t: of any class, sparse ones included
     """
+
+def zeros_for(t: Tensor) -> Tensor:
+    """Return zeros of the shape of `t`, in `score_dtype`"""
 
 def layers_of(model: nn.Module, params: dict[str, Tensor]) -> dict[str, nn.Module]:
     """Return the module of each parameter; raise `ValueError` for one that is not in the model

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.lazy import FEW_TERMS, Product
 from ..core.tensors import all_finite
 from .batches import arguments
-from .measuring import batches_for, checked_scores, layers_of, running, upcast
+from .measuring import batches_for, checked_scores, layers_of, running, upcast, zeros_for
 
 # %% auto #0
 __all__ = ['path_shares', 'synflow_scores']
@@ -122,7 +122,7 @@ class _Linear:
 
     def shares(self, R):
         "Return |w·∂R/∂w| / R after the backward pass"
-        if not self.found or not R: return torch.zeros_like(upcast(self.w))
+        if not self.found or not R: return zeros_for(self.w)
         u, v = (torch.cat(parts) for parts in zip(*self.found))
         share = Product(self.w, u.div_(R), v)
         return share if len(u) <= FEW_TERMS else share.full()

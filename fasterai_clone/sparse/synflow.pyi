@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.lazy import FEW_TERMS, Product
 from ..core.tensors import all_finite
 from .batches import arguments
-from .measuring import batches_for, checked_scores, layers_of, running, upcast
+from .measuring import batches_for, checked_scores, layers_of, running, upcast, zeros_for
 from typing import Any
 
 __all__ = ['path_shares', 'synflow_scores']
