@@ -1,6 +1,6 @@
 """What each score and context costs beside local magnitude and the passes it measures with:
 `python -m benchmarks.measuring` (about 5 minutes on one thread)"""
-import argparse, csv, gc, json, os, subprocess, sys, time
+import argparse, csv, gc, os, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -101,30 +101,36 @@ class Job:
 
 def loss(out, y): return F.cross_entropy(out.float(), y)
 
-def jobs_of(case, only, **size):
+def wanted(only):
+    "Return the names of the contestants"
+    return [k for k in CONTESTANTS if k == REFERENCE or not only or any(o in k for o in only)]
+
+def jobs_of(case, names, **size):
     "Contestant → `Job`, all with the same network, and that network with its data"
     model, x, y, kind = CASES[case](**size)
-    wanted = {k: v for k,v in CONTESTANTS.items() if k == REFERENCE or not only or any(o in k for o in only)}
-    jobs   = {k: Job(model, x, y, kind, LESS.get(k, SPARSITY), **v) for k,v in wanted.items()}
-    for j in jobs.values(): j.dense = jobs[REFERENCE].dense
+    jobs = {k: Job(model, x, y, kind, LESS.get(k, SPARSITY), **CONTESTANTS[k]) for k in names}
+    for j in jobs.values(): j.dense = jobs[names[0]].dense
     return jobs, (model, x, y)
 
 def peaks(args):
-    "Case → contestant → bytes per weight, from a process whose freed memory goes back to the system at once"
-    if args.peaks:
-        found = {c: {k: j.peak() for k,j in jobs_of(c, args.only, **sizes(c, args))[0].items()} for c in args.cases}
-        print(json.dumps(found))
-        return found
-    env   = dict(os.environ, MALLOC_MMAP_THRESHOLD_='1048576')  # which makes all that allocates slow: not for times
-    again = [sys.executable, '-m', 'benchmarks.measuring', '--peaks', *sys.argv[1:]]
-    found = subprocess.run(again, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(found.splitlines()[-1])
+    "Case → contestant → bytes per weight, each from a process whose freed memory goes back to the system at once"
+    env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='1048576')  # which makes all that allocates slow: not for times
+    def of(case, name):
+        again = [sys.executable, '-m', 'benchmarks.measuring', '--peak', case, name,
+                 '--linears', str(args.linears), '--width', str(args.width)]
+        return float(subprocess.run(again, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return {c: {k: of(c, k) for k in wanted(args.only)} for c in args.cases}
+
+def own_peak(case, name, args):
+    "Return the bytes per weight of a contestant, after a small run for all that is made once"
+    jobs_of('bf16 linears', [name], n=2, width=64)[0][name].sparsify()
+    return jobs_of(case, [name], **sizes(case, args))[0][name].peak()
 
 def sizes(case, args): return dict(n=args.linears, width=args.width) if case == 'bf16 linears' else {}
 
 def measured(case, only, rounds, peaks, **size):
     "A row for each contestant"
-    jobs, given = jobs_of(case, only, **size)
+    jobs, given = jobs_of(case, wanted(only), **size)
     runs = dict(jobs)
     for k in jobs:
         f = passes_of(k)
@@ -149,13 +155,13 @@ def main():
     p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--linears', type=int, default=4)
     p.add_argument('--width', type=int, default=2048)
-    p.add_argument('--peaks', action='store_true', help='print the peaks of memory only')
+    p.add_argument('--peak', nargs=2, metavar=('CASE', 'CONTESTANT'), help='print the peak of memory of one only')
     args = p.parse_args()
     args.cases, args.only = args.cases.split(','), [o for o in args.only.split(',') if o]
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if args.peak: return print(own_peak(*args.peak, args))
     found = peaks(args)
-    if args.peaks: return
     with open(args.out, 'w', newline='', encoding='utf-8') as file:
         out = csv.writer(file, lineterminator='\n')
         out.writerow(FIELDS)

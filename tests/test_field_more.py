@@ -1,6 +1,7 @@
 """More siblings of the reports from the field: checkpoints, counts and layers as people have them, with values that can
 be checked by hand"""
 from argparse import Namespace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -181,3 +182,39 @@ def test_a_module_around_with_a_length_of_zero_is_looked_at_too():
         def __len__(self): return 0
     with pytest.raises(ValueError, match='the `forward` of Empty, which contains it'):
         Sparsifier(Empty(nn.Linear(6, 5), 'centred'), layer_type=nn.Linear)
+
+class Helped(Around):
+    "Changes the weight outside of `forward`, in one of the ways that code does"
+    @property
+    def centred(self): return self.base.weight - self.base.weight.mean(1, keepdim=True)
+    @cached_property
+    def once(self): return self.centred
+    @classmethod
+    def of(cls, layer): return layer.weight - layer.weight.mean(1, keepdim=True)
+    def by_name(self): return self.centred
+    def forward(self, x):
+        if self.use == 'property': w = self.centred
+        elif self.use == 'cached': w = self.once
+        elif self.use == 'classmethod': w = self.of(self.base)
+        elif self.use == 'getattr': w = getattr(self, 'by_' + 'name')()
+        else: w = torch.stack([row - row.mean() for l in (self.base,) for row in l.weight])
+        return nn.functional.linear(x, w)
+
+@pytest.mark.parametrize('use', ['property', 'cached', 'classmethod', 'getattr', 'comprehension'])
+def test_a_weight_that_changes_outside_of_forward_is_refused(use):
+    with pytest.raises(ValueError, match='the `forward` of Helped, which contains it'):
+        Sparsifier(Helped(nn.Linear(6, 5), use), layer_type=nn.Linear)
+
+def test_a_module_around_that_only_initialises_its_layers_is_not_run():
+    "As in torchvision's ResNet: a run of the whole network for each layer would cost time, and a copy of all weights"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = nn.Conv2d(3, 4, 3)
+            nn.init.ones_(self.conv1.weight)
+        def reset(self): self.conv1.weight.data.fill_(1)
+        def forward(self, x):
+            runs.append(x.shape)
+            return self.conv1(x)
+    runs = []
+    assert [t.name for t in Sparsifier(Net()).targets] == ['conv1.weight'] and runs == []

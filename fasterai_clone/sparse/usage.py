@@ -50,6 +50,7 @@ def _names_in(f):
     is_function = hasattr(f, '__code__') or hasattr(f, '__func__')
     plain = [getattr(f, '__func__', f)] if is_function else [*vars(type(f)).values()]
     codes = [(o.__code__, o.__globals__) for o in plain if hasattr(o, '__code__')]
+    for c,g in codes: codes += [(inner, g) for inner in c.co_consts if hasattr(inner, 'co_names')]  # comprehensions
     codes += [(g[k].__code__, {}) for c,g in codes for k in c.co_names if hasattr(g.get(k), '__code__')]
     return {n for c,_ in codes for n in (*c.co_names, *(s for s in c.co_consts if isinstance(s, str)))}
 
@@ -124,10 +125,21 @@ def _has_fewer_zeros(p, parts, masks, seen, module, n):
     return any(count > most for count in used)
 
 # %% ../../nbs/414_sparse.usage.ipynb #usage009
+def _names_run(module):
+    "Return the names in the code that a run of `module` may reach: its own methods and properties, from `forward` on"
+    kinds = [vars(k) for k in type(module).__mro__ if not k.__module__.startswith(('torch.', 'builtins'))]
+    left, names = {'forward', '__call__'}, set()
+    while left:
+        found = [getattr(k[n], 'fget', k[n]) for n in left for k in (vars(module), *kinds) if n in k]
+        names |= left
+        code   = [f for f in found if any(hasattr(f, k) for k in ('__code__', '__func__', 'func'))]
+        left   = {n for f in code for n in _names_in(f)} - names
+        if 'getattr' in left: left |= {n for k in kinds for n in k} - names - {'__init__'}  # one of them by its name
+    return names
+
 def _reads(parent, m, params):
-    "Return whether the code of `parent` names its child `m` and one of the child's `params`"
-    own   = [k for k in type(parent).__mro__ if not k.__module__.startswith(('torch.', 'builtins'))]
-    names = {n for k in own for f in vars(k).values() if hasattr(f, '__code__') for n in _names_in(f)}
+    "Return whether the code that runs `parent` names its child `m` and one of the child's `params`"
+    names = _names_run(parent)
     return any(k in names for k,c in parent._modules.items() if c is m) and not names.isdisjoint(params)
 
 def _who_loses_zeros(m, weights, parent):
