@@ -7,12 +7,12 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/analyze.metric.html.md"""
 # %% ../../nbs/742_analyze.metric.ipynb #6557d43a
 from __future__ import annotations
 import inspect, math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import torch, torch.nn as nn, torch.nn.functional as F
 from ..model.preserve import undisturbed
 from ..model.run import check_ready
 from ..model.wrappers import unwrapped
-from ..sparse.batches import batches, by_name, call_with, device_of, keywords
+from ..sparse.batches import batches, by_name, call_with, device_of, keywords, labels_in
 
 # %% auto #0
 __all__ = ['evaluate', 'perplexity']
@@ -27,14 +27,15 @@ def _takes_model(metric):
 def _logits(out):
     "Return the first output of a model"
     if isinstance(out, torch.Tensor): return out
-    out = getattr(out, 'logits', out[0] if isinstance(out, (tuple, list)) else None)
+    if isinstance(out, Mapping): out = out.get('logits')
+    else: out = getattr(out, 'logits', out[0] if isinstance(out, (tuple, list)) and len(out) else None)
     if isinstance(out, torch.Tensor): return out
-    raise TypeError('The model must return a tensor, a tuple that starts with one, or an object with `logits`')
+    raise TypeError('The model must return a tensor, a tuple that starts with one, or a dict or object with `logits`')
 
 def _target(inputs, target):
     "Return the target of a batch; of a dict it is in `labels`"
+    if target is None: target = labels_in(inputs)
     if target is not None: return target
-    if len(inputs) == 1 and by_name(inputs[0]) and 'labels' in keywords(inputs[0]): return keywords(inputs[0])['labels']
     raise ValueError('A metric of outputs and targets needs batches with targets: `(*inputs, target)`, or a dict with '
                      '`labels`')
 

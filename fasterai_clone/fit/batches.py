@@ -6,7 +6,9 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/fit.batches.html.md"""
 
 # %% ../../nbs/384_fit.batches.ipynb #c9b1e748
 from __future__ import annotations
+from collections.abc import Callable
 from fastai.learner import Learner
+from .callback import FitCallback
 from .state import same_random
 
 # %% auto #0
@@ -35,3 +37,34 @@ class ExampleInputs:
     "Return the inputs of one batch from the learner of `cb` when called"
     def __init__(self, cb): self.cb = cb
     def __call__(self): return inputs_and_targets(self.cb.learn, one_batch(self.cb.learn))[0]
+
+# %% ../../nbs/384_fit.batches.ipynb #loss0001
+class LearnerLoss:
+    "Compute the loss of `learn` for outputs of its model, as in a fit: after callbacks that change predictions"
+    def __init__(self, learn: Learner): self.learn, self.loss_func = learn, learn.loss_func
+
+    def __call__(self, out, *targets): return self.after(None, out, *targets)
+
+    def after(self, change: Callable|None, out, *targets):
+        "Return the loss with `change` applied to the predictions that the callbacks leave"
+        learn, cbs = self.learn, _changing(self.learn)
+        before = [(o, dict(vars(o))) for o in (learn, *cbs)]
+        try:
+            learn.pred, learn.yb = out, targets
+            for cb in cbs: cb.after_pred()
+            return self.loss_func(change(learn.pred) if change else learn.pred, *learn.yb)
+        finally:
+            for o,was in before:
+                for k in vars(o).keys() - was.keys(): del vars(o)[k]
+                vars(o).update(was)
+
+def _changing(learn):
+    "Return the callbacks of `learn` that may change predictions, in order, without those of this package"
+    def changes(cb): return hasattr(type(cb), 'after_pred') or 'after_pred' in vars(cb)  # others ask the learner
+    return [cb for cb in learn.cbs.sorted('order') if cb.run and changes(cb) and not isinstance(cb, FitCallback)]
+
+def loss_of(
+    learn: Learner
+) -> Callable:
+    "Return the loss function of `learn`, for what its model returns"
+    return LearnerLoss(learn) if _changing(learn) else learn.loss_func

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fastai.learner import Learner
 from fastcore.basics import patch
 from ..core.entry import Entry
-from ..fit.batches import ExampleInputs
+from ..fit.batches import ExampleInputs, loss_of
 from ..fit.checkpoint import StateKind, add_kind, forget_states
 from ..fit.guards import enter_fit, leave_fit
 from ..fit.progress import Epochs
@@ -79,7 +79,7 @@ def find_sparsifier(self:TowardsCallback) -> bool:
     if knows_model(self.sparsifier, self.learn.model):
         self.sparsifier.processes = process_group(self.learn.model)
         return False
-    self.sparsifier = Sparsifier(self.learn.model, loss_func=self.learn.loss_func, example_inputs=ExampleInputs(self),
+    self.sparsifier = Sparsifier(self.learn.model, loss_func=loss_of(self.learn), example_inputs=ExampleInputs(self),
                                  **self.arguments)
     return True
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from fastai.learner import Learner
 from fastcore.basics import patch
 from ..core.entry import Entry
-from ..fit.batches import ExampleInputs
+from ..fit.batches import ExampleInputs, loss_of
 from ..fit.checkpoint import StateKind, add_kind, forget_states
 from ..fit.guards import enter_fit, leave_fit
 from ..fit.progress import Epochs

@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy, inspect
 from collections import deque
 from collections.abc import Callable, ItemsView, Mapping, ValuesView
+from dataclasses import fields, is_dataclass
 from contextlib import ExitStack, contextmanager
-from functools import wraps
-from types import FunctionType, GeneratorType, MethodType, ModuleType
+from functools import partial, wraps
+from itertools import chain, islice, starmap, zip_longest
+from types import BuiltinMethodType, FunctionType, GeneratorType, MethodType, ModuleType
 import numpy as np, torch, torch.nn as nn
 from torch.nn.utils.rnn import PackedSequence
 from ..core.bars import Steps
@@ -21,16 +23,25 @@ from ..core.tensors import check_loaded
 __all__ = ['tensors_in', 'outputs_in', 'memory_of']
 
 # %% ../../nbs/120_model.run.ipynb #be81f8c2
-def _fits(model, args):
-    "Return whether `model` can be called with `args`"
-    try: inspect.signature(model.forward).bind(*args)
+def _fits(model, args, kwargs=None):
+    "Return whether `model` can be called with `args` and `kwargs`"
+    try: inspect.signature(model.forward).bind(*args, **(kwargs or {}))
     except TypeError: return False
     except ValueError: return True  # it has no signature
     return True
 
+def _by_name(x, model):
+    "Return the dict or dataclass `x` as keyword arguments, or as one argument if `model` takes only that"
+    if isinstance(x, Mapping):
+        if model is None or all(isinstance(k, str) for k in x) and _fits(model, (), x): return (), dict(x)
+        return ((x,), {}) if _fits(model, (x,)) else ((), dict(x))
+    named = {f.name: getattr(x, f.name) for f in fields(x)}
+    if model is None or not named.keys() <= inspect.signature(model.forward).parameters.keys(): return (x,), {}
+    return (), named
+
 def call_arguments(example_inputs, model=None):
     "Return `example_inputs` as positional and keyword arguments, without a target that `model` does not take"
-    if isinstance(example_inputs, Mapping): return (), dict(example_inputs)
+    if isinstance(example_inputs, Mapping) or is_dataclass(example_inputs): return _by_name(example_inputs, model)
     several = isinstance(example_inputs, (list, tuple)) and not isinstance(example_inputs, PackedSequence)
     args    = tuple(example_inputs) if several else (example_inputs,)
     if model is not None and len(args) > 1 and not _fits(model, args) and _fits(model, args[:-1]): args = args[:-1]
@@ -85,11 +96,24 @@ def tensors_in(
 
 # %% ../../nbs/120_model.run.ipynb #7122b60a
 _ITERATORS = (GeneratorType, map, filter, zip, enumerate, reversed,
-              *(type(iter(o)) for o in ([], (), {}, {}.values(), set())))
+              chain, islice, starmap, zip_longest, *(type(iter(o)) for o in ([], (), {}, {}.values(), set())))
 
 def _is_cache(o): return any(kind.__module__ == 'transformers.cache_utils' for kind in type(o).__mro__)
 
-def _parts_of(o): return list(o) if isinstance(o, _ITERATORS) else held_by(o)
+def _bound(f):
+    "Return the objects that calling the function `f` may return: those in its closure, defaults and arguments"
+    if isinstance(f, partial): return [f.func, *f.args, *f.keywords.values()]
+    if not isinstance(f, FunctionType): return [f.__self__]
+    try: cells = [c.cell_contents for c in f.__closure__ or ()]
+    except ValueError: cells = []  # of a variable that is not set yet
+    return [*cells, *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
+
+def _parts_of(o):
+    if isinstance(o, _ITERATORS): return list(o)
+    if isinstance(o, Mapping): return [*o.keys(), *o.values()]
+    if isinstance(o, np.ndarray) and o.dtype == object: return o.flat
+    if isinstance(o, (partial, FunctionType, MethodType, BuiltinMethodType)): return _bound(o)
+    return held_by(o)
 
 def outputs_in(
     out: object  # what a model returned; iterators in it are exhausted

@@ -3,9 +3,11 @@
 import copy, inspect
 from collections import deque
 from collections.abc import Callable, ItemsView, Mapping, ValuesView
+from dataclasses import fields, is_dataclass
 from contextlib import ExitStack, contextmanager
-from functools import wraps
-from types import FunctionType, GeneratorType, MethodType, ModuleType
+from functools import partial, wraps
+from itertools import chain, islice, starmap, zip_longest
+from types import BuiltinMethodType, FunctionType, GeneratorType, MethodType, ModuleType
 import numpy as np, torch, torch.nn as nn
 from torch.nn.utils.rnn import PackedSequence
 from ..core.bars import Steps

@@ -20,8 +20,9 @@ def layer_weight(
     m: nn.Module  # a layer
 ) -> nn.Parameter|None:
     "Return the weight of a layer, if it is a parameter"
-    found = [m._parameters.get(k) for k in ('weight', 'weight_orig', 'in_proj_weight', 'q_proj_weight')]
-    return next((w for w in found if w is not None), None)
+    own = dict(m._parameters.items())  # of a scripted module, too
+    return next((own[k] for k in ('weight', 'weight_orig', 'in_proj_weight', 'q_proj_weight')
+                 if own.get(k) is not None), None)
 
 # %% ../../nbs/320_model.sizes.ipynb #lsizes01
 def _recurrent_sizes(m):

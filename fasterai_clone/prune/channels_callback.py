@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from fastcore.basics import patch
 from ..core.selection import n_dropped
-from ..fit.batches import ExampleInputs
+from ..fit.batches import ExampleInputs, loss_of
 from ..fit.resume import ResumableCallback
 from ..model.flops import multiply_adds
 from ..model.wrappers import unwrapped, without_compile
@@ -105,7 +105,7 @@ def most(self:ChannelsCallback) -> int:
 def new_sparsifier(self:ChannelsCallback, check: bool = False) -> Sparsifier:
     "Return a sparsifier for the current channels; `check`: only for those that a trial can remove"
     own = {k: getattr(self, k) for k in ('layer_type', 'include', 'exclude', 'data')}
-    sp  = Sparsifier(self.learn.model, 'filter', self.context, self.criteria, loss_func=self.learn.loss_func,
+    sp  = Sparsifier(self.learn.model, 'filter', self.context, self.criteria, loss_func=loss_of(self.learn),
                      example_inputs=self.inputs, coupled=True, check=check, **own)
     return one_group_each(sp)
 

@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch import Tensor
 from fastcore.basics import patch
 from ..core.selection import n_dropped
-from ..fit.batches import ExampleInputs
+from ..fit.batches import ExampleInputs, loss_of
 from ..fit.resume import ResumableCallback
 from ..model.flops import multiply_adds
 from ..model.wrappers import unwrapped, without_compile

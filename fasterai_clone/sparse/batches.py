@@ -43,6 +43,15 @@ def keywords(x):
     "Return the arguments in a dict or dataclass, by name"
     return dict(x.items()) if isinstance(x, Mapping) else {f.name: getattr(x, f.name) for f in fields(x)}
 
+LABELS = 'labels', 'label'  # names of labels in a batch by name
+
+def labels_in(
+    inputs: tuple  # the inputs of a batch, as `batches` yields them
+):
+    "Return the labels in a batch that is a dict or a dataclass, or None"
+    named = keywords(inputs[0]) if len(inputs) == 1 and by_name(inputs[0]) else {}
+    return next((named[k] for k in LABELS if named.get(k) is not None), None)
+
 def _is_parts(x): return isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence)
 
 def _is_batch(data):

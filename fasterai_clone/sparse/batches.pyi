@@ -33,6 +33,14 @@ def by_name(x):
 
 def keywords(x):
     """Return the arguments in a dict or dataclass, by name"""
+LABELS: tuple
+
+def labels_in(inputs: tuple):
+    """Return the labels in a batch that is a dict or a dataclass, or None
+
+    Args:
+        inputs: the inputs of a batch, as `batches` yields them
+    """
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter of `model`; the CPU if it has none"""

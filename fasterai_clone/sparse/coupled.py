@@ -90,11 +90,13 @@ def as_one(g, owners: dict, roles: tuple, targets: list[Target], leaders: list[T
         if same: parts[0] = first
     return replace(leaders[0], parts=tuple(parts), held=tuple(map(part, held)))
 
+def _parameter(m, k): return m._parameters[k] if k in m._parameters else None  # a scripted module's has no `get`
+
 def readers_of(g, chosen: list[Target], known: dict, owners: dict) -> list[Target]:
     "Return the targets that read the channels of the group `g`, unless they compute them too; `known`: those by weight"
     mine  = {p.name for t in chosen for p in t.parts}
     names = [m.name for m in g.members if m.role == 'consumer' and m.name not in mine and not _uneven(g, [m.name])]
-    found = [known.get(id(owners[n][0]._parameters.get(owners[n][1]))) for n in names if n in owners]
+    found = [known.get(id(_parameter(*owners[n]))) for n in names if n in owners]
     return [t for t in found if t is not None]
 
 # %% ../../nbs/452_sparse.coupled.ipynb #4c0872b6
@@ -128,7 +130,7 @@ def _collect(groups, targets, role, owners, coupled, exclude, kind=None):
     for g in (g for g in groups if kind in (None, g.kind)):
         names  = [m.name for m in g.members if m.role == role]
         places = [owners.get(n, (None, '')) for n in names]
-        own    = [known.get(id(m._parameters.get(k))) if m is not None else None for m,k in places]
+        own    = [known.get(id(_parameter(m, k))) if m is not None else None for m,k in places]
         chosen = [*{t.name: t for t in own if t}.values()]
         makers = role == 'producer'
         why = why_not_made(g, names, own) if makers else why_not_read(g, chosen, owners, exclude)
@@ -156,7 +158,7 @@ def coupled_targets(model: nn.Module, targets: list[Target], granularity: str, c
     if coupled is not True: as_patterns('coupled', coupled, [(t.layer, t.module, t.name) for t in targets])
     with without_compile(model):
         groups = coupled_groups(model, inputs.one(model, device, what), timeout=None)
-        places = [(n, m, k) for n,m in model.named_modules() for k in (*m._parameters, *m._buffers)]
+        places = [(n, m, k) for n,m in model.named_modules() for k in (*m._parameters.keys(), *m._buffers.keys())]
         owners = {f'{n}.{k}' if n else k: (m, k) for n,m,k in places}
     found = _collect(groups, targets, coupled_roles[granularity], owners, coupled, exclude, kind)
     if found.targets and check:

@@ -51,6 +51,7 @@ def hold_with(
     if groups is None: return target
     owners  = [(target.layer, target.module, ('bias',))]
     owners += [(n, model.get_submodule(n), ('weight', 'bias')) for n in flow.norms.get(target.layer, ())]
-    found   = [(n, m, k) for n,m,names in owners for k in names if m._parameters.get(k) is not None]
+    found   = [(n, m, k) for n,m,names in owners for k in names
+               if k in m._parameters and m._parameters[k] is not None]
     held    = [Part(param_name(n, k), m, k, groups) for n,m,k in found]
     return replace(target, held=(*held, *(_vector(model, k, groups) for k in flow.vectors.get(target.layer, ()))))

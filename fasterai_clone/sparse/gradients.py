@@ -8,13 +8,14 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/sparse.gradients.html.md""
 from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from ..core.criteria import scaled, taylor
 from ..model.preserve import restored
-from .batches import Labels, by_name, call_with, keywords
+from .batches import Labels, call_with, labels_in
 from .measuring import (
     batches_for, checked_scores, gradients, layers_of, recurrent_in_eval, running, upcast, zeros_for)
 
@@ -22,11 +23,6 @@ from .measuring import (
 __all__ = ['taken', 'accumulated', 'loss_gradients', 'snip_scores', 'flow_gradients', 'grasp_scores']
 
 # %% ../../nbs/403_sparse.gradients.ipynb #9a884ef0
-def _labels(inputs):
-    "Return the labels in a batch that is a dict, or None"
-    named = keywords(inputs[0]) if len(inputs) == 1 and by_name(inputs[0]) else {}
-    return next((named[k] for k in ('labels', 'label') if named.get(k) is not None), None)
-
 def _own_loss(what, out):
     "Return the loss that a model computes from its labels"
     first = out[0] if isinstance(out, (tuple, list)) and len(out) else None
@@ -35,16 +31,16 @@ def _own_loss(what, out):
     raise ValueError(f'{what} needs a loss: there is no `loss` among the outputs of the model. Give '
                      f'`loss_func(outputs, labels)`')
 
-def _cooled(what, out, temperature):
+def _cooled(out, what, temperature):
     "Return the outputs divided by `temperature`"
     if not isinstance(out, Tensor):
         raise ValueError(f'{what}: `temperature` divides outputs that are a tensor, got {type(out).__name__}: '
-                         f'give temperature=1')
+                         f'give temperature=1, as with `criteria=partial({what}, temperature=1)`')
     return out / temperature
 
 def _loss(what, model, loss_func, inputs, target, temperature=1.):
     "Return the loss of a batch; raise `ValueError` if there are no labels, or nothing to compute a loss with"
-    inside = _labels(inputs)
+    inside = labels_in(inputs)
     if loss_func is None and (target is not None or inside is None):
         raise ValueError(f'{what} needs a loss: pass `loss_func(outputs, labels)`, or batches that are dicts '
                          f'with `labels`, from which the model computes a loss itself; got {loss_func!r}')
@@ -52,8 +48,11 @@ def _loss(what, model, loss_func, inputs, target, temperature=1.):
     if target is None: raise ValueError(f'{what} needs labels: give batches of (inputs, labels), not inputs alone')
     out = call_with(model, inputs)
     if loss_func is None and temperature == 1: return _own_loss(what, out)
-    if temperature != 1: out = _cooled(what, out, temperature)
-    return loss_func(out, *target) if isinstance(target, Labels) else loss_func(out, target)
+    targets = target if isinstance(target, Labels) else (target,)
+    if temperature == 1: return loss_func(out, *targets)
+    cooled = partial(_cooled, what=what, temperature=temperature)
+    if hasattr(loss_func, 'after'): return loss_func.after(cooled, out, *targets)  # a learner's changes outputs first
+    return loss_func(cooled(out), *targets)
 
 # %% ../../nbs/403_sparse.gradients.ipynb #sums0001
 class Sums:

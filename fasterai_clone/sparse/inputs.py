@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 import torch, torch.nn as nn
-from .batches import arguments, batches
+from .batches import LABELS, arguments, batches
 
 # %% auto #0
 __all__ = []
@@ -26,7 +26,7 @@ def own_loader(dl):
 
 def without_labels(model: nn.Module, kwargs: dict) -> dict:
     "Return the arguments `kwargs` without labels (for which a model computes a loss), if it can be called without them"
-    rest = {k: v for k,v in kwargs.items() if k != 'labels'}
+    rest = {k: v for k,v in kwargs.items() if k not in LABELS}
     try: inspect.signature(model.forward).bind(**rest)
     except (TypeError, ValueError): return kwargs
     return rest

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 import torch, torch.nn as nn
-from .batches import arguments, batches
+from .batches import LABELS, arguments, batches
 
 __all__ = []
 

@@ -67,7 +67,7 @@ def _computed(m):
     "Return the names of the weights of `m` that are computed from other parameters"
     flat  = getattr(m, '_flat_weights_names', ())  # weights of recurrent layers
     made  = ['weight', *flat, *getattr(m, 'parametrizations', ())]
-    made += [k.rpartition('_')[0] for k in m._parameters if k.endswith(('_g', '_v', '_orig', '_raw'))]
+    made += [k.rpartition('_')[0] for k in m._parameters.keys() if k.endswith(('_g', '_v', '_orig', '_raw'))]
     made  = [k for k in dict.fromkeys(made) if k not in m._parameters]
     own   = [k for k in made if isinstance(getattr(m, k, None), torch.Tensor)]
     children = [(n, c) for n,c in m.named_children() if n != 'parametrizations']

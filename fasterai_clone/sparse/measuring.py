@@ -45,7 +45,7 @@ def layers_of(
     params: dict[str, Tensor]   # parameters of `model`, by name
 ) -> dict[str, nn.Module]:
     "Return the module of each parameter; raise `ValueError` for one that is not in the model"
-    have = dict(model.named_parameters())
+    have = dict(model.named_parameters(remove_duplicate=False))
     for k,p in params.items():
         if k not in have: raise ValueError(unknown_name('parameter', k, have))
         if have[k] is not p:

@@ -33,7 +33,8 @@ class Part:
     @property
     def whole(self) -> torch.Tensor:
         "Return the current parameter, or the buffer of a frozen norm"
-        t = self.owner._parameters.get(self.param)
+        params = self.owner._parameters
+        t = params[self.param] if self.param in params else None  # a scripted module's have no `get`
         return self.owner._buffers[self.param] if t is None else t
     @property
     def tensor(self) -> torch.Tensor:

@@ -12,7 +12,7 @@ from fastcore.basics import patch, store_attr
 from ..core.arguments import check_sparsity, check_whole
 from ..core.criteria import Criteria, large_final
 from ..core.schedule import Schedule, agp, as_schedule
-from ..fit.batches import ExampleInputs, inputs_and_targets, one_batch
+from ..fit.batches import ExampleInputs, inputs_and_targets, loss_of, one_batch
 from ..fit.callback import FitCallback, Late
 from ..fit.guards import enter_fit, leave_fit
 from ..fit.history import History, recorded
@@ -144,7 +144,7 @@ def known_sparsifier(self:SparsifyCallback) -> Sparsifier|None:
 def try_on_batch(sparsifier, learn, data):
     "Test the criterion on a batch from `data`, or from the learner"
     if not can_try(sparsifier, data): return
-    if data is None: return try_criterion(sparsifier, *inputs_and_targets(learn, one_batch(learn)), learn.loss_func)
+    if data is None: return try_criterion(sparsifier, *inputs_and_targets(learn, one_batch(learn)), loss_of(learn))
     with same_random(getattr(data, 'loaders', [data])): batch = own_batch(sparsifier, data)
     try_criterion(sparsifier, *batch)
 
@@ -163,7 +163,7 @@ def find_sparsifier(self:SparsifyCallback) -> bool:
     own = {k: getattr(self, k) for k in names}
     x   = ExampleInputs(self) if self.example_inputs is None else self.example_inputs
     sp  = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type, part=self.model,
-                     loss_func=self.learn.loss_func, example_inputs=x, **own)
+                     loss_func=loss_of(self.learn), example_inputs=x, **own)
     sp.counts(self.sparsity, self.round_to)  # refuses a target that this model cannot have
     try_on_batch(sp, self.learn, self.data)
     self.sparsifier, self.rewind.state = sp, None

@@ -6,7 +6,7 @@ from fastcore.basics import patch, store_attr
 from ..core.arguments import check_sparsity, check_whole
 from ..core.criteria import Criteria, large_final
 from ..core.schedule import Schedule, agp, as_schedule
-from ..fit.batches import ExampleInputs, inputs_and_targets, one_batch
+from ..fit.batches import ExampleInputs, inputs_and_targets, loss_of, one_batch
 from ..fit.callback import FitCallback, Late
 from ..fit.guards import enter_fit, leave_fit
 from ..fit.history import History, recorded

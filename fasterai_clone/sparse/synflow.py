@@ -12,6 +12,7 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from ..core.lazy import FEW_TERMS, Product
 from ..core.tensors import all_finite
 from .batches import arguments
@@ -73,7 +74,8 @@ def _positive(name, t, is_param):
 def _ones(x, scale):
     "Return one example of ones like those of `x`; integers are indices and stay"
     if not isinstance(x, Tensor) or not x.ndim: return x
-    return torch.full_like(x[:1], scale, dtype=torch.float64).as_subclass(Tensor) if x.is_floating_point() else x[:1]
+    first = x[:1].as_subclass(Tensor)
+    return torch.full_like(first, scale, dtype=torch.float64) if x.is_floating_point() else first
 
 
 # %% ../../nbs/404_sparse.synflow.ipynb #c04cbaa1
@@ -94,9 +96,10 @@ class _Through(torch.autograd.Function):
         ctx.w, ctx.found, ctx.shape = w, found, x.shape
         x = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(x)
-        out = x.new_empty(len(x), len(w))
-        for i,some in _in_pieces(w): torch.mm(x, some.T, out=out[:, i:i + len(some)])
-        return out.view(*ctx.shape[:-1], len(w))
+        out  = x.new_empty(*ctx.shape[:-1], len(w))  # returned as it is: a view must not be changed in place later
+        flat = out.view(len(x), len(w))
+        for i,some in _in_pieces(w): torch.mm(x, some.T, out=flat[:, i:i + len(some)])
+        return out
 
     @staticmethod
     def backward(ctx, g):
@@ -117,7 +120,7 @@ class _Linear:
         self.substitute = nan.expand(w.shape).requires_grad_(requires_grad)
 
     def __call__(self, x, bias):
-        out = _Through.apply(x, self.substitute, self.w, self.found)
+        out = _Through.apply(x.as_subclass(Tensor), self.substitute, self.w, self.found)
         return out if bias is None else out + bias
 
     def shares(self, R):
@@ -130,8 +133,8 @@ class _Linear:
 def _linears(model, params):
     "Return a `_Linear` for the weight of each linear layer by name"
     names = [f'{n}.weight'.lstrip('.') for n,m in model.named_modules() if type(m) is nn.Linear]
-    have  = dict(model.named_parameters())
-    return {k: _Linear(have[k], k in params) for k in names if type(have.get(k)) is nn.Parameter}
+    have, ids = dict(model.named_parameters()), {*map(id, params.values())}
+    return {k: _Linear(have[k], id(have[k]) in ids) for k in names if type(have.get(k)) is nn.Parameter}
 
 # %% ../../nbs/404_sparse.synflow.ipynb #d8e5b2b2
 def _share(p, g, R):
@@ -144,6 +147,16 @@ def _share(p, g, R):
     for i in range(0, len(p), each):
         flat[i:i + each] = p[i:i + each].to(torch.float64, copy=True).mul_(g[i:i + each]).div_(R).abs_()
     return out
+
+_OF_MODULES = {*vars(nn.Module()), '_flat_weights'}
+
+def _double_attributes(model):
+    "Convert tensors that modules keep as attributes, such as hidden states of the last run, to fp64"
+    def double(t): return t.detach().double() if t.is_floating_point() else t
+    for m in model.modules():
+        for k,v in [*vars(m).items()]:
+            found = [] if k in _OF_MODULES else [t for t in tree_leaves(v) if isinstance(t, Tensor)]
+            if any(t.is_floating_point() for t in found): vars(m)[k] = tree_map_only(Tensor, double, v)
 
 def _signal(model, state, inputs, scale, linears):
     "Return the sum of the outputs for inputs of ones"
@@ -162,7 +175,9 @@ def _shares(model, params, inputs, scale, copies):
     state   = {k: linears[k].substitute if k in linears else _positive(k, p, True)
                for k,p in model.named_parameters()}
     state.update({k: _positive(k, b, False) for k,b in model.named_buffers()})
-    ws = {k: state[k].requires_grad_() for k in params}
+    names = {id(p): k for k,p in model.named_parameters()}  # of a tied weight the first
+    names = {k: names[id(p)] for k,p in params.items()}
+    ws = {k: state[n].requires_grad_() for k,n in names.items()}
     R  = _signal(model, state, inputs, scale, linears)
     shares, total = {}, R.detach()
     def take(k):  # one layer's gradient at a time is in memory
@@ -173,7 +188,7 @@ def _shares(model, params, inputs, scale, copies):
     for k,w in ws.items(): w.register_post_accumulate_grad_hook(take(k))
     del state
     if R.requires_grad: R.backward(inputs=list(ws.values()))
-    shares |= {k: linears[k].shares(total) for k in params if k in linears}
+    shares |= {k: linears[n].shares(total) for k,n in names.items() if n in linears}
     if not all_finite(total): return None
     return {k: shares[k] if k in shares else _share(p, None, total) for k,p in params.items()}
 
@@ -202,6 +217,7 @@ def path_shares(
     def fine(s): return all_finite(s.bound() if isinstance(s, Product) else s)
     with running(model, False), torch.enable_grad():
         inputs = first_arguments('synflow', model, data)
+        _double_attributes(model)
         for scale,copies in ((1., False), (1., True), (1e-150, True)):
             shares = _shares(model, params, inputs, scale, copies)
             if shares is not None and all(map(fine, shares.values())): return shares

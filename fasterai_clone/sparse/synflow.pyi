@@ -6,6 +6,7 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from ..core.lazy import FEW_TERMS, Product
 from ..core.tensors import all_finite
 from .batches import arguments

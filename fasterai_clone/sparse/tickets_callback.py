@@ -23,6 +23,7 @@ from ..core.arguments import check_whole, unknown_name, warn_of_one
 from ..core.criteria import Criteria, large_final
 from ..core.masks import Masks
 from ..core.printing import print_text
+from ..fit.batches import loss_of
 from ..fit.callback import FitCallback
 from ..fit.state import same_random
 from ..model.snapshot import load_snapshot, snapshot
@@ -319,12 +320,11 @@ def find_ticket(
     step = _step(learn, n_epoch, rewind_epoch, rewind_step)
     controls = (controls,) if isinstance(controls, str) else controls
     _check_rest(rounds, controls, fit, reinit, seed, save)
-    kwargs = dict(layer_type=layer_type, include=include, exclude=exclude, params=params, loss_func=learn.loss_func)
-    seed, train = _drawn(seed), partial(fit or Learner.fit, learn, n_epoch, lr)
+    kwargs = dict(layer_type=layer_type, include=include, exclude=exclude, params=params, loss_func=loss_of(learn))
+    seed, run, data = _drawn(seed), partial(fit or Learner.fit, learn, n_epoch, lr), learn.dls if data is None else data
     with (_undone(learn), same_random(learn.dls.loaders), _quiet(learn),
           Steps((1 + rounds*(1 + len(controls)))*n_epoch*len(learn.dls.train), 'Training', verbose) as steps):
         learn.model.to(getattr(learn.dls, 'device', default_device()))  # as `fit` will
-        data   = learn.dls if data is None else data
         sp     = Sparsifier(learn.model, granularity, context, criteria, data=data, **kwargs)
-        search = _Search(learn, sp, train, step, seed, reinit or reset_all, verbose, steps)
+        search = _Search(learn, sp, run, step, seed, reinit or reset_all, verbose, steps)
         return search.run(sparsity_path(_goals(sp, sparsity), rounds), tuple(controls), save)

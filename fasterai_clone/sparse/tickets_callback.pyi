@@ -17,6 +17,7 @@ from ..core.arguments import check_whole, unknown_name, warn_of_one
 from ..core.criteria import Criteria, large_final
 from ..core.masks import Masks
 from ..core.printing import print_text
+from ..fit.batches import loss_of
 from ..fit.callback import FitCallback
 from ..fit.state import same_random
 from ..model.snapshot import load_snapshot, snapshot

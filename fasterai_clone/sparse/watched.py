@@ -47,7 +47,7 @@ def _walk(model, path):
     "Return the module at `path` of `model`, inside any wrappers, and the links to it: (dict, key, module)"
     links, chain = [], [*wrapping(model)]
     for k in path.split('.') if path else ():
-        m = next((m for m in chain if m._modules.get(k) is not None), None)
+        m = next((m for m in chain if k in m._modules and m._modules[k] is not None), None)
         if m is None: return None, links
         chain  = [*wrapping(m._modules[k])]
         links += [(m._modules, k, chain[0])]
@@ -64,8 +64,8 @@ def module_at(
 # %% ../../nbs/424_sparse.watched.ipynb #d364bdcc
 def _tensor_at(owner, name):
     "Return the parameter or buffer, or None"
-    t = owner._parameters.get(name)
-    return owner._buffers.get(name) if t is None else t
+    found = (d[name] for d in (owner._parameters, owner._buffers) if name in d)  # a scripted module's have no `get`
+    return next((t for t in found if t is not None), None)
 
 class Watched:
     "Tensors of a model by name, found again after a layer or a parameter is replaced"
@@ -103,8 +103,9 @@ def _links(self:Watched, ways):
     "Return (look-up, key, expected object), once for each module and tensor that must be in its place"
     links = {}
     for name,(m,p) in self.places.items():
-        own = m._parameters if m._parameters.get(p) is not None else m._buffers
-        for d,k,v in [*ways[name], (own, p, self.tensors[name])]: links[id(d), k] = d.get, k, v
+        own = m._parameters if p in m._parameters and m._parameters[p] is not None else m._buffers
+        for d,k,v in [*ways[name], (own, p, self.tensors[name])]:
+            links[id(d), k] = getattr(d, 'get', d.__getitem__), k, v
     return [*links.values()]
 
 # %% ../../nbs/424_sparse.watched.ipynb #a3be6365

@@ -6,12 +6,14 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.channels.follow.html
 
 # %% ../../../nbs/290_model.channels.follow.ipynb #cfe1dc18
 from __future__ import annotations
+import random, time
 from collections import Counter, defaultdict
-import torch, torch.nn as nn
+from contextlib import contextmanager
+import numpy as np, torch, torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 import fasterai_clone.model.channels.combine  # noqa: F401  importing these rooms registers their rules
 import fasterai_clone.model.channels.moves    # noqa: F401
 import fasterai_clone.model.channels.norms    # noqa: F401
@@ -21,8 +23,8 @@ from .recurrent import WholeFunctions
 from .sizes import stored_numbers
 from .trace import RuleFailed, Trace
 from ..preserve import copied, undisturbed
-from ..run import (call_arguments, check_ready, first_line, memory_of, names_running,
-    outputs_in, plain_attention)
+from ..run import (call_arguments, check_ready, first_line, held_by, memory_of,
+    names_running, outputs_in, plain_attention, tensors_in)
 from ..wrappers import unwrapped
 
 # %% auto #0
@@ -42,14 +44,50 @@ def own_copy(model):
     return copied(model)
 
 # %% ../../../nbs/290_model.channels.follow.ipynb #9fc4a76c
+_OWN   = {*vars(nn.Module()), '_flat_weights'}
+_DEPTH = 3  # of nested objects
+
+def _held_tensors(o):
+    "Yield the tensors in `o`, in containers and attributes of objects"
+    left, seen = [(o, 0)], {}
+    while left:
+        o, depth = left.pop()
+        if isinstance(o, torch.Tensor): yield o
+        elif id(o) not in seen and depth <= _DEPTH:
+            seen[id(o)] = o
+            left += [(v, depth + (not isinstance(o, (list, tuple, dict)))) for v in held_by(o)]
+
 def _remembered(model):
-    "Yield (name, tensor) of the tensors among the attributes of the modules, including those in containers"
+    "Yield (name, tensor) of the tensors that the modules hold in attributes"
     for path,m in model.named_modules():
         for k,v in vars(m).items():
-            if k.startswith('_') or not isinstance(v, (torch.Tensor, list, tuple, dict)): continue
-            for t in tree_leaves(v):
-                if isinstance(t, torch.Tensor): yield f'{path}.{k}'.strip('.'), t
+            if k in _OWN: continue
+            for t in _held_tensors(v): yield f'{path}.{k}'.strip('.'), t
 
+# %% ../../../nbs/290_model.channels.follow.ipynb #9fc4a7s1
+class _Reads(TorchDispatchMode):
+    "Record the memory that operators read"
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen |= {memory_of(t) for t in tensors_in((args, kwargs))}
+        return func(*args, **(kwargs or {}))
+
+def fix_states(trace, args, kwargs):
+    "Fix what the model keeps of one run and reads in the next, such as a hidden state"
+    own  = {memory_of(t) for t in (*trace.model.parameters(), *trace.model.buffers())}
+    kept = [(k, t) for k,t in _remembered(trace.model) if trace.get(t).layers and memory_of(t) not in own]
+    if not kept: return
+    try:
+        with _Reads() as reads: trace.model(*args, **kwargs)
+    except Exception: trace.hurry()  # the user's code, which may need another input now
+    for name,t in kept:
+        if memory_of(t) not in reads.seen: continue
+        for l in trace.get(t).layers: trace.labels.fix(l, f'it is kept as `{name}`, for the next run')
+
+# %% ../../../nbs/290_model.channels.follow.ipynb #9fc4a7s2
 def run_traced(trace, args, kwargs):
     "Run the model of `trace`, and fix its outputs and stored tensors"
     model, trace.inside = trace.model, []
@@ -63,7 +101,7 @@ def run_traced(trace, args, kwargs):
         trace.use(trace.get(t))
         for l in trace.get(t).layers: trace.labels.fix(l, 'it is the output of the model')
     for name,t in _remembered(model):
-        if memory_of(t) in trace.seen: continue  # the model has read it, so it need not be for the caller
+        if name.rpartition('.')[2].startswith('_') or memory_of(t) in trace.seen: continue  # not for the caller
         for l in trace.get(t).layers: trace.labels.fix(l, f'it is kept as `{name}`, for the caller or the next run')
 
 # %% ../../../nbs/290_model.channels.follow.ipynb #fb70b3c8
@@ -140,6 +178,34 @@ def settle(trace):
     trace.lost   = settle_stored(trace)
 
 # %% ../../../nbs/290_model.channels.follow.ipynb #4fd91trn
+def _unused(trace):
+    "Return whether there are parameters that no run has used"
+    used = {trace.labels.axes[k].name for k in trace.labels.role}
+    return any(p.numel() > 1 and k not in used for k,p in trace.model.named_parameters())
+
+_RUNS, _SECONDS = 32, 10.  # at most, to see what runs by chance
+
+@contextmanager
+def _watching_chance(trace):
+    "Record in the list whether the block may have chosen what to run by random numbers"
+    def states(): return random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]
+    found, before, trace.by_chance = [], states(), False
+    yield found
+    if trace.by_chance or states() != before: found.append(True)
+
+def _follow_rest(trace, args, kwargs):
+    "Follow runs in train mode, and more runs if chance decides, while there are parameters that none has used"
+    until = time.monotonic() + _SECONDS
+    for i in range(_RUNS):
+        if not _unused(trace) or time.monotonic() > until: return
+        with _watching_chance(trace) as chance:
+            _follow_training(trace, args, kwargs)
+            for m in trace.model.modules():
+                if hasattr(m, 'training'): m.training = False
+            if i or trace.chance: _runs(trace, args, kwargs)
+        if not (chance or trace.chance): return
+
+# %% ../../../nbs/290_model.channels.follow.ipynb #4fd91ts1
 def _follow_training(trace, args, kwargs):
     "Follow a run in train mode too, if possible; if it fails, with batch norms in eval mode"
     trace.model.train()
@@ -161,15 +227,15 @@ def _followed(trace, args, kwargs):
     "Run the model of `trace`, in train mode too if it has parameters that are not used in eval mode; return `trace`"
     model = trace.model
     with undisturbed(model), plain_attention(), sdpa_kernel(SDPBackend.MATH):
-        try: run_traced(trace, args, kwargs)
+        try:
+            with _watching_chance(trace) as trace.chance: run_traced(trace, args, kwargs)
         except RuleFailed: raise
         except Exception as e:  # whatever the model's code raises
             trace.hurry()       # it may come as another error, out of a scripted part
             name = type(model).__name__
             raise ValueError(f'{name} does not run on `example_inputs`, in {trace.where}: {first_line(e)}') from e
-        used  = {trace.labels.axes[k].name for k in trace.labels.role}
-        named = [k for k,p in model.named_parameters() if p.numel() > 1]
-        if any(k not in used for k in named): _follow_training(trace, args, kwargs)
+        fix_states(trace, args, kwargs)
+        _follow_rest(trace, args, kwargs)
     settle(trace)
     return trace
 

@@ -8,8 +8,9 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/model.channels.labels.html
 from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
-import torch
+import torch, torch.nn as nn
 from fastcore.basics import patch
+from ..run import memory_of
 
 # %% auto #0
 __all__ = ['varies']
@@ -176,3 +177,21 @@ def count(self:Labels, t, n):
             again[here] = self.more[k, j][t[here] - start]
         found.append(again)
     return found
+
+# %% ../../../nbs/200_model.channels.labels.ipynb #fixtied1
+def _same_memory(t):
+    "Return a key that is equal for two tensors of the same memory whose axes differ in their order only"
+    key = memory_of(t)
+    return key if isinstance(key, int) else (*key[:2], frozenset(p for p in zip(key[2], key[3]) if p[0] > 1))
+
+def fix_tied(labels, named):
+    "Fix weights that are tied through memory: without a channel they would be two"
+    found = defaultdict(list)
+    for k,t in named: found[_same_memory(t)].append((k, t))
+    for tied in found.values():
+        if len(tied) < 2 or not any(isinstance(t, nn.Parameter) for _,t in tied): continue
+        names = [k for k,_ in tied]
+        for name,_,start,n in labels.axes:
+            if name not in names: continue
+            other = next(k for k in names if k != name)
+            labels.fix(torch.arange(start, start + n), f'its memory is also that of {other}')

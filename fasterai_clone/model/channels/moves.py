@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from .labels import along, squeezed, varies
 from .sizes import Size, Stored
 from .trace import Call, Trace, Unforeseen, rule
-from ..run import tensors_in
+from ..run import memory_of, tensors_in
 
 # %% auto #0
 __all__ = ['move']
@@ -88,6 +88,14 @@ def move(
     for o,m in zip(outs, moved): trace.put(o, replace(v, layers=[l for l in m if l.numel() > 1], unless=(), spread=()))
 
 # %% ../../../nbs/230_model.channels.moves.ipynb #a2c32ce2
+@rule('as_strided', uses=False)
+def restrided(trace, call):
+    "Give the same view the same labels, as after pooling in the memory format `channels_last`"
+    x = call.args[0]
+    if memory_of(x) != memory_of(call.out): raise Unforeseen('other numbers')
+    trace.put(call.out, trace.get(x))
+
+# %% ../../../nbs/230_model.channels.moves.ipynb #a2c32cs1
 def sized(trace, l, name):
     "Return the axes of the label `l` whose size the model sets to a constant"
     if not isinstance(trace.asked, list) or trace.in_attention: return set()

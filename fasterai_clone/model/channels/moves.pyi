@@ -9,12 +9,15 @@ from torch.utils._pytree import tree_map_only
 from .labels import along, squeezed, varies
 from .sizes import Size, Stored
 from .trace import Call, Trace, Unforeseen, rule
-from ..run import tensors_in
+from ..run import memory_of, tensors_in
 
 __all__ = ['move']
 
 def move(trace: Trace, call: Call) -> None:
     """Apply `call`, which only moves numbers around, to the labels in `trace`"""
+
+def restrided(trace, call):
+    """Give the same view the same labels, as after pooling in the memory format `channels_last`"""
 
 def sized(trace, l, name):
     """Return the axes of the label `l` whose size the model sets to a constant"""

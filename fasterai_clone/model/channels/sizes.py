@@ -237,7 +237,7 @@ def stored_numbers(model: nn.Module, uses: Uses|None = None) -> Iterator[None]:
         if type(m).__module__.startswith('torch.') and not isinstance(m, nn.RMSNorm): continue
         for k,v in [*vars(m).items()]:
             new = None if k.startswith('_') else _as_stored(v, uses, path, k)
-            sized = m._parameters.get('weight') is not None  # which has the sizes
+            sized = 'weight' in m._parameters and m._parameters['weight'] is not None  # which has the sizes
             if new is None or sized and type(v) is not float: continue
             before.append((m, k, v))
             vars(m)[k] = new

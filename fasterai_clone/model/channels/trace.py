@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from ...core.warn import warn
-from .labels import Labels, on_axis, varies
+from .labels import Labels, fix_tied, on_axis, varies
 from .sizes import Shape, Size, Uses, requested
 from ..layers import size_axes
 from ..run import memory_of, overlap, tensors_in
@@ -121,9 +121,12 @@ class Trace(TorchDispatchMode):
         self.zeros  = {}               # id → tensor: zeros whose size is that of a recurrent layer
         self.asked  = None             # what the model requested of a view or a part
         self.scaled = False            # whether attention runs, which divides by the root of a size
-        for name,t in [*model.named_parameters(), *model.named_buffers()]:
+        self.drawn, self.by_chance = set(), False  # values of random numbers alone; whether the code reads one
+        named = [*model.named_parameters(), *model.named_buffers()]
+        for name,t in named:
             layers = [on_axis(self.labels.new(name, i, n), i, t.ndim) for i,n in enumerate(t.shape) if n > 1]
-            self.put(t, Value(layers, param=True))
+            if memory_of(t) not in self.values: self.put(t, Value(layers, param=True))
+        fix_tied(self.labels, named)
 
     def put(self, t, value):
         "Record `value` for `t`, and for any other object with the same view of the same memory"
@@ -180,6 +183,15 @@ def _written(func, args, kwargs):
     named = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i,a in enumerate(func._schema.arguments)]
     return tensors_in([v for a,v in named if a.is_write])
 
+# %% ../../../nbs/220_model.channels.trace.ipynb #drawn001
+@patch
+def note_drawn(self:Trace, call, used):
+    "Record values that are made of random numbers alone, and whether the model reads one as a number"
+    alone = bool(call.given) and self.drawn.issuperset(map(memory_of, call.given))
+    drawn = torch.Tag.nondeterministic_seeded in call.func.tags and not any(v.layers for v in used)
+    if alone or drawn: self.drawn |= {*map(memory_of, call.outs)}
+    self.by_chance |= alone and call.name == '_local_scalar_dense'
+
 # %% ../../../nbs/220_model.channels.trace.ipynb #4f929369
 @patch
 def __torch_dispatch__(self:Trace, func, types, args=(), kwargs=None):
@@ -207,6 +219,7 @@ def follow(self:Trace, call):
     chosen = RULES.get(call.name) or RULES['pointwise' if torch.Tag.pointwise in call.func.tags else 'unknown']
     uses = getattr(chosen, 'uses', True)
     for v in used if uses else (): self.use(v)
+    self.note_drawn(call, used)
     if uses is not None and not any(v.layers for v in used): f = nothing
     elif any(t.is_nested for t in given + outs): f = unknown
     else: f = chosen

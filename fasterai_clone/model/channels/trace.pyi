@@ -10,7 +10,7 @@ from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from ...core.warn import warn
-from .labels import Labels, on_axis, varies
+from .labels import Labels, fix_tied, on_axis, varies
 from .sizes import Shape, Size, Uses, requested
 from ..layers import size_axes
 from ..run import memory_of, overlap, tensors_in
@@ -114,6 +114,8 @@ class Trace(TorchDispatchMode):
     zeros: dict
     asked: Any
     scaled: bool
+    drawn: set
+    by_chance: bool
     before: Any
     requests: _Requests
 
@@ -148,6 +150,9 @@ class Trace(TorchDispatchMode):
 
     def hurry(self):
         """Raise an error if the time is up"""
+
+    def note_drawn(self, call, used):
+        """Record values that are made of random numbers alone, and whether the model reads one as a number"""
 
     def step(self, func, args, kwargs):
         """Run one operator, and follow the labels through it"""
