@@ -202,6 +202,11 @@ def test_what_is_missing_is_named(name):
         f(net, named(net), data=data[0], loss_func=F.cross_entropy)
     with pytest.raises(ValueError, match=f'{name} needs a loss'): f(net, named(net), data=data, loss_func=None)
 
+@pytest.mark.parametrize('name', ['snip', 'grasp', 'gradient'])
+def test_a_criterion_without_a_loss_is_named(name):
+    sp = Sparsifier(small_net(), criteria=name, layer_type=nn.Linear, data=small_data())
+    with pytest.raises(ValueError, match=f'^{name} needs a loss'): sp.sparsify_model(50)
+
 @pytest.mark.parametrize('name', ['wanda', 'apoz', 'means', 'synflow'])
 def test_labels_are_not_needed_and_data_are(name):
     net = small_net()

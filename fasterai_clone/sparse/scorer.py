@@ -261,7 +261,7 @@ def measure(self:Scorer, model: nn.Module, parts: list[Part], several: bool = Fa
     if not self.seen and any(p.grad is not None for p in params.values()): return
     data = self.seen or self.inputs.loader(several)
     self.refs = accumulated(model, params, data, self.inputs.loss_func, self.criteria.of_step,
-                            training=self.criteria.training)
+                            'gradient', training=self.criteria.training)
     self.used.clear()
 
 # %% ../../nbs/466_sparse.scorer.ipynb #787e8296
