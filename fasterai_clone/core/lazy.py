@@ -109,7 +109,8 @@ def __getitem__(self:Product, where):
 def bound(self:Product) -> Tensor:
     "Return a number that no element exceeds; NaN or infinite if an element may be"
     if not self.numel(): return torch.zeros(())
-    return (self.u.abs().amax(1) * self.v.abs().amax(1)).sum() * self.w.abs().max()
+    lowest, highest = self.w.aminmax()
+    return (self.u.abs().amax(1) * self.v.abs().amax(1)).sum() * torch.maximum(-lowest, highest)
 
 # %% ../../nbs/036_core.lazy.ipynb #3931a916
 class LazyScores:

@@ -139,11 +139,10 @@ def _linears(model, params):
 # %% ../../nbs/404_sparse.synflow.ipynb #d8e5b2b2
 def _share(p, g, R):
     "Return |p·g| / R in the precision of the weight `p`, computed in fp64 piece by piece"
-    p   = upcast(p)
-    out = torch.zeros_like(p, memory_format=torch.contiguous_format)
+    out = zeros_for(p)
     if g is None or not R: return out
     each = _PIECE if p.is_cpu else max(p.numel(), 1)
-    flat, p, g = out.view(-1), p.reshape(-1), upcast(g).reshape(-1)
+    flat, p, g = out.view(-1), p.detach().as_subclass(Tensor).reshape(-1), upcast(g).reshape(-1)
     for i in range(0, len(p), each):
         flat[i:i + each] = p[i:i + each].to(torch.float64, copy=True).mul_(g[i:i + each]).div_(R).abs_()
     return out
@@ -185,7 +184,8 @@ def _shares(model, params, inputs, scale, copies):
             shares[k] = _share(params[k], w.grad, total)
             w.grad    = None
         return f
-    for k,w in ws.items(): w.register_post_accumulate_grad_hook(take(k))
+    for k,w in ws.items():
+        if names[k] not in linears: w.register_post_accumulate_grad_hook(take(k))
     del state
     if R.requires_grad: R.backward(inputs=list(ws.values()))
     shares |= {k: linears[n].shares(total) for k,n in names.items() if n in linears}
