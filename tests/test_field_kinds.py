@@ -1,10 +1,12 @@
 "More situations of the kinds that users met: state, outputs in objects, ties, chance, batches by name, real learners"
-import collections, itertools, random
+import collections, gc, itertools, pickle, random, subprocess, sys, weakref
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 
+import fastai.callback.fp16  # noqa: F401  for `to_fp16`
 import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner
+from helpers import learner as digits_learner
 from transformers import BatchEncoding
 
 from fasterai_clone.analyze.all import *
@@ -13,7 +15,7 @@ from fasterai_clone.model.all import *
 from fasterai_clone.prune.all import *
 from fasterai_clone.sparse.all import *
 from fasterai_clone.sparse.gradients import grasp_scores, loss_gradients
-from fasterai_clone.sparse.measure import grasp
+from fasterai_clone.sparse.measure import grasp, snip
 from fasterai_clone.sparse.synflow import synflow_scores
 from test_real_data import classifier, collab, fit, language, tabular, vision
 
@@ -334,3 +336,41 @@ def test_a_tied_weight_under_its_second_name(criteria):
     sp.sparsify_model(50)
     assert [t.name for t in sp.targets] == ['head.weight']
     assert int((model.head.weight == 0).all(1).sum()) == 4
+
+
+# --- a fresh look at these
+
+class Collect(Callback):
+    "Collects the predictions of a fit, in a list and a count"
+    def before_fit(self): self.preds, self.n = [], {'all': 0}
+    def after_pred(self):
+        self.preds.append(self.pred)
+        self.n['all'] += 1
+
+def test_predictions_that_a_callback_collects_are_those_of_the_fit():
+    learn, collect = digits_learner(), Collect()
+    learn.fit(1, cbs=[collect, SparsifyCallback(sparsity=50, criteria=snip)])
+    n = sum(map(len, learn.dls.loaders))
+    assert len(collect.preds) == n and collect.n == {'all': n}
+
+@pytest.mark.parametrize('criteria', ['large_final', snip])
+def test_a_sparsifier_holds_no_learner_after_the_fit(criteria):
+    "Under mixed precision, too, whose callback changes predictions: the learner is freed, and no data are pickled"
+    sizes = []
+    for mixed in (False, True):
+        learn, cb = digits_learner(), SparsifyCallback(sparsity=50, criteria=criteria)
+        if mixed: learn.to_fp16()
+        learn.fit(1, cbs=cb)
+        found = weakref.ref(learn)
+        del learn
+        gc.collect()
+        assert found() is None
+        sizes.append(len(pickle.dumps(cb.sparsifier)))
+    assert sizes[1] < 1.1*sizes[0]
+
+def test_a_loss_after_the_fit_is_that_of_the_learner_alone():
+    learn, cb = digits_learner(), SparsifyCallback(sparsity=50, criteria=snip)
+    learn.to_fp16().fit(1, cbs=cb)
+    loss = cb.sparsifier.chooser.scorer.inputs.loss_func
+    x, y = learn.dls.one_batch()
+    assert torch.equal(loss(learn.model(x), y), learn.loss_func(learn.model(x), y))
