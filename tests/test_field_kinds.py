@@ -374,3 +374,34 @@ def test_a_loss_after_the_fit_is_that_of_the_learner_alone():
     loss = cb.sparsifier.chooser.scorer.inputs.loss_func
     x, y = learn.dls.one_batch()
     assert torch.equal(loss(learn.model(x), y), learn.loss_func(learn.model(x), y))
+
+def test_a_state_of_the_last_run_imports_no_compiler():
+    "The import of `torch._dynamo` takes seconds, which the first trace would wait for"
+    code = '''import sys, torch, torch.nn as nn
+from fasterai_clone.model.all import coupled_groups
+class Cached(nn.Linear):
+    def forward(self, x):
+        self.h = super().forward(x)
+        return self.h
+groups = coupled_groups(nn.Sequential(nn.Linear(4, 8), Cached(8, 8), nn.Linear(8, 2)), torch.rand(1, 4))
+assert 'torch._dynamo' not in sys.modules'''
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+def test_parameters_that_are_read_but_have_no_channels_take_no_more_runs():
+    "A weight norm's parameters are read in each run, whatever chance decides"
+    runs = []
+    def f(m, x):
+        runs.append(m.training)
+        return m.b(F.relu(m.a(x))) if m.training and random.random() < 2 else m.b(m.a(x))
+    model = Net(f, a=nn.utils.parametrizations.weight_norm(nn.Linear(3, 8)), b=nn.Linear(8, 2)).eval()
+    coupled_groups(model, torch.rand(1, 3))
+    assert runs == [False, True]
+
+def test_outputs_in_a_closure_with_a_variable_that_is_not_set():
+    def f(m, x):
+        h = F.relu(m.a(x))
+        def later(): return h, never
+        out = m.b(h), later
+        if m.training: never = 1  # noqa: F841
+        return out
+    assert set(free(Net(f, a=nn.Linear(3, 8), b=nn.Linear(8, 2)).eval(), torch.rand(1, 3))) == set()
