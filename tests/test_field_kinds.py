@@ -405,3 +405,19 @@ def test_outputs_in_a_closure_with_a_variable_that_is_not_set():
         if m.training: never = 1  # noqa: F841
         return out
     assert set(free(Net(f, a=nn.Linear(3, 8), b=nn.Linear(8, 2)).eval(), torch.rand(1, 3))) == set()
+
+def logged(f):
+    @wraps(f)
+    def run(*args): return f(*args)
+    return run
+
+@pytest.mark.parametrize('decorator', [logged, torch.autocast('cpu', enabled=False), torch.no_grad()])
+def test_a_decorated_forward_that_changes_the_weight_of_a_part(decorator):
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 5)
+        @decorator
+        def forward(self, x): return F.linear(x, self.fc.weight - self.fc.weight.mean(), self.fc.bias)
+    with pytest.raises(ValueError, match='`forward` of Centred, which contains it, changes the weight'):
+        Sparsifier(Centred(), 'weight', layer_type=nn.Linear)
