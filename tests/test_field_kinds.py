@@ -1,10 +1,12 @@
 "More situations of the kinds that users met: state, outputs in objects, ties, chance, batches by name, real learners"
-import collections, itertools, random
+import collections, gc, itertools, pickle, random, subprocess, sys, weakref
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 
+import fastai.callback.fp16  # noqa: F401  for `to_fp16`
 import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner
+from helpers import learner as digits_learner
 from transformers import BatchEncoding
 
 from fasterai_clone.analyze.all import *
@@ -13,7 +15,7 @@ from fasterai_clone.model.all import *
 from fasterai_clone.prune.all import *
 from fasterai_clone.sparse.all import *
 from fasterai_clone.sparse.gradients import grasp_scores, loss_gradients
-from fasterai_clone.sparse.measure import grasp
+from fasterai_clone.sparse.measure import grasp, snip
 from fasterai_clone.sparse.synflow import synflow_scores
 from test_real_data import classifier, collab, fit, language, tabular, vision
 
@@ -334,3 +336,88 @@ def test_a_tied_weight_under_its_second_name(criteria):
     sp.sparsify_model(50)
     assert [t.name for t in sp.targets] == ['head.weight']
     assert int((model.head.weight == 0).all(1).sum()) == 4
+
+
+# --- a fresh look at these
+
+class Collect(Callback):
+    "Collects the predictions of a fit, in a list and a count"
+    def before_fit(self): self.preds, self.n = [], {'all': 0}
+    def after_pred(self):
+        self.preds.append(self.pred)
+        self.n['all'] += 1
+
+def test_predictions_that_a_callback_collects_are_those_of_the_fit():
+    learn, collect = digits_learner(), Collect()
+    learn.fit(1, cbs=[collect, SparsifyCallback(sparsity=50, criteria=snip)])
+    n = sum(map(len, learn.dls.loaders))
+    assert len(collect.preds) == n and collect.n == {'all': n}
+
+@pytest.mark.parametrize('criteria', ['large_final', snip])
+def test_a_sparsifier_holds_no_learner_after_the_fit(criteria):
+    "Under mixed precision, too, whose callback changes predictions: the learner is freed, and no data are pickled"
+    sizes = []
+    for mixed in (False, True):
+        learn, cb = digits_learner(), SparsifyCallback(sparsity=50, criteria=criteria)
+        if mixed: learn.to_fp16()
+        learn.fit(1, cbs=cb)
+        found = weakref.ref(learn)
+        del learn
+        gc.collect()
+        assert found() is None
+        sizes.append(len(pickle.dumps(cb.sparsifier)))
+    assert sizes[1] < 1.1*sizes[0]
+
+def test_a_loss_after_the_fit_is_that_of_the_learner_alone():
+    learn, cb = digits_learner(), SparsifyCallback(sparsity=50, criteria=snip)
+    learn.to_fp16().fit(1, cbs=cb)
+    loss = cb.sparsifier.chooser.scorer.inputs.loss_func
+    x, y = learn.dls.one_batch()
+    assert torch.equal(loss(learn.model(x), y), learn.loss_func(learn.model(x), y))
+
+def test_a_state_of_the_last_run_imports_no_compiler():
+    "The import of `torch._dynamo` takes seconds, which the first trace would wait for"
+    code = '''import sys, torch, torch.nn as nn
+from fasterai_clone.model.all import coupled_groups
+class Cached(nn.Linear):
+    def forward(self, x):
+        self.h = super().forward(x)
+        return self.h
+groups = coupled_groups(nn.Sequential(nn.Linear(4, 8), Cached(8, 8), nn.Linear(8, 2)), torch.rand(1, 4))
+assert 'torch._dynamo' not in sys.modules'''
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+def test_parameters_that_are_read_but_have_no_channels_take_no_more_runs():
+    "A weight norm's parameters are read in each run, whatever chance decides"
+    runs = []
+    def f(m, x):
+        runs.append(m.training)
+        return m.b(F.relu(m.a(x))) if m.training and random.random() < 2 else m.b(m.a(x))
+    model = Net(f, a=nn.utils.parametrizations.weight_norm(nn.Linear(3, 8)), b=nn.Linear(8, 2)).eval()
+    coupled_groups(model, torch.rand(1, 3))
+    assert runs == [False, True]
+
+def test_outputs_in_a_closure_with_a_variable_that_is_not_set():
+    def f(m, x):
+        h = F.relu(m.a(x))
+        def later(): return h, never
+        out = m.b(h), later
+        if m.training: never = 1  # noqa: F841
+        return out
+    assert set(free(Net(f, a=nn.Linear(3, 8), b=nn.Linear(8, 2)).eval(), torch.rand(1, 3))) == set()
+
+def logged(f):
+    @wraps(f)
+    def run(*args): return f(*args)
+    return run
+
+@pytest.mark.parametrize('decorator', [logged, torch.autocast('cpu', enabled=False), torch.no_grad()])
+def test_a_decorated_forward_that_changes_the_weight_of_a_part(decorator):
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 5)
+        @decorator
+        def forward(self, x): return F.linear(x, self.fc.weight - self.fc.weight.mean(), self.fc.bias)
+    with pytest.raises(ValueError, match='`forward` of Centred, which contains it, changes the weight'):
+        Sparsifier(Centred(), 'weight', layer_type=nn.Linear)

@@ -6,7 +6,11 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/fit.batches.html.md"""
 
 # %% ../../nbs/384_fit.batches.ipynb #c9b1e748
 from __future__ import annotations
+import copy
+from collections import defaultdict, deque
 from collections.abc import Callable
+from types import SimpleNamespace
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from .callback import FitCallback
 from .state import same_random
@@ -41,22 +45,34 @@ class ExampleInputs:
 # %% ../../nbs/384_fit.batches.ipynb #loss0001
 class LearnerLoss:
     "Compute the loss of `learn` for outputs of its model, as in a fit: after callbacks that change predictions"
-    def __init__(self, learn: Learner): self.learn, self.loss_func = learn, learn.loss_func
+    def __init__(self, learn: Learner, cb: Callback|None = None):
+        self.holder, self.loss_func = SimpleNamespace(learn=learn) if cb is None else cb, learn.loss_func
 
     def __call__(self, out, *targets): return self.after(None, out, *targets)
 
     def after(self, change: Callable|None, out, *targets):
         "Return the loss with `change` applied to the predictions that the callbacks leave"
-        learn, cbs = self.learn, _changing(self.learn)
-        before = [(o, dict(vars(o))) for o in (learn, *cbs)]
+        learn = self.holder.learn
+        if learn is None: return self.loss_func(change(out) if change else out, *targets)  # the callback's fit is over
+        cbs    = _changing(learn)
+        before = [(o, {k: (v, _content(v)) for k,v in vars(o).items()}) for o in (learn, *cbs)]
         try:
             learn.pred, learn.yb = out, targets
             for cb in cbs: cb.after_pred()
             return self.loss_func(change(learn.pred) if change else learn.pred, *learn.yb)
         finally:
-            for o,was in before:
-                for k in vars(o).keys() - was.keys(): del vars(o)[k]
-                vars(o).update(was)
+            for o,was in before: _put_back(o, was)
+
+def _content(v): return copy.copy(v) if type(v) in (list, deque, dict, defaultdict, set) else None
+
+def _put_back(o, was):
+    "Restore the attributes of `o` and what is in them, such as the predictions that a callback collects"
+    for k in vars(o).keys() - was.keys(): del vars(o)[k]
+    for k,(v,content) in was.items():
+        vars(o)[k] = v
+        if content is None: continue
+        v.clear()
+        (v.update if hasattr(v, 'update') else v.extend)(content)
 
 def _changing(learn):
     "Return the callbacks of `learn` that may change predictions, in order, without those of this package"
@@ -64,7 +80,8 @@ def _changing(learn):
     return [cb for cb in learn.cbs.sorted('order') if cb.run and changes(cb) and not isinstance(cb, FitCallback)]
 
 def loss_of(
-    learn: Learner
+    learn: Learner,
+    cb: Callback|None = None  # keeps `learn` as long as it is one of its callbacks; None: the loss does
 ) -> Callable:
     "Return the loss function of `learn`, for what its model returns"
-    return LearnerLoss(learn) if _changing(learn) else learn.loss_func
+    return LearnerLoss(learn, cb) if _changing(learn) else learn.loss_func

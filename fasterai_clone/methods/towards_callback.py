@@ -79,8 +79,8 @@ def find_sparsifier(self:TowardsCallback) -> bool:
     if knows_model(self.sparsifier, self.learn.model):
         self.sparsifier.processes = process_group(self.learn.model)
         return False
-    self.sparsifier = Sparsifier(self.learn.model, loss_func=loss_of(self.learn), example_inputs=ExampleInputs(self),
-                                 **self.arguments)
+    self.sparsifier = Sparsifier(self.learn.model, loss_func=loss_of(self.learn, self),
+                                 example_inputs=ExampleInputs(self), **self.arguments)
     return True
 
 @patch

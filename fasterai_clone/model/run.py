@@ -10,7 +10,7 @@ import copy, inspect
 from collections import deque
 from collections.abc import Callable, ItemsView, Mapping, ValuesView
 from dataclasses import fields, is_dataclass
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from itertools import chain, islice, starmap, zip_longest
 from types import BuiltinMethodType, FunctionType, GeneratorType, MethodType, ModuleType
@@ -100,13 +100,16 @@ _ITERATORS = (GeneratorType, map, filter, zip, enumerate, reversed,
 
 def _is_cache(o): return any(kind.__module__ == 'transformers.cache_utils' for kind in type(o).__mro__)
 
+def _cells(f):
+    "Yield the contents of the closure of `f`, without variables that are not set yet"
+    for c in f.__closure__ or ():
+        with suppress(ValueError): yield c.cell_contents
+
 def _bound(f):
     "Return the objects that calling the function `f` may return: those in its closure, defaults and arguments"
     if isinstance(f, partial): return [f.func, *f.args, *f.keywords.values()]
     if not isinstance(f, FunctionType): return [f.__self__]
-    try: cells = [c.cell_contents for c in f.__closure__ or ()]
-    except ValueError: cells = []  # of a variable that is not set yet
-    return [*cells, *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
+    return [*_cells(f), *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
 
 def _parts_of(o):
     if isinstance(o, _ITERATORS): return list(o)

@@ -4,7 +4,7 @@ import copy, inspect
 from collections import deque
 from collections.abc import Callable, ItemsView, Mapping, ValuesView
 from dataclasses import fields, is_dataclass
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from itertools import chain, islice, starmap, zip_longest
 from types import BuiltinMethodType, FunctionType, GeneratorType, MethodType, ModuleType

@@ -105,7 +105,7 @@ def most(self:ChannelsCallback) -> int:
 def new_sparsifier(self:ChannelsCallback, check: bool = False) -> Sparsifier:
     "Return a sparsifier for the current channels; `check`: only for those that a trial can remove"
     own = {k: getattr(self, k) for k in ('layer_type', 'include', 'exclude', 'data')}
-    sp  = Sparsifier(self.learn.model, 'filter', self.context, self.criteria, loss_func=loss_of(self.learn),
+    sp  = Sparsifier(self.learn.model, 'filter', self.context, self.criteria, loss_func=loss_of(self.learn, self),
                      example_inputs=self.inputs, coupled=True, check=check, **own)
     return one_group_each(sp)
 

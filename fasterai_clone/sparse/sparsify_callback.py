@@ -163,7 +163,7 @@ def find_sparsifier(self:SparsifyCallback) -> bool:
     own = {k: getattr(self, k) for k in names}
     x   = ExampleInputs(self) if self.example_inputs is None else self.example_inputs
     sp  = Sparsifier(model, self.granularity, self.context, self.criteria, self.nm, self.layer_type, part=self.model,
-                     loss_func=loss_of(self.learn), example_inputs=x, **own)
+                     loss_func=loss_of(self.learn, self), example_inputs=x, **own)
     sp.counts(self.sparsity, self.round_to)  # refuses a target that this model cannot have
     try_on_batch(sp, self.learn, self.data)
     self.sparsifier, self.rewind.state = sp, None

@@ -44,12 +44,18 @@ def _known_type(m):
         return k.__module__.startswith('torch.') or not names.isdisjoint(Granularities.layouts)
     return next(k for k in type(m).__mro__ if is_known(k))
 
+def _wrapped(f):
+    "Yield the function `f` and those that it wraps, if it is made by a decorator"
+    while hasattr(f, '__code__'):
+        yield f
+        f = getattr(f, '__wrapped__', None)
+
 def _names_in(f):
     "Return the names in the code of the function or callable object `f`, and of the functions it calls"
     f = getattr(f, 'func', f)
     is_function = hasattr(f, '__code__') or hasattr(f, '__func__')
     plain = [getattr(f, '__func__', f)] if is_function else [*vars(type(f)).values()]
-    codes = [(o.__code__, o.__globals__) for o in plain if hasattr(o, '__code__')]
+    codes = [(o.__code__, o.__globals__) for p in plain for o in _wrapped(p)]
     for c,g in codes: codes += [(inner, g) for inner in c.co_consts if hasattr(inner, 'co_names')]  # comprehensions
     codes += [(g[k].__code__, {}) for c,g in codes for k in c.co_names if hasattr(g.get(k), '__code__')]
     return {n for c,_ in codes for n in (*c.co_names, *(s for s in c.co_consts if isinstance(s, str)))}

@@ -67,6 +67,9 @@ def _remembered(model):
 # %% ../../../nbs/290_model.channels.follow.ipynb #9fc4a7s1
 class _Reads(TorchDispatchMode):
     "Record the memory that operators read"
+    @classmethod
+    def _should_skip_dynamo(cls): return False  # which imports it, and takes seconds
+
     def __init__(self):
         super().__init__()
         self.seen = set()
@@ -178,10 +181,11 @@ def settle(trace):
     trace.lost   = settle_stored(trace)
 
 # %% ../../../nbs/290_model.channels.follow.ipynb #4fd91trn
-def _unused(trace):
-    "Return whether there are parameters that no run has used"
+def _unused(trace, read=False):
+    "Return whether there are parameters that no run has used; `read`: nor read, as those of a weight norm are"
     used = {trace.labels.axes[k].name for k in trace.labels.role}
-    return any(p.numel() > 1 and k not in used for k,p in trace.model.named_parameters())
+    left = [p for k,p in trace.model.named_parameters() if p.numel() > 1 and k not in used]
+    return any(not (read and memory_of(p) in trace.seen) for p in left)
 
 _RUNS, _SECONDS = 32, 10.  # at most, to see what runs by chance
 
@@ -197,7 +201,7 @@ def _follow_rest(trace, args, kwargs):
     "Follow runs in train mode, and more runs if chance decides, while there are parameters that none has used"
     until = time.monotonic() + _SECONDS
     for i in range(_RUNS):
-        if not _unused(trace) or time.monotonic() > until: return
+        if not _unused(trace, i > 0) or time.monotonic() > until: return
         with _watching_chance(trace) as chance:
             _follow_training(trace, args, kwargs)
             for m in trace.model.modules():
