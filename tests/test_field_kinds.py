@@ -257,6 +257,17 @@ def test_batches_by_name(form):
     with pytest.raises(ValueError, match=r'criteria=partial\(grasp, temperature=1\)'):
         Sparsifier(model, criteria='grasp', layer_type=nn.Linear, data=[x]).sparsify_model(50)
 
+@dataclass
+class Images:
+    x: torch.Tensor
+
+def test_a_dataclass_that_is_the_only_argument():
+    "Its one field has the name of the argument"
+    class Whole(Net):
+        def forward(self, x): return self.b(F.relu(self.a(x.x)))
+    model = Whole(None, a=conv(3, 8), b=conv(8, 2)).eval()
+    assert free(model, Images(image())) == {'a': 8}
+
 def test_labels_of_one_name_and_dicts_that_are_one_argument():
     model, b = Encoder().eval(), batch()
     one = {'label' if k == 'labels' else k: v for k,v in b.items()}

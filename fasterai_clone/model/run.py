@@ -36,6 +36,7 @@ def _by_name(x, model):
         if model is None or all(isinstance(k, str) for k in x) and _fits(model, (), x): return (), dict(x)
         return ((x,), {}) if _fits(model, (x,)) else ((), dict(x))
     named = {f.name: getattr(x, f.name) for f in fields(x)}
+    if len(named) == 1 and _fits(model, (x,)): return (x,), {}  # as `forward(self, x): return self.layer(x.x)` needs it
     if model is None or not named.keys() <= inspect.signature(model.forward).parameters.keys(): return (x,), {}
     return (), named
 
