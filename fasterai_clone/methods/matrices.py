@@ -45,7 +45,10 @@ def _patches(m, x, chosen=None):
     inputs = x.shape[2] * prod(m.kernel_size)
     x = x.permute(1, 0, *range(3, 3 + n), 2, *range(3 + n, 3 + 2*n))
     if chosen is not None:  # before it is copied
-        at = torch.unravel_index(chosen(prod(x.shape[1:2 + n])).to(x.device), x.shape[1:2 + n])
+        at, rest = [], chosen(prod(x.shape[1:2 + n])).to(x.device)
+        for size in x.shape[1:2 + n][::-1]:  # as `torch.unravel_index`, which imports sympy
+            at.insert(0, rest % size)
+            rest = rest // size
         x  = x[(slice(None), *at)]
     return x.reshape(m.groups, -1, inputs)
 

@@ -98,10 +98,11 @@ def measure_norms(
     data: object,                    # batches of inputs
     norms: dict[str, nn.Module],     # by name
     found: dict[str, Statistics],    # gets the statistics
-    known: Remembered|None=None      # outputs of layers in `model`
+    known: Remembered|None=None,     # outputs of layers in `model`
+    order: list[str]|None=None       # of `norms`, once for each call; None: a run of the first batch shows it
 ) -> dict[str, Statistics]:
     "Measure one of `norms` after the other, with inputs from earlier ones that have their new statistics"
-    order = call_order(model, next(iter(data)), norms)
+    if order is None: order = call_order(model, next(iter(data)), norms)
     for name in dict.fromkeys(order):
         until = 1 if order.count(name) == 1 else None  # a norm that is called again: all of its calls
         found |= _measure(model, data, {name: norms[name]}, until, known)

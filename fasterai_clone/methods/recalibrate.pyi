@@ -42,6 +42,7 @@ def measure_norms(
     norms: dict[str, nn.Module],
     found: dict[str, Statistics],
     known: Remembered | None = None,
+    order: list[str] | None = None,
 ) -> dict[str, Statistics]:
     """Measure one of `norms` after the other, with inputs from earlier ones that have their new statistics
 
@@ -51,6 +52,7 @@ def measure_norms(
         norms: by name
         found: gets the statistics
         known: outputs of layers in `model`
+        order: of `norms`, once for each call; None: a run of the first batch shows it
     """
 
 class Moved(NamedTuple):

@@ -192,7 +192,9 @@ class _Norms:
         end  = min([self.order.index(k) for k in stage if k in self.order], default=len(self.order))
         due  = [k for k in self.order[:end] if k in self.norms and k not in self.found]
         once = [k for k in due if self.order.count(k) == 1 or not stage]
-        if once: measure_norms(self.model, self.data, {k: self.norms[k] for k in once}, self.found, self.known)
+        if not once: return
+        order = [k for k in self.order if k in once]
+        measure_norms(self.model, self.data, {k: self.norms[k] for k in once}, self.found, self.known, order)
 
 # %% ../../nbs/650_methods.stages.ipynb #d662894e
 def walk(
