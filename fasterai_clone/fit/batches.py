@@ -8,7 +8,8 @@ Docs: https://fasterai-clone.github.io/fasterai_clone/fit.batches.html.md"""
 from __future__ import annotations
 import copy
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from fastai.callback.core import Callback
 from fastai.learner import Learner
@@ -42,6 +43,25 @@ class ExampleInputs:
     def __init__(self, cb): self.cb = cb
     def __call__(self): return inputs_and_targets(self.cb.learn, one_batch(self.cb.learn))[0]
 
+# %% ../../nbs/384_fit.batches.ipynb #keptattr1
+def _content(v): return copy.copy(v) if type(v) in (list, deque, dict, defaultdict, set) else None
+
+@contextmanager
+def attributes_kept(
+    *objects: object
+) -> Iterator[None]:
+    "Restore the attributes of `objects` after the block, and what is in their lists, dicts and sets"
+    before = [(o, {k: (v, _content(v)) for k,v in vars(o).items()}) for o in objects]
+    try: yield
+    finally:
+        for o,was in before:
+            for k in vars(o).keys() - was.keys(): del vars(o)[k]
+            for k,(v,content) in was.items():
+                vars(o)[k] = v
+                if content is None: continue
+                v.clear()
+                (v.update if hasattr(v, 'update') else v.extend)(content)
+
 # %% ../../nbs/384_fit.batches.ipynb #loss0001
 class LearnerLoss:
     "Compute the loss of `learn` for outputs of its model, as in a fit: after callbacks that change predictions"
@@ -54,25 +74,11 @@ class LearnerLoss:
         "Return the loss with `change` applied to the predictions that the callbacks leave"
         learn = self.holder.learn
         if learn is None: return self.loss_func(change(out) if change else out, *targets)  # the callback's fit is over
-        cbs    = _changing(learn)
-        before = [(o, {k: (v, _content(v)) for k,v in vars(o).items()}) for o in (learn, *cbs)]
-        try:
+        cbs = _changing(learn)
+        with attributes_kept(learn, *cbs):
             learn.pred, learn.yb = out, targets
             for cb in cbs: cb.after_pred()
             return self.loss_func(change(learn.pred) if change else learn.pred, *learn.yb)
-        finally:
-            for o,was in before: _put_back(o, was)
-
-def _content(v): return copy.copy(v) if type(v) in (list, deque, dict, defaultdict, set) else None
-
-def _put_back(o, was):
-    "Restore the attributes of `o` and what is in them, such as the predictions that a callback collects"
-    for k in vars(o).keys() - was.keys(): del vars(o)[k]
-    for k,(v,content) in was.items():
-        vars(o)[k] = v
-        if content is None: continue
-        v.clear()
-        (v.update if hasattr(v, 'update') else v.extend)(content)
 
 def _changing(learn):
     "Return the callbacks of `learn` that may change predictions, in order, without those of this package"
