@@ -130,7 +130,7 @@ def _has_fewer_zeros(p, parts, masks, seen, module, n):
     if not used and alone: used = [count for _,count,s,_ in seen if s == shape]  # made without gradients
     return any(count > most for count in used)
 
-# %% ../../nbs/414_sparse.usage.ipynb #usage009
+# %% ../../nbs/414_sparse.usage.ipynb #usagerun1
 def _names_run(module):
     "Return the names in the code that a run of `module` may reach: its own methods and properties, from `forward` on"
     kinds = [vars(k) for k in type(module).__mro__ if not k.__module__.startswith(('torch.', 'builtins'))]
@@ -148,6 +148,7 @@ def _reads(parent, m, params):
     names = _names_run(parent)
     return any(k in names for k,c in parent._modules.items() if c is m) and not names.isdisjoint(params)
 
+# %% ../../nbs/414_sparse.usage.ipynb #usage009
 def _who_loses_zeros(m, weights, parent):
     "Return the module whose `forward` uses `weights` of the layer `m` without their zeros, or None"
     params = [p.param for p in weights]
